@@ -1,0 +1,187 @@
+"""The adapter directory, in PEFT's file format, so that other programs read it as it is.
+
+adapter_config.json          PEFT's keys; the only place where `rank` is called `r`
+adapter_model.safetensors    base_model.model.<path>.lora_A.weight [r, in], .lora_B.weight [out, r], float32
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lora_cli import lora
+from lora_cli.config import LoraConfig
+from lora_cli.errors import AdapterError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+NOTHING_WRITTEN = "Nothing was written."
+_PREFIX = "base_model.model."
+_NAME = re.compile(rf"{re.escape(_PREFIX)}(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter read from disk: its tensors by layer path, and how strongly each is applied."""
+
+    folder: Path
+    base: str  # base_model_name_or_path, as it was given when the adapter was trained
+    revision: str | None
+    base_fingerprint: str | None  # known for adapters of ours
+    lora_A: Mapping[str, Tensor]
+    lora_B: Mapping[str, Tensor]
+    scales: Mapping[str, float]
+
+
+def save(
+    folder: Path, model: nn.Module, config: LoraConfig, base: str, revision: str | None, base_fingerprint: str
+) -> None:
+    """Write the two files of an adapter into a folder."""
+    paths = [path for path, _ in lora.lora_layers(model)]
+    conv1d = any(lora.is_conv1d(layer.base) for _, layer in lora.lora_layers(model))
+    values: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.method == "rslora",
+        "use_dora": False,
+        "target_modules": _shortest_names(model, paths),
+        "fan_in_fan_out": conv1d,
+        "bias": "none",
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    tensors = {
+        f"{_PREFIX}{name}.weight": parameter.detach().cpu().contiguous()
+        for name, parameter in lora.trainable(model).items()
+    }
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    metadata = {"format": "pt", "base_fingerprint": base_fingerprint}
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata)
+
+
+def _shortest_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """Return names that select exactly these layers: last parts where they are enough, else whole paths."""
+    names = {path.rsplit(".", 1)[-1] for path in paths}
+    selected = {path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in names}
+    return sorted(names) if selected == set(paths) else sorted(paths)
+
+
+def copy(source: Path, folder: Path) -> None:
+    """Copy the two files of an adapter or checkpoint into a folder."""
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(source / name, folder / name)
+
+
+def read(folder: Path) -> Adapter:
+    """Read and check an adapter: ours or any PEFT LoRA. Raises AdapterError with everything that cannot be honoured."""
+    values = _read_config(folder)
+    try:
+        with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AdapterError(f"{folder / WEIGHTS}: cannot be read: {error}.", state="Nothing was read.") from None
+    parts: dict[str, dict[str, Tensor]] = {"lora_A": {}, "lora_B": {}}
+    problems = []
+    for name, tensor in tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            problems.append(f"{folder / WEIGHTS}: holds {name}, which is no LoRA weight of a linear layer.")
+        elif tensor.ndim != 2 or not torch.isfinite(tensor).all():
+            problems.append(f"{folder / WEIGHTS}: {name} is not a matrix of finite numbers.")
+        else:
+            parts[match["part"]][match["path"]] = tensor.float()
+    for path in sorted(parts["lora_A"].keys() ^ parts["lora_B"].keys()):
+        problems.append(f"{folder / WEIGHTS}: {path} has only one of lora_A and lora_B.")
+    if not tensors:
+        problems.append(f"{folder / WEIGHTS}: is empty.")
+    if problems:
+        raise AdapterError(*problems, state="Nothing was read.")
+    return Adapter(
+        folder=folder,
+        base=str(values.get("base_model_name_or_path") or ""),
+        revision=values.get("revision"),
+        base_fingerprint=metadata.get("base_fingerprint"),
+        lora_A=parts["lora_A"],
+        lora_B=parts["lora_B"],
+        scales={path: _scale(path, down.shape[0], values) for path, down in parts["lora_A"].items()},
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}.", state="Nothing was read.") from None
+    problems = []
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        raise AdapterError(f"{path}: is no LoRA adapter (peft_type must be LORA).", state="Nothing was read.")
+    if values.get("use_dora"):
+        problems.append(f"{path}: is a DoRA adapter, which this version cannot apply.")
+    if values.get("bias", "none") != "none" or values.get("lora_bias"):
+        problems.append(f"{path}: trained biases cannot be applied.")
+    for key in ("modules_to_save", "target_parameters", "trainable_token_indices"):
+        if values.get(key):
+            problems.append(f"{path}: {key} ({values[key]}) cannot be applied.")
+    if problems:
+        raise AdapterError(*problems, state="Nothing was read.")
+    return values
+
+
+def _scale(path: str, rank: int, values: Mapping[str, Any]) -> float:
+    """Return a layer's scale by PEFT's rules: the first pattern that matches the end of its path gives its alpha."""
+    alpha = values.get("lora_alpha", 8)
+    for pattern, special in (values.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            alpha = special
+            break
+    return lora.scale_of("rslora" if values.get("use_rslora") else "lora", float(alpha), rank)
+
+
+def attach(model: nn.Module, adapter: Adapter) -> None:
+    """Wrap a base model's layers with an adapter, in place.
+
+    Raises AdapterError unless every tensor finds its layer and fits it.
+    """
+    linear = lora.linear_modules(model)
+    problems = []
+    for path, down in adapter.lora_A.items():
+        if path not in linear:
+            problems.append(f"{adapter.folder}: adapts {path}, but the base has no such linear layer.")
+            continue
+        here = lora.linear_shape(linear[path])
+        up = adapter.lora_B[path]
+        there = (down.shape[1], up.shape[0])
+        if here != there or up.shape[1] != down.shape[0]:
+            problems.append(
+                f"{adapter.folder}: {path} is {there[0]} -> {there[1]}, in the base {here[0]} -> {here[1]}."
+            )
+    if problems:
+        raise AdapterError("The adapter was trained on another base model.", *problems, state=NOTHING_WRITTEN)
+    lora.wrap(model, {path: (down.shape[0], adapter.scales[path]) for path, down in adapter.lora_A.items()})
+    load_weights(model, adapter)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, adapter: Adapter) -> None:
+    """Copy an adapter's tensors into the layers that are already wrapped."""
+    for path, layer in lora.lora_layers(model):
+        layer.lora_A.copy_(adapter.lora_A[path])
+        layer.lora_B.copy_(adapter.lora_B[path])

@@ -1,0 +1,114 @@
+"""TrainState <-> directory: an adapter directory plus the optimizer's moments and a few numbers. No pickle.
+
+Data order, learning rate and dropout are functions of (seed, step), so nothing else is needed to go on exactly.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from lora_cli import adapter, lora, run_dir, storage
+from lora_cli.run_dir import RunDir
+
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+
+
+@dataclass
+class Stopping:
+    """Early stopping's memory. `best_*` is the lowest validation loss; `reference` moves by more than min_delta."""
+
+    base_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    reference: float | None = None
+    without_improvement: int = 0
+
+    def update(self, step: int, loss: float, min_delta: float) -> bool:
+        """Take in a validation loss; return whether it is the best so far."""
+        if self.reference is None or loss < self.reference - min_delta:
+            self.reference = loss
+            self.without_improvement = 0
+        else:
+            self.without_improvement += 1
+        is_best = self.best_loss is None or loss < self.best_loss
+        if is_best:
+            self.best_loss, self.best_step = loss, step
+        return is_best
+
+
+@dataclass
+class TrainState:
+    """Everything a run needs to go on. The loop owns it and changes it in place."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int
+    stopping: Stopping
+
+
+def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -> Path:
+    """Write the checkpoint of the current step and return its folder; it appears whole or not at all."""
+    path = run_dir.checkpoint_path(run, state.step)
+    if path.exists() and storage.problems_in(path):
+        storage.remove_directory(path)
+    if not path.exists():
+        with storage.new_directory(path) as folder:
+            save_adapter(folder)
+            tensors = {
+                f"{name}.{moment}": value.detach().cpu().contiguous()
+                for name, parameter in lora.trainable(state.model).items()
+                for moment, value in state.optimizer.state[parameter].items()
+            }
+            safetensors.torch.save_file(tensors, folder / OPTIMIZER, {"format": "pt"})
+            numbers = {"step": state.step, "stopping": asdict(state.stopping)}
+            (folder / STATE).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def load(path: Path, state: TrainState) -> None:
+    """Load a checkpoint into a state whose model is already wrapped."""
+    adapter.load_weights(state.model, adapter.read(path))
+    moments = safetensors.torch.load_file(path / OPTIMIZER)
+    for name, parameter in lora.trainable(state.model).items():
+        state.optimizer.state[parameter] = {
+            # AdamW keeps its step counter on the CPU unless told otherwise; the moments stay with their parameter.
+            moment: value.to(parameter.device)
+            for moment in ("step", "exp_avg", "exp_avg_sq")
+            if (value := moments.get(f"{name}.{moment}")) is not None
+        }
+    state.step, state.stopping = read_numbers(path)
+
+
+def read_numbers(path: Path) -> tuple[int, Stopping]:
+    """Return a checkpoint's step and early-stopping state."""
+    numbers = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return int(numbers["step"]), Stopping(**numbers["stopping"])
+
+
+def latest(run: RunDir) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that is whole, and what is wrong with any newer one."""
+    problems: list[str] = []
+    for _, path in run_dir.step_folders(run):
+        if not (found := storage.problems_in(path)):
+            return path, problems
+        problems += found
+    return None, problems
+
+
+def prune(run: RunDir, keep: int) -> None:
+    """Delete checkpoints beyond the newest `keep` whole ones and the best ones these refer to."""
+    whole = [path for _, path in run_dir.step_folders(run) if not storage.problems_in(path)]
+    kept = set(whole[:keep])
+    for path in whole[:keep]:
+        _, stopping = read_numbers(path)
+        if stopping.best_step is not None:
+            kept.add(run_dir.checkpoint_path(run, stopping.best_step))
+    for path in whole[keep:]:
+        if path not in kept:
+            storage.remove_directory(path)

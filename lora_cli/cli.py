@@ -1,0 +1,181 @@
+"""The commands. Each is a short path; what is slow to import is imported inside, and errors become exit codes here."""
+
+import os
+import sys
+import tempfile
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli import __version__, config_file, console, interrupt, storage
+from lora_cli.errors import ConfigError, InputError, UserError
+from lora_cli.records import Finished, as_json
+
+app = typer.Typer(
+    help="Fine-tune Hugging Face language models with LoRA, from one YAML file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[Path, typer.Argument(help="The YAML config.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override dotted keys, for example lora.rank=8.")
+]
+Run = Annotated[Path, typer.Argument(help="A run directory, a checkpoint, or any PEFT adapter.", show_default=False)]
+Base = Annotated[str | None, typer.Option(help="The base model's place, when it moved.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The config to write.")] = Path("train.yaml"),
+    model: Annotated[str, typer.Option(help="Hub id or folder.")] = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    data: Annotated[str, typer.Option(help="The training data.")] = "train.jsonl",
+    output_dir: Annotated[str, typer.Option(help="Where the run will be written.")] = "runs/first",
+    schema: Annotated[bool, typer.Option("--schema", help="Print the config's JSON Schema and write nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a commented config to start from."""
+    if schema:
+        console.print_json(config_file.json_schema())
+        return
+    if path.exists():
+        raise ConfigError(f"{path}: already exists; name another file, or delete it.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: the folder {path.parent} does not exist.")
+    storage.write_file(path, config_file.commented(model, data, output_dir))
+    if json:
+        console.print_json({"config": str(path)})
+    else:
+        console.print_text(f"Wrote {path}. Next: lora check {path}")
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None, json: Json = False) -> None:
+    """Show what a run would do: data, mask preview, targets, memory. Trains nothing."""
+    run_config = config_file.load(config, overrides or [])
+    from lora_cli import check as checking
+
+    report = checking.check(run_config)
+    if json:
+        console.print_json(as_json(report))
+    else:
+        console.show_check(report)
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, json: Json = False) -> None:
+    """Train; an interrupted run of the same config is continued."""
+    run_config = config_file.load(config, overrides or [])
+    from lora_cli import train as training
+
+    ended = training.finished(run_config)
+    already = ended is not None
+    if ended is None:
+        with interrupt.listening() as stop:
+            last = console.Follower().follow(training.train(run_config, stop))
+        assert isinstance(last, Finished), "the loop ends with Finished or raises"
+        ended = last
+    if json:
+        console.print_json(as_json(ended))
+    else:
+        console.show_finished(ended, run_config.output_dir, already)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Run,
+    data: Annotated[
+        str | None, typer.Option(help="Held-out rows; without it the run's own validation rows.", show_default=False)
+    ] = None,
+    base: Base = None,
+    answers: Annotated[int, typer.Option(min=0, help="At most so many rows are answered by generation.")] = 200,
+    json: Json = False,
+) -> None:
+    """Measure base and adapter side by side on held-out data."""
+    from lora_cli.compare import compare
+
+    report = compare(run, data, base, answers)
+    if json:
+        console.print_json(as_json(replace(report, samples=report.samples[:20])))
+    else:
+        console.show_eval(report)
+
+
+@app.command()
+def merge(
+    run: Run,
+    output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    base: Base = None,
+    json: Json = False,
+) -> None:
+    """Write adapter + base as an ordinary Hugging Face model, verified."""
+    from lora_cli import merge as merging
+
+    report = merging.merge(run, output, base)
+    if json:
+        console.print_json(as_json(report))
+    else:
+        console.show_merge(report)
+
+
+@app.command()
+def export(
+    run: Run,
+    output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    format: Annotated[str, typer.Option(help="peft: the adapter alone, for PEFT, vLLM and transformers.")] = "peft",
+    json: Json = False,
+) -> None:
+    """Write what other runtimes load."""
+    from lora_cli import export as exporting
+
+    chosen = next((name for name in exporting.FORMATS if name == format), None)
+    if chosen is None:
+        known = ", ".join(exporting.FORMATS)
+        raise InputError(f"--format: there is no format {format}; this version writes: {known}.")
+    exporting.export(run, chosen, output)
+    if json:
+        console.print_json({"format": chosen, "output": str(output)})
+    else:
+        console.print_text(f"Wrote {output} ({chosen}).")
+
+
+@app.command()
+def version(json: Json = False) -> None:
+    """Print the version."""
+    from importlib import metadata
+
+    versions = {"lora": __version__} | {name: metadata.version(name) for name in ("torch", "transformers")}
+    if json:
+        console.print_json(versions)
+    else:
+        console.print_text(", ".join(f"{name} {number}" for name, number in versions.items()))
+
+
+def main() -> None:
+    """Run a command; turn what goes wrong into an exit code and one paragraph on stderr."""
+    try:
+        app()
+    except UserError as error:
+        console.print_error(error)
+        if "--json" in sys.argv:
+            console.print_json(
+                {"error": {"exit_code": error.exit_code, "problems": error.problems, "state": error.state}}
+            )
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is quiet
+        sys.exit(1)
+    except Exception as error:
+        log = Path(tempfile.mkstemp(prefix="lora-bug-", suffix=".log")[1])
+        storage.write_file(log, traceback.format_exc())
+        console.message(
+            f"error: a bug in lora ({type(error).__name__}: {str(error)[:200]}).\n"
+            f"The traceback is in {log}; please report it."
+        )
+        sys.exit(1)

@@ -1,0 +1,103 @@
+"""`lora eval`: base and adapter side by side on the same held-out tokens and prompts."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_cli import data, examples, lora, tuned
+from lora_cli.config import DataConfig
+from lora_cli.data import Conversation
+from lora_cli.distributed import current_world
+from lora_cli.errors import DataError
+from lora_cli.evaluate import evaluate
+from lora_cli.examples import Example, Tokenizer
+from lora_cli.forward import token_budget
+from lora_cli.generate import greedy
+from lora_cli.loss import LossSum
+from lora_cli.model import LanguageModel, end_tokens
+from lora_cli.records import EvalReport, Sample, Score
+from lora_cli.tuned import Result
+
+
+def compare(path: Path, data_path: str | None, base: str | None, most_answers: int) -> EvalReport:
+    """Measure base and adapter on `data_path`, or on the run's own validation rows.
+
+    Loss, perplexity and token accuracy are over every target; exact match is over at most `most_answers` rows, spread
+    evenly, each answered greedily and compared with its last answer, spaces at both ends aside.
+    """
+    result = tuned.find(path, base)
+    settings, rows, name = _held_out(result, data_path)
+    held_out, counts = examples.build(rows, result.header.tokenizer, settings, result.header.max_positions)
+    loaded = tuned.load(result, current_world().device)
+    tokens = token_budget(loaded, "auto")
+    tokenizer = result.header.tokenizer
+
+    asked = _asked(held_out, most_answers)
+    expected = [_text(tokenizer, answer, end_tokens(loaded, tokenizer)) for _, _, answer in asked]
+    losses, answers = {}, {}
+    for gain in (0.0, 1.0):
+        with lora.gain(loaded.module, gain):
+            losses[gain] = evaluate(loaded, held_out, tokens)
+            answers[gain] = _answers(loaded, tokenizer, asked)
+    samples = [
+        Sample(example.where, wanted, base_text, tuned_text)
+        for (example, _, _), wanted, base_text, tuned_text in zip(
+            asked, expected, answers[0.0], answers[1.0], strict=True
+        )
+    ]
+    return EvalReport(
+        adapter=result.adapter.folder,
+        data=name,
+        rows=counts.rows,
+        base=_score(losses[0.0], expected, answers[0.0]),
+        tuned=_score(losses[1.0], expected, answers[1.0]),
+        samples=samples,
+    )
+
+
+def _held_out(result: Result, data_path: str | None) -> tuple[DataConfig, Sequence[Conversation], str]:
+    if data_path is not None:
+        settings = result.config.data if result.config else DataConfig(train=data_path)
+        return settings, data.read(data_path), data_path
+    if result.config is None:
+        raise DataError(f"{result.adapter.folder}: belongs to no run with validation rows; give --data FILE.")
+    _, validation = data.read_split(result.config.data, result.config.seed)
+    if not validation:
+        raise DataError("The run had no validation rows (data.validation: 0); give --data FILE.")
+    return result.config.data, validation, "the run's validation rows"
+
+
+def _asked(held_out: Sequence[Example], most: int) -> list[tuple[Example, tuple[int, ...], tuple[int, ...]]]:
+    """Return (example, prompt ids, answer ids) of the rows to be answered, spread evenly over the set."""
+    possible = [(example, *parts) for example in held_out if (parts := examples.last_answer(example))]
+    count = min(most, len(possible))
+    return [possible[index * len(possible) // count] for index in range(count)]
+
+
+def _answers(
+    loaded: LanguageModel, tokenizer: Tokenizer, asked: Sequence[tuple[Example, tuple[int, ...], tuple[int, ...]]]
+) -> list[str]:
+    if not asked:
+        return []
+    longest = max(len(answer) for _, _, answer in asked)
+    ids = greedy(loaded, tokenizer, [prompt for _, prompt, _ in asked], max_new_tokens=longest + 8)
+    return [_text(tokenizer, answer, ()) for answer in ids]
+
+
+def _text(tokenizer: Tokenizer, ids: Sequence[int], ends: Sequence[int]) -> str:
+    while ids and ids[-1] in ends:
+        ids = ids[:-1]
+    return tokenizer.decode(ids).strip()
+
+
+def _score(loss: LossSum, expected: Sequence[str], answers: Sequence[str]) -> Score:
+    exact = sum(answer == wanted for answer, wanted in zip(answers, expected, strict=True))
+    return Score(
+        loss=loss.mean,
+        perplexity=math.exp(min(loss.mean, 700)),
+        token_accuracy=loss.accuracy,
+        targets=loss.targets,
+        exact_match=exact / len(expected) if expected else None,
+        exact=exact,
+        answers=len(expected),
+    )

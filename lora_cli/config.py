@@ -1,0 +1,198 @@
+"""RunConfig: what to do. Parsed once, frozen, every default written out; two equal configs are the same run.
+
+The description of each field is the comment `lora init` writes and the text editors show from the JSON Schema.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _reject_empty(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be empty")
+    return value
+
+
+# Strict: "8" is no number, true is no number, 1.5 is no whole number; nan and inf are refused.
+Int = Annotated[int, Field(strict=True)]
+Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Bool = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, AfterValidator(_reject_empty)]
+
+
+class Section(BaseModel):
+    """A frozen part of the config that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    path: Text = Field(description="hub id or folder")
+    revision: Text | None = Field(None, description="pin a hub revision")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="auto | float32 | bfloat16 | float16: of the frozen base; adapters are always float32",
+    )
+    quantization: Literal["nf4", "int8"] | None = Field(None, description="null | nf4 | int8: of the frozen base")
+    trust_remote_code: Bool = Field(False, description="run Python code that comes with the model")
+
+
+class LoraConfig(Section):
+    """The adapter."""
+
+    method: Literal["lora", "rslora", "dora", "full"] = Field(
+        "lora", description="lora: scale alpha/rank | rslora: scale alpha/sqrt(rank) | dora | full"
+    )
+    rank: Int = Field(32, ge=1, description="size of the low-rank update")
+    alpha: Float = Field(32, gt=0, description="scale of the update, divided by the rank")
+    dropout: Float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
+    target_modules: Literal["all-linear"] | tuple[Text, ...] = Field(
+        "all-linear",
+        description="all-linear, or a list of names as they stand in the model (q_proj, down_proj, ...)",
+    )
+
+
+class ReplayConfig(Section):
+    """General data mixed in against forgetting."""
+
+    path: Text
+    ratio: Float = Field(0.05, gt=0, lt=1)
+
+
+class DataConfig(Section):
+    """What is learned and what is held out."""
+
+    train: Text = Field(description="a file (jsonl, json, csv, parquet), a folder or a hub id")
+    validation: Int | Float | Text = Field(
+        0.1, description="a share of train, a number of rows, a file or a hub split; 0 turns validation off"
+    )
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference"] = Field(
+        "auto", description="auto | messages | sharegpt | alpaca | prompt-completion | text | preference"
+    )
+    max_length: Int = Field(2048, ge=2, description="tokens")
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        "error", description="error | drop | truncate: never cuts an answer silently"
+    )
+    replay: ReplayConfig | None = Field(
+        None, description="{path: general.jsonl, ratio: 0.05}: general data mixed in against forgetting"
+    )
+
+
+class EarlyStoppingConfig(Section):
+    """When to give up on getting better."""
+
+    patience: Int | None = Field(3, ge=1, description="evaluations without improvement; null turns it off")
+    min_delta: Float = Field(0.0, ge=0, description="smaller gains in validation loss do not count")
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    epochs: Int = Field(3, ge=1, description="passes over the training data")
+    max_steps: Int | None = Field(None, ge=1, description="stop after this many optimizer steps")
+    batch_size: Int = Field(16, ge=1, description="examples per optimizer step, over all processes")
+    learning_rate: Float | Literal["auto"] = Field(3e-4, description="the peak, reached after warm-up; or auto")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="cosine | linear | constant")
+    warmup_ratio: Float = Field(0.03, ge=0, lt=1, description="share of all steps spent warming up")
+    weight_decay: Float = Field(0.0, ge=0, description="decoupled, as in AdamW")
+    max_grad_norm: Float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    micro_batch_tokens: Int | Literal["auto"] = Field("auto", description="tokens one forward sees")
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    kl_to_base: Float = Field(0.0, ge=0, description="weight of KL(base || tuned), against forgetting")
+
+
+class EvalConfig(Section):
+    """What is measured during training."""
+
+    per_epoch: Int = Field(4, ge=1, description="validation passes in an epoch")
+    general: Text | None = Field(None, description="general text to measure forgetting on")
+    forgetting_budget: Float | None = Field(
+        None,
+        gt=0,
+        description="largest allowed rise of loss on it: part of stopping and of choosing the best",
+    )
+
+
+class SaveConfig(Section):
+    """When checkpoints are written."""
+
+    per_epoch: Int = Field(4, ge=1, description="checkpoints in an epoch")
+    keep: Int = Field(2, ge=1, description="newest valid checkpoints kept, beside the best")
+
+
+def _path_to_section(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    model: Annotated[ModelConfig, BeforeValidator(_path_to_section)]
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    save: SaveConfig = SaveConfig()
+    seed: Int = Field(0, ge=0, lt=2**63, description="data order, adapter initialisation and dropout follow from it")
+    output_dir: Text = Field(description="where the run is written")
+
+
+def flat(config: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over (dotted key, value) of every leaf."""
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, Section):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Return one line for each key whose value differs, the place of the run left out."""
+    there, now = dict(flat(old)), dict(flat(new))
+    return [
+        f"{key}: {there.get(key)} there, {now.get(key)} now"
+        for key in sorted(there.keys() | now.keys())
+        if there.get(key) != now.get(key) and key != "output_dir"
+    ]
+
+
+# Keys of the contract whose other values this version cannot honour yet: refused, never ignored.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "model.quantization": (None,),
+    "lora.method": ("lora", "rslora"),
+    "data.format": ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"),
+    "data.replay": (None,),
+    "train.kl_to_base": (0.0,),
+    "eval.general": (None,),
+    "eval.forgetting_budget": (None,),
+}
+
+
+def check_config(config: RunConfig) -> dict[str, str]:
+    """Return what no single field can see, as {dotted key: problem}; empty when all is well."""
+    problems: dict[str, str] = {}
+    for key, value in flat(config):
+        root = ".".join(key.split(".")[:2])
+        if root in _ONLY and value not in _ONLY[root]:
+            usable = " or ".join("null" if v is None else str(v) for v in _ONLY[root])
+            problems[root] = f"this version cannot do {value!r} yet; leave {root} at {usable}"
+    rate = config.train.learning_rate
+    if rate == "auto":
+        problems["train.learning_rate"] = "this version cannot choose the rate yet; give a number, for example 3e-4"
+    elif rate <= 0:
+        problems["train.learning_rate"] = f"must be above 0, not {rate}"
+    if isinstance(config.train.micro_batch_tokens, int) and config.train.micro_batch_tokens < 1:
+        problems["train.micro_batch_tokens"] = "must be at least 1, or auto"
+    if config.lora.target_modules == ():
+        problems["lora.target_modules"] = "the list is empty: name at least one module, or write all-linear"
+    validation = config.data.validation
+    if isinstance(validation, float) and not 0 <= validation < 1:
+        problems["data.validation"] = f"a share must lie between 0 and 1, not {validation} (a whole number counts rows)"
+    elif isinstance(validation, int) and validation < 0:
+        problems["data.validation"] = f"must not be negative, not {validation}"
+    return problems

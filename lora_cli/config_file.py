@@ -1,0 +1,225 @@
+"""YAML <-> RunConfig: all problems at once, each with its place and a way out; `a.b=value` overrides."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from lora_cli.config import ModelConfig, RunConfig, Section, check_config
+from lora_cli.errors import ConfigError, SurroundingsError
+from lora_cli.strict_yaml import NOTHING_READ, Document, Key, dump_inline, parse, read_value
+from lora_cli.strict_yaml import dump as dump_yaml
+
+MAX_BYTES = 1_000_000
+
+# Names that other tools use, and ours.
+_ELSEWHERE = {
+    "r": "lora.rank", "lora_r": "lora.rank", "lora_rank": "lora.rank", "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout", "lora_target_modules": "lora.target_modules",
+    "lora_target_linear": "lora.target_modules", "lora_target": "lora.target_modules",
+    "base_model": "model.path", "model_name_or_path": "model.path", "model_id": "model.path",
+    "lr": "train.learning_rate", "num_epochs": "train.epochs", "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size", "micro_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.batch_size", "lr_scheduler": "train.schedule",
+    "lr_scheduler_type": "train.schedule", "max_seq_length": "data.max_length",
+    "cutoff_len": "data.max_length", "sequence_len": "data.max_length", "val_set_size": "data.validation",
+    "val_size": "data.validation", "dataset": "data.train", "datasets": "data.train",
+    "train_file": "data.train", "early_stopping_patience": "train.early_stopping.patience",
+    "load_in_4bit": "model.quantization", "output": "output_dir", "target_modules": "lora.target_modules",
+}  # fmt: skip
+
+
+def _override(document: Document, overrides: Sequence[str]) -> Document:
+    """Apply `a.b=value` overrides to a document's values."""
+    values, places = dict(document.values), dict(document.places)
+    if isinstance(values.get("model"), str):
+        values["model"] = {"path": values["model"]}
+        places[("model", "path")] = places[("model",)]
+    problems: list[str] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.split(".")
+        if not equals or not all(parts):
+            problems.append(f'override "{override}": expected KEY=VALUE, for example lora.rank=8.')
+            continue
+        section = values
+        for part in parts[:-1]:
+            inner = section.get(part)
+            section[part] = dict(inner) if isinstance(inner, dict) else {}
+            section = section[part]
+        section[parts[-1]] = read_value(text)
+        places = {at: place for at, place in places.items() if at[: len(parts)] != tuple(parts)}
+        for length in range(1, len(parts) + 1):
+            places.setdefault(tuple(parts[:length]), f"override {override}")
+    if problems:
+        raise ConfigError(*problems, state=NOTHING_READ)
+    return Document(values, places)
+
+
+def _section_at(path: Sequence[str | int]) -> type[Section] | None:
+    """Return the config section that a dotted path names, or None."""
+    section: type[Section] = RunConfig
+    for part in path:
+        field = section.model_fields.get(str(part))
+        inner = _section_of(field) if field else None
+        if inner is None:
+            return None
+        section = inner
+    return section
+
+
+def _section_of(field: FieldInfo) -> type[Section] | None:
+    for candidate in (field.annotation, *get_args(field.annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _all_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if inner := _section_of(field):
+            yield from _all_keys(inner, f"{prefix}{name}.")
+
+
+def _explain_unknown(path: Key) -> str:
+    """Return what to write in place of an unknown key."""
+    key, where = str(path[-1]), ".".join(map(str, path[:-1]))
+    section = _section_at(path[:-1])
+    known = list(section.model_fields) if section else []
+    by_name = {dotted.split(".")[-1]: dotted for dotted in _all_keys()}
+    if key not in _ELSEWHERE and (close := difflib.get_close_matches(key, known, n=1, cutoff=0.75)):
+        hint = f'did you mean "{close[0]}"?'
+    elif key in by_name:
+        hint = f"it belongs at {by_name[key]}."
+    elif key in _ELSEWHERE:
+        hint = f"here that is {_ELSEWHERE[key]}."
+    elif close := difflib.get_close_matches(key, known, n=1, cutoff=0.6):
+        hint = f'did you mean "{close[0]}"?'
+    elif close := difflib.get_close_matches(key, by_name, n=1, cutoff=0.75):
+        hint = f"did you mean {by_name[close[0]]}?"
+    else:
+        hint = f"{where or 'the top level'} has {', '.join(known)}."
+    return f'unknown key "{key}"{f" under {where}" if where else ""}; {hint}'
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "model_type": "keys with values",
+}
+
+
+def _explain(error: ValidationError, document: Document, name: str) -> list[str]:
+    """Return one problem for each wrong key, in the order of the file, with its place and the value seen."""
+    sentences: dict[Key, str] = {}
+    expected: dict[Key, list[str]] = {}
+    for item in error.errors():
+        path: Key = tuple(item["loc"])
+        if item["type"] == "missing":
+            sentences[path] = f"{'.'.join(map(str, path))} is missing; it has no default."
+            continue
+        while path and path not in document.places:  # a union adds the name of its member to the path
+            path = path[:-1]
+        if item["type"] == "extra_forbidden":
+            sentences[path] = _explain_unknown(path)
+        else:
+            message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+            expected.setdefault(path, []).append(_EXPECTED.get(item["type"], message))
+    for path, wanted in expected.items():
+        seen = _value_at(document.values, path)
+        sentence = f"{'.'.join(map(str, path))}: expected {' or '.join(dict.fromkeys(wanted))}; found {_show(seen)}."
+        choices = re.findall(r"'([^']+)'", " ".join(wanted))
+        if close := difflib.get_close_matches(str(seen), choices, n=1):
+            sentence += f' Did you mean "{close[0]}"?'
+        sentences[path] = sentence
+    order = {path: index for index, path in enumerate(document.places)}
+    return [
+        f"{document.place(path) or name}: {sentences[path]}"
+        for path in sorted(sentences, key=lambda path: order.get(path, -1))
+    ]
+
+
+def _value_at(values: Any, path: Sequence[str | int]) -> Any:
+    for part in path:
+        values = values[part]
+    return values
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    kind = {str: "text", bool: "true/false", dict: "keys", list: "a list"}.get(type(value))
+    return f"{text[:80]} ({kind})" if kind else text[:80]
+
+
+def _validate(document: Document, name: str) -> RunConfig:
+    try:
+        config = RunConfig.model_validate(document.values)
+    except ValidationError as error:
+        raise ConfigError(*_explain(error, document, name), state=NOTHING_READ) from None
+    problems = [
+        f"{document.place(tuple(key.split('.'))) or name}: {key}: {what}." for key, what in check_config(config).items()
+    ]
+    if problems:
+        raise ConfigError(*problems, state=NOTHING_READ)
+    return config
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load a config file and apply `a.b=value` overrides. Raises ConfigError with every problem and its place."""
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=3, cutoff=0.4)
+        hint = f" Did you mean {' or '.join(near)}?" if near else " `lora init` writes one to start from."
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise ConfigError(f"{path}: the config {what}.{hint}", state=NOTHING_READ)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise SurroundingsError(f"{path}: cannot be read: {error.strerror}.", state=NOTHING_READ) from None
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(f"{path}: {len(raw):,} bytes is too large for a config.", state=NOTHING_READ)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}).", state=NOTHING_READ) from None
+    return _validate(_override(parse(text, str(path)), overrides), str(path))
+
+
+def dump(config: RunConfig) -> str:
+    """Return the whole config as YAML, every default written out."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def commented(model: str, train: str, output_dir: str) -> str:
+    """Return the text `lora init` writes: every key with its default and one line of comment."""
+    config = RunConfig.model_validate({"model": model, "data": {"train": train}, "output_dir": output_dir})
+    lines: list[str] = []
+
+    def write(section: Section, indent: str) -> None:
+        for name, field in type(section).model_fields.items():
+            value = getattr(section, name)
+            if isinstance(value, Section):
+                comment = (type(value).__doc__ or "").strip().rstrip(".").lower()
+                lines.append(f"{indent}{name}:".ljust(32) + f"# {comment}")
+                write(value, indent + "  ")
+            else:
+                lines.append(f"{indent}{name}: {dump_inline(value)}".ljust(32) + f"# {field.description}")
+
+    write(config, "")
+    return "\n".join(lines) + "\n"
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema that editors complete and check configs with."""
+    schema = RunConfig.model_json_schema()
+    path = ModelConfig.model_json_schema()["properties"]["path"]
+    schema["properties"]["model"] = {"anyOf": [path, {"$ref": "#/$defs/ModelConfig"}]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lora config", **schema}

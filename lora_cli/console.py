@@ -1,0 +1,245 @@
+"""The only file that draws. Results go to stdout, progress and messages to stderr; without a terminal, plain lines."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from lora_cli.errors import UserError
+from lora_cli.records import (
+    CheckReport,
+    DataCounts,
+    EvalReport,
+    Evaluated,
+    Event,
+    Finished,
+    Marked,
+    MergeReport,
+    Notice,
+    Saved,
+    Score,
+    Started,
+    StepDone,
+)
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+_QUIET_SECONDS = 5.0  # without a terminal, steps are reported no more often than this
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """Print one JSON object on stdout."""
+    sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def print_text(text: str) -> None:
+    """Print plain text on stdout, as it is."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def message(text: str) -> None:
+    """Print a message on stderr."""
+    err.print(text, markup=False, soft_wrap=True)
+
+
+def print_error(error: UserError) -> None:
+    """Print an error as one paragraph on stderr."""
+    err.print(Text("error: ", style="bold red") + Text(error.paragraph()), soft_wrap=True)
+
+
+# --- training ---
+
+
+class Follower:
+    """Draws the events of a run as they come."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[facts]}"),
+            console=err,
+            disable=not err.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._total = 0
+        self._seconds: list[float] = []
+        self._validation = ""
+        self._last_line = 0.0
+
+    def follow(self, events: Iterable[Event]) -> Event | None:
+        """Draw every event; return the last."""
+        last: Event | None = None
+        with self._progress:
+            for last in events:
+                self._draw(last)
+        return last
+
+    def _draw(self, event: Event) -> None:
+        match event:
+            case Notice():
+                self._say(event.text)
+            case Started():
+                self._start(event)
+            case StepDone():
+                self._step(event)
+            case Evaluated():
+                self._evaluated(event)
+            case Saved():
+                if event.is_best:
+                    self._say(f"saved {event.path} (best so far)")
+            case Finished():
+                pass
+
+    def _say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, soft_wrap=True)
+
+    def _start(self, event: Started) -> None:
+        share = event.trainable_parameters / event.total_parameters
+        held_out = event.validation.examples if event.validation else 0
+        self._say(
+            f"{event.train.examples} examples ({event.train.targets:,} of {event.train.tokens:,} tokens trained), "
+            f"{held_out} held out; {event.trainable_parameters:,} parameters trained ({share:.2%}); {event.forward}."
+        )
+        self._total = event.total_steps
+        self._task = self._progress.add_task("", total=event.total_steps, completed=event.step, facts="")
+
+    def _step(self, event: StepDone) -> None:
+        self._seconds = [*self._seconds[-19:], event.seconds]
+        left = (self._total - event.step) * sum(self._seconds) / len(self._seconds)
+        speed = f"{event.tokens / event.seconds:,.0f} tok/s"
+        facts = f"loss {event.loss:.4f}{self._validation}  {speed}  {_duration(left)} left"
+        if self._task is not None:
+            self._progress.update(self._task, completed=event.step, facts=facts)
+        now = time.monotonic()
+        if not err.is_terminal and (now - self._last_line > _QUIET_SECONDS or event.step in (1, self._total)):
+            self._last_line = now
+            self._say(
+                f"step {event.step}/{self._total}  epoch {event.epoch:.2f}  {facts}  lr {event.learning_rate:.2e}"
+            )
+
+    def _evaluated(self, event: Evaluated) -> None:
+        self._validation = f"  val {event.loss:.4f}"
+        what = "base model" if event.step == 0 else f"step {event.step}"
+        note = ", best so far" if event.improved else ""
+        left = f", patience {event.patience_left}" if event.patience_left is not None and event.step else ""
+        self._say(
+            f"{what}: validation loss {event.loss:.4f}, token accuracy {event.token_accuracy:.1%} "
+            f"({event.targets:,} targets){note}{left}"
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def show_finished(event: Finished, run: str, already: bool) -> None:
+    """Show how a run ended and what to type next."""
+    head = f"This run is already finished ({event.reason}, {event.step} steps)" if already else f"Done: {event.reason}"
+    lines = [f"{head}."]
+    if event.best_loss is not None and event.base_loss is not None:
+        gain = f"{event.base_loss:.4f} (base) -> {event.best_loss:.4f}"
+        lines.append(f"Validation loss {gain} (step {event.best_step}, the best, kept).")
+        if event.best_loss >= event.base_loss:
+            lines.append(
+                "No evaluation was better than the base model: this adapter does not help on the validation data."
+            )
+    lines.append(f"Adapter: {event.adapter}")
+    lines.append(f"Next: lora eval {run}   or   lora merge {run} --output {run.rstrip('/')}-merged")
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
+
+
+# --- check ---
+
+
+def show_check(report: CheckReport) -> None:
+    """Show what a run would do."""
+    table = Table("data", "rows", "examples", "tokens", "trained", "length 50 % / 90 % / 99 % / longest", box=None)
+    for name, counts in (("train", report.train), ("validation", report.validation)):
+        if counts is not None:
+            table.add_row(name, *_counts(counts))
+    out.print(table)
+    out.print(f"steps: {report.steps_per_epoch} an epoch, {report.total_steps} in all", markup=False)
+    adapted = ", ".join(f"{name} x{count}" for name, count in report.modules.items())
+    share = report.trainable_parameters / report.total_parameters
+    out.print(f"adapted: {adapted}", markup=False, soft_wrap=True)
+    out.print(
+        f"trained: {report.trainable_parameters:,} of {report.total_parameters:,} parameters ({share:.2%})",
+        markup=False,
+    )
+    memory = report.memory
+    parts = f"base {_gb(memory.base)}, adapter {_gb(memory.adapter)}, activations {_gb(memory.activations)}"
+    out.print(f"memory: about {_gb(memory.total)} ({parts})", markup=False)
+    for notice in report.notices:
+        out.print(f"note: {notice}", markup=False, soft_wrap=True)
+    out.print(f"\n{report.preview_row}, the trained part marked:", markup=False)
+    out.print(_marked(report.preview), soft_wrap=True)
+
+
+def _counts(counts: DataCounts) -> tuple[str, ...]:
+    percentiles = " / ".join(map(str, counts.length_percentiles))
+    share = f"{counts.targets:,} ({counts.targets / counts.tokens:.0%})"
+    return str(counts.rows), str(counts.examples), f"{counts.tokens:,}", share, percentiles
+
+
+def _marked(pieces: Iterable[Marked]) -> Text:
+    text = Text()
+    for piece in pieces:
+        shown = piece.text if out.is_terminal or not piece.trained else f"[[{piece.text}]]"
+        text.append(shown, style="bold green" if piece.trained else "dim")
+    return text
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+# --- eval and merge ---
+
+
+def show_eval(report: EvalReport) -> None:
+    """Show base and adapter side by side, and three rows of what they said."""
+    out.print(f"{report.data}: {report.rows} rows", markup=False)
+    table = Table("", "base", "adapter", "n", box=None)
+    rows: tuple[tuple[str, str, str], ...] = (
+        ("loss", "loss", ".4f"),
+        ("perplexity", "perplexity", ",.2f"),
+        ("token accuracy", "token_accuracy", ".1%"),
+        ("exact match", "exact_match", ".1%"),
+    )
+    for name, field, spec in rows:
+        answers = field == "exact_match"
+        n = f"{report.tuned.answers:,} answers" if answers else f"{report.tuned.targets:,} targets"
+        table.add_row(name, _figure(report.base, field, spec), _figure(report.tuned, field, spec), n)
+    out.print(table)
+    for sample in report.samples[:3]:
+        out.print(f"\n[bold]{escape(sample.row)}[/bold]")
+        for name, text in (("expected", sample.expected), ("base", sample.base), ("adapter", sample.tuned)):
+            out.print(f"  {name:9}{text[:300]}", markup=False, soft_wrap=True)
+
+
+def _figure(score: Score, field: str, spec: str) -> str:
+    value = getattr(score, field)
+    return "-" if value is None else format(value, spec)
+
+
+def show_merge(report: MergeReport) -> None:
+    """Show what was merged and how it compares."""
+    lines = (
+        f"Merged {report.adapted_tensors} tensors ({report.dtype}) into {report.output}.",
+        f"Reloaded and compared with base + adapter at {report.positions:,} positions: largest logit difference "
+        f"{report.largest_logit_difference:.2g} (allowed {report.bound:.2g}), KL {report.mean_kl:.2g}, "
+        f"same first choice {report.top1_agreement:.2%}.",
+    )
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)

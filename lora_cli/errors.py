@@ -1,0 +1,77 @@
+"""Errors a user can do something about. Anything else that is raised is a bug of ours (exit code 1).
+
+UserError
+├── InputError          2   the input is wrong
+│   ├── ConfigError         the YAML file or an override
+│   ├── DataError           a data file or a row
+│   ├── ModelError          the base model or its tokenizer
+│   └── AdapterError        an adapter, a checkpoint, a run directory
+├── SurroundingsError   3   disk, permission, network, device, memory
+├── TrainingStopped     4   a loss or gradient that is not finite
+└── Interrupted   130, 143  Ctrl-C or SIGTERM, after saving
+"""
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """One or more problems of one stage, reported together.
+
+    Each problem is a sentence: where, what is wrong, the value seen, what is accepted, how to fix it.
+    `state` says what state things are in now.
+    """
+
+    exit_code = 2
+    most_shown = 10
+
+    def __init__(self, *problems: str, state: str = "Nothing was written.") -> None:
+        super().__init__("\n".join(problems))
+        self.problems: Sequence[str] = problems
+        self.state = state
+
+    def paragraph(self) -> str:
+        """Return the whole error as it is shown: the problems, then the state."""
+        shown = list(self.problems[: self.most_shown])
+        if len(self.problems) > self.most_shown:
+            shown.append(f"... and {len(self.problems) - self.most_shown} more like these.")
+        return "\n".join([*shown, self.state])
+
+
+class InputError(UserError):
+    """The input is wrong."""
+
+
+class ConfigError(InputError):
+    """The YAML file or an override is wrong."""
+
+
+class DataError(InputError):
+    """A data file or a row is wrong."""
+
+
+class ModelError(InputError):
+    """The base model or its tokenizer cannot be used."""
+
+
+class AdapterError(InputError):
+    """An adapter, a checkpoint or a run directory cannot be used."""
+
+
+class SurroundingsError(UserError):
+    """The machine stands in the way: disk, permission, network, device, memory."""
+
+    exit_code = 3
+
+
+class TrainingStopped(UserError):
+    """Training cannot go on from here."""
+
+    exit_code = 4
+
+
+class Interrupted(UserError):
+    """The user or the system asked to stop. `signal_number` gives the exit code: 130 or 143."""
+
+    def __init__(self, signal_number: int, *problems: str, state: str) -> None:
+        super().__init__(*problems, state=state)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,53 @@
+"""Greedy answers to held-out prompts, in batches, with a key-value cache (transformers' own generation)."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lora_cli import lora
+from lora_cli.examples import Tokenizer
+from lora_cli.model import LanguageModel, end_tokens, own_attention
+
+BATCH = 16
+
+
+@torch.inference_mode()
+def greedy(
+    model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[tuple[int, ...]]:
+    """Return the most likely continuation of each prompt (token ids), without its end token.
+
+    A continuation ends at an end token or after `max_new_tokens`.
+    """
+    lora.set_dropout(model.module, active=False)
+    ends = end_tokens(model, tokenizer)
+    pad = ends[0] if ends else 0
+    answers: dict[int, tuple[int, ...]] = {}
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    with own_attention(model):
+        for begin in range(0, len(order), BATCH):
+            indices = order[begin : begin + BATCH]
+            longest = max(len(prompts[i]) for i in indices)
+            ids = torch.full((len(indices), longest), pad, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, index in enumerate(indices):  # padding on the left: all prompts end at the same place
+                ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
+                mask[row, longest - len(prompts[index]) :] = 1
+            output = model.module.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=list(ends) or None,
+                pad_token_id=pad,
+                use_cache=True,
+            )
+            for row, index in enumerate(indices):
+                new = output[row, longest:].tolist()
+                stop = next((i for i, token in enumerate(new) if token in ends), len(new))
+                answers[index] = tuple(new[:stop])
+    return [answers[index] for index in range(len(prompts))]

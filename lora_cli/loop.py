@@ -1,0 +1,218 @@
+"""The training loop: a generator of events. It neither prints nor logs; the caller records and draws."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lora_cli import adapter, checkpoint, lora, run_dir, storage
+from lora_cli.batches import Step, collate, plan_epoch, steps_in_epoch
+from lora_cli.checkpoint import Stopping, TrainState
+from lora_cli.config import RunConfig
+from lora_cli.errors import Interrupted, TrainingStopped
+from lora_cli.evaluate import evaluate
+from lora_cli.examples import Example
+from lora_cli.forward import target_loss, token_budget
+from lora_cli.interrupt import StopRequest
+from lora_cli.loss import ZERO
+from lora_cli.model import LanguageModel
+from lora_cli.optim import build_optimizer, clip_gradients, lr_at
+from lora_cli.randomness import derive_seed
+from lora_cli.records import Evaluated, Event, Finished, Notice, Saved, StepDone
+from lora_cli.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """At which steps what happens: pure arithmetic."""
+
+    steps_per_epoch: int
+    total_steps: int
+
+    @classmethod
+    def of(cls, examples: int, config: RunConfig) -> "Timetable":
+        """Return the timetable of a run over a number of training examples."""
+        per_epoch = steps_in_epoch(examples, config.train.batch_size)
+        total = per_epoch * config.train.epochs
+        return cls(per_epoch, min(total, config.train.max_steps or total))
+
+    def is_due(self, step: int, per_epoch: int) -> bool:
+        """Return whether something that happens `per_epoch` times an epoch, and at the end, happens after a step."""
+        before, after = ((step - done) * per_epoch // self.steps_per_epoch for done in (1, 0))
+        return after > before or step == self.total_steps
+
+
+class Loop:
+    """One run of the loop: what it reads (fixed) and the state it changes (`state`)."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDir,
+        model: LanguageModel,
+        train: Sequence[Example],
+        validation: Sequence[Example],
+        base_fingerprint: str,
+        stop: StopRequest,
+    ) -> None:
+        """Give the model a fresh adapter and an optimizer. `state` is then at step 0."""
+        self.config = config
+        self.run = run
+        self.model = model
+        self.train = train
+        self.validation = validation
+        self.base_fingerprint = base_fingerprint
+        self.stop = stop
+        self.timetable = Timetable.of(len(train), config)
+        self.tokens = token_budget(model, config.train.micro_batch_tokens)
+        torch.set_flush_denormal(True)  # lora_B starts at zero: its first products are denormal, and slow on a CPU
+        lora.apply_lora(model.module, config.lora, config.seed)
+        self.parameters = list(lora.trainable(model.module).values())
+        optimizer = build_optimizer(self.parameters, config.train)
+        self.state = TrainState(model.module, optimizer, 0, Stopping())
+
+    def restore(self) -> Iterator[Notice]:
+        """Go to the newest whole checkpoint, where there is one, and forget what was measured after it."""
+        path, problems = checkpoint.latest(self.run)
+        for problem in problems:
+            yield Notice(f"{problem}; an older checkpoint is used.")
+        if path is not None:
+            checkpoint.load(path, self.state)
+            yield Notice(f"Continuing after step {self.state.step} ({path}).")
+        run_dir.rewind_metrics(self.run, self.state.step if path else -1)
+
+    def __iter__(self) -> Iterator[Event]:
+        """Train to the end, to early stopping, or until asked to stop (Interrupted, after saving)."""
+        if self.validation and self.state.step == 0:
+            yield self._evaluate()
+        epoch, plan = -1, list[Step]()
+        while self.state.step < self.timetable.total_steps and not self._patience_spent():
+            if self.state.step // self.timetable.steps_per_epoch != epoch:
+                epoch = self.state.step // self.timetable.steps_per_epoch
+                plan = self._plan(epoch)
+            yield self._take_step(plan[self.state.step % self.timetable.steps_per_epoch])
+            yield from self._after_step()
+        yield self._finish()
+
+    def _plan(self, epoch: int) -> list[Step]:
+        lengths = [len(example) for example in self.train]
+        return plan_epoch(lengths, self.config.train.batch_size, self.tokens, self.config.seed, epoch)
+
+    def _take_step(self, step: Step) -> StepDone:
+        """Make one optimizer update: the sum of all token losses, divided once by the step's targets."""
+        began = time.perf_counter()
+        number = self.state.step + 1
+        lora.set_dropout(self.model.module, active=True)
+        examples = [[self.train[i] for i in indices] for indices in step]
+        targets = sum(example.targets for group in examples for example in group)
+        loss = ZERO
+        for micro_batch, group in enumerate(examples):
+            torch.manual_seed(derive_seed(self.config.seed, "dropout", number, micro_batch))
+            part = target_loss(self.model, collate(group, self.model.device))
+            (part.total / targets).backward()
+            loss = loss + part
+            self._require_finite(float(part.total.detach()), "loss", number, group)
+        norm = float(clip_gradients(self.parameters, self.config.train.max_grad_norm))
+        self._require_finite(norm, "gradient norm", number, [example for group in examples for example in group])
+        rate = lr_at(number, self.timetable.total_steps, self.config.train)
+        for group_of_parameters in self.state.optimizer.param_groups:
+            group_of_parameters["lr"] = rate
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.step = number
+        return StepDone(
+            step=number,
+            epoch=number / self.timetable.steps_per_epoch,
+            loss=loss.mean,
+            targets=targets,
+            tokens=sum(len(example) for group in examples for example in group),
+            learning_rate=rate,
+            grad_norm=norm,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _require_finite(self, value: float, name: str, step: int, examples: Sequence[Example]) -> None:
+        if math.isfinite(value):
+            return
+        rows = ", ".join(example.where for example in examples[:8])
+        path, _ = checkpoint.latest(self.run)
+        last = f"The last checkpoint is {path}." if path else "No checkpoint was written."
+        raise TrainingStopped(
+            f"step {step}: the {name} is {value}. Rows of it: {rows}{', ...' if len(examples) > 8 else ''}.",
+            "A lower train.learning_rate, or model.dtype: float32, are the usual ways out.",
+            state=f"The step was not applied. {last}",
+        )
+
+    def _after_step(self) -> Iterator[Event]:
+        """Evaluate and save where the timetable says so, and save before stopping on request."""
+        is_best = False
+        if self.validation and self.timetable.is_due(self.state.step, self.config.eval.per_epoch):
+            event = self._evaluate()
+            is_best = event.improved
+            yield event
+        due = self.timetable.is_due(self.state.step, self.config.save.per_epoch) or self._patience_spent()
+        if is_best or due or self.stop.wanted:
+            yield self._save(is_best)
+        if self.stop.signal_number is not None:
+            raise Interrupted(
+                self.stop.signal_number,
+                f"stopped on request after step {self.state.step} of {self.timetable.total_steps}.",
+                state=f"Saved in {self.run.path}; the same command continues from there.",
+            )
+
+    def _evaluate(self) -> Evaluated:
+        """Measure validation loss and take it into early stopping; at step 0 it is the base that is measured."""
+        began = time.perf_counter()
+        stopping, patience = self.state.stopping, self.config.train.early_stopping.patience
+        result = evaluate(self.model, self.validation, self.tokens)
+        self._require_finite(result.mean, "validation loss", self.state.step, self.validation)
+        improved = False
+        if self.state.step == 0:
+            stopping.base_loss = result.mean
+        else:
+            improved = stopping.update(self.state.step, result.mean, self.config.train.early_stopping.min_delta)
+        return Evaluated(
+            step=self.state.step,
+            epoch=self.state.step / self.timetable.steps_per_epoch,
+            loss=result.mean,
+            targets=result.targets,
+            token_accuracy=result.accuracy,
+            improved=improved,
+            best_step=stopping.best_step,
+            patience_left=None if patience is None else max(0, patience - stopping.without_improvement),
+            seconds=time.perf_counter() - began,
+        )
+
+    def _patience_spent(self) -> bool:
+        patience = self.config.train.early_stopping.patience
+        return patience is not None and self.state.stopping.without_improvement >= patience
+
+    def _save(self, is_best: bool) -> Saved:
+        path = checkpoint.save(self.run, self.state, self._save_adapter)
+        checkpoint.prune(self.run, self.config.save.keep)
+        return Saved(self.state.step, path, is_best)
+
+    def _save_adapter(self, folder: Path) -> None:
+        base = self.config.model
+        adapter.save(folder, self.model.module, self.config.lora, base.path, base.revision, self.base_fingerprint)
+
+    def _finish(self) -> Finished:
+        """Copy the best adapter, or the last one where nothing was evaluated, to where the result stands."""
+        stopping = self.state.stopping
+        chosen = run_dir.checkpoint_path(self.run, stopping.best_step or self.state.step)
+        if not self.run.adapter.exists():
+            with storage.new_directory(self.run.adapter) as folder:
+                adapter.copy(chosen, folder)
+        early = self.state.step < self.timetable.total_steps
+        patience = self.config.train.early_stopping.patience
+        return Finished(
+            step=self.state.step,
+            best_step=stopping.best_step,
+            best_loss=stopping.best_loss,
+            base_loss=stopping.base_loss,
+            reason=f"no improvement in {patience} evaluations" if early else "all steps taken",
+            adapter=self.run.adapter,
+        )

@@ -1,0 +1,170 @@
+"""The LoRA layer (Hu et al. 2021, arXiv 2106.09685), by wrapping: W x + gain * scale * B (A x).
+
+`gain` is a run-time number: 1 is the tuned model, 0 the base model itself, in the same process and for free.
+"""
+
+import contextlib
+import difflib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_cli.config import LoraConfig
+from lora_cli.errors import ModelError
+from lora_cli.randomness import derive_seed
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and its low-rank update: lora_A [rank, in], lora_B [out, rank], both float32."""
+
+    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        in_features, out_features = linear_shape(base)
+        device = next(base.parameters()).device
+        self.base = base
+        self.rank = rank
+        self.scale = scale
+        self.dropout = dropout
+        self.gain = 1.0
+        self.lora_A = nn.Parameter(torch.zeros(rank, in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=torch.float32))
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        output: Tensor = self.base(x)
+        if self.gain == 0.0:
+            return output
+        h = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        low = F.linear(h.to(self.lora_A.dtype), self.lora_A) * (self.scale * self.gain)  # [..., rank]
+        return output + F.linear(low, self.lora_B).to(output.dtype)
+
+    def reset(self, seed: int) -> None:
+        """A uniform in +-1/sqrt(in) (variance 1/(3 in), as in the paper's code), B zero: the update starts at zero."""
+        bound = 1 / math.sqrt(self.lora_A.shape[1])
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.rand(self.lora_A.shape, generator=generator, dtype=torch.float32) * 2 * bound - bound
+        with torch.no_grad():
+            self.lora_A.copy_(start)
+            self.lora_B.zero_()
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether a layer is GPT-2's `Conv1D`: a linear layer that stores its weight as [in, out]."""
+    return type(module).__name__ == "Conv1D"
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """Return (in_features, out_features)."""
+    if is_conv1d(module):
+        rows, columns = module.weight.shape
+        return int(rows), int(columns)
+    return int(module.in_features), int(module.out_features)
+
+
+def scale_of(method: str, alpha: float, rank: int) -> float:
+    """Return the update's scale: alpha/rank, or alpha/sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
+    return alpha / math.sqrt(rank) if method == "rslora" else alpha / rank
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every linear layer by its path, the output head left out."""
+    head = model.get_output_embeddings()
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
+    }
+
+
+def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
+    """Return the paths to adapt. `all-linear` is every linear layer inside the numbered blocks.
+
+    Raises ModelError naming every entry of the list that matches nothing.
+    """
+    linear = linear_modules(model)
+    if target_modules == "all-linear":
+        if found := [path for path in linear if re.search(r"\.\d+\.", f".{path}.")]:
+            return found
+        raise ModelError("lora.target_modules: all-linear found no linear layer in this model's blocks.")
+    names = Counter(path.rsplit(".", 1)[-1] for path in linear)
+    problems, matched = [], set()
+    for name in target_modules:
+        hits = [path for path in linear if path == name or path.endswith(f".{name}")]
+        matched.update(hits)
+        if not hits:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f'; did you mean "{close[0]}"?' if close else "."
+            others = [path for path, _ in model.named_modules() if path == name or path.endswith(f".{name}")]
+            if others:
+                hint = f"; {others[0]} is not a linear layer inside a block, and only those can be adapted."
+            problems.append(f'lora.target_modules: no linear layer is named "{name}"{hint}')
+    if problems:
+        there = ", ".join(f"{name} (x{count})" for name, count in names.items())
+        raise ModelError(*problems, f"{type(model).__name__} has: {there}.")
+    return [path for path in linear if path in matched]
+
+
+def wrap(model: nn.Module, shapes: Mapping[str, tuple[int, float]], dropout: float = 0.0) -> None:
+    """Freeze the model and wrap the named layers in place; `shapes` gives (rank, scale) of each path."""
+    model.requires_grad_(False)
+    for path, (rank, scale) in shapes.items():
+        parent_path, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        setattr(parent, name, LoraLinear(parent.get_submodule(name), rank, scale, dropout))
+
+
+def apply_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
+    """Freeze the model and give it a fresh adapter, in place. The logits stay as they were, bit for bit."""
+    scale = scale_of(config.method, config.alpha, config.rank)
+    targets = find_targets(model, config.target_modules)
+    wrap(model, dict.fromkeys(targets, (config.rank, scale)), config.dropout)
+    for path, layer in lora_layers(model):
+        layer.reset(derive_seed(seed, "lora_A", path))
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """Iterate over (path, adapted layer), in the model's order."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            yield path, module
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the adapter's parameters by name (`<path>.lora_A`, `<path>.lora_B`)."""
+    return {
+        f"{path}.{name}": parameter
+        for path, layer in lora_layers(model)
+        for name, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
+    }
+
+
+def set_dropout(model: nn.Module, active: bool) -> None:
+    """Switch the adapter's dropout. The base stays in inference mode always: its own dropout is not used."""
+    model.eval()
+    for _, layer in lora_layers(model):
+        layer.training = active
+
+
+@contextlib.contextmanager
+def gain(model: nn.Module, value: float) -> Iterator[None]:
+    """Run a block with the adapter scaled by `value`: 0 is the base."""
+    layers = [layer for _, layer in lora_layers(model)]
+    before = [layer.gain for layer in layers]
+    try:
+        for layer in layers:
+            layer.gain = value
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.gain = old
+
+
+def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, transposed: bool) -> Tensor:
+    """Return W + scale * B A in float32, in W's own layout ([in, out] when `transposed`, as Conv1D has it)."""
+    update = (lora_B.float() @ lora_A.float()) * scale
+    return weight.float() + (update.T if transposed else update)

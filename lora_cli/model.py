@@ -1,0 +1,213 @@
+"""The base model and its tokenizer: found, checked by their headers, loaded."""
+
+import contextlib
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lora_cli.attention import PACKED, packed_attention
+from lora_cli.config import ModelConfig
+from lora_cli.errors import ModelError, SurroundingsError
+from lora_cli.examples import Tokenizer
+from lora_cli.layout import Layout, probe
+
+NOTHING_LOADED = "No weights were read, and nothing was written."
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
+
+
+@dataclass(frozen=True)
+class ModelHeader:
+    """All that is known of a base model before its weights are read."""
+
+    folder: Path
+    config: Any  # transformers' PretrainedConfig
+    tokenizer: Tokenizer
+    max_positions: int | None
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded causal language model, and how to run it."""
+
+    module: Any  # transformers' PreTrainedModel
+    layout: Layout
+    own_attention: str  # the attention implementation it came with
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.module.get_decoder()
+
+    @property
+    def head(self) -> Any:
+        return self.module.get_output_embeddings()
+
+
+def find_folder(path: str, revision: str | None = None) -> Path:
+    """Return the local folder of a model: a folder as it is, or a hub id's files, downloaded where needed.
+
+    Raises ModelError when there is no such model, SurroundingsError when the hub cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.path: {path} has no config.json, so it is no model.", state=NOTHING_LOADED)
+        return folder
+    if folder.exists() or path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        near = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.glob("*/")], n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(near)}?" if near else f" Folders are looked for from {Path.cwd()}."
+        raise ModelError(f"model.path: there is no model folder {path}.{hint}", state=NOTHING_LOADED)
+    import huggingface_hub
+    from huggingface_hub import errors as hub_errors
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
+    try:
+        return Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=wanted))
+    except hub_errors.GatedRepoError:
+        raise SurroundingsError(
+            f"model.path: {path} is gated: accept its terms on its hub page, then run `hf auth login`.",
+            state=NOTHING_LOADED,
+        ) from None
+    except hub_errors.RevisionNotFoundError:
+        raise ModelError(f"model.revision: {path} has no revision {revision}.", state=NOTHING_LOADED) from None
+    except hub_errors.RepositoryNotFoundError:
+        raise ModelError(
+            f"model.path: {path} is no folder here and no model on the hub (or a private one: `hf auth login`).",
+            state=NOTHING_LOADED,
+        ) from None
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as error:
+        raise SurroundingsError(
+            f"model.path: {path} is no folder here, and the hub cannot be reached to fetch it: {str(error)[:200]}",
+            state=NOTHING_LOADED,
+        ) from None
+
+
+def read_header(config: ModelConfig) -> ModelHeader:
+    """Read a model's configuration and tokenizer, without its weights. Raises ModelError, SurroundingsError."""
+    folder = find_folder(config.path, config.revision)
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder / 'config.json'}: is not JSON: {error}.", state=NOTHING_LOADED) from None
+    if "auto_map" in raw and not config.trust_remote_code:
+        raise ModelError(
+            f"{folder}: this model runs Python code of its own. Read it, then set model.trust_remote_code: true.",
+            state=NOTHING_LOADED,
+        )
+    if raw.get("is_encoder_decoder"):
+        raise ModelError(f"{folder}: is an encoder-decoder model; only causal language models are trained here.")
+    if not list(folder.glob("*.safetensors")):
+        found = ", ".join(p.name for p in folder.glob("*.bin")) or "no weights at all"
+        raise ModelError(f"{folder}: has no .safetensors weights ({found}); others are not read.", state=NOTHING_LOADED)
+    options = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
+    try:
+        parsed = AutoConfig.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise ModelError(f"{folder}: cannot be read as a model: {str(error)[:300]}", state=NOTHING_LOADED) from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json), which is needed.", state=NOTHING_LOADED)
+    positions = getattr(parsed.get_text_config(), "max_position_embeddings", None)
+    return ModelHeader(folder, parsed, tokenizer, positions)
+
+
+def build_skeleton(header: ModelHeader, trust_remote_code: bool = False) -> nn.Module:
+    """Build the model without weights (on torch's meta device), to look at its layers. Raises ModelError."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(header.config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise ModelError(
+            f"{header.folder}: a {header.config.model_type} model is no causal language model: {str(error)[:120]}",
+            state=NOTHING_LOADED,
+        ) from None
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of the frozen base: `auto` is float32 on a CPU (bfloat16 is slower there), else bfloat16."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen: torch.dtype = getattr(torch, dtype)
+    return chosen
+
+
+def load_model(header: ModelHeader, config: ModelConfig, device: torch.device) -> LanguageModel:
+    """Load the weights and choose how forward passes are laid out. Raises ModelError on any missing weight."""
+    try:
+        module, info = AutoModelForCausalLM.from_pretrained(
+            header.folder,
+            config=header.config,
+            dtype=choose_dtype(config.dtype, device),
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ModelError(f"{header.folder}: the weights cannot be read: {str(error)[:300]}") from None
+    missing = [str(name) for name in [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]]
+    if missing:
+        raise ModelError(
+            f"{header.folder}: {len(missing)} weights are missing or have another shape than config.json says "
+            f"({', '.join(sorted(missing)[:3])}); they would be random numbers."
+        )
+    module.to(device)
+    module.eval()
+    module.requires_grad_(False)
+    own_attention = str(module.config._attn_implementation)
+    layout = probe(module)
+    if layout.packed:
+        module.set_attn_implementation(PACKED)
+    return LanguageModel(module, layout, own_attention)
+
+
+@contextlib.contextmanager
+def own_attention(model: LanguageModel) -> Iterator[None]:
+    """Run a block with the attention the model came with, which knows padding masks and caches."""
+    model.module.set_attn_implementation(model.own_attention)
+    try:
+        yield
+    finally:
+        if model.layout.packed:
+            model.module.set_attn_implementation(PACKED)
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash of what makes a base model this one: its configuration, and its weights' headers and samples.
+
+    Every tensor file gives its header and sixteen samples of 64 KiB, so that a model of 100 GB costs no more than a
+    small one; two fine-tunes of one model differ in every sample.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            header = int.from_bytes(opened.read(8), "little")
+            digest.update(opened.read(min(header, 1 << 26)))
+            for number in range(16):
+                opened.seek(max(0, size * number // 16))
+                digest.update(opened.read(1 << 16))
+    return digest.hexdigest()[:32]
+
+
+def end_tokens(model: LanguageModel, tokenizer: Tokenizer) -> Sequence[int]:
+    """Return the tokens after which an answer is over."""
+    configured = model.module.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None})

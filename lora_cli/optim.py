@@ -1,0 +1,39 @@
+"""The optimizer, and the learning rate as a pure function of the step."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lora_cli.config import TrainConfig
+
+
+def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """Build AdamW (Loshchilov & Hutter 2019) over the adapter; `lr_at` gives the rate of each step."""
+    return torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
+
+
+def lr_at(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Return the learning rate of update number `step` (the first is 1).
+
+    Linear warm-up over `warmup_ratio` of all steps, then constant, or falling to zero just after the last step.
+    """
+    assert config.learning_rate != "auto", "resolved before training"
+    peak = config.learning_rate
+    warmup = round(config.warmup_ratio * total_steps)
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - 1 - warmup) / max(1, total_steps - warmup)
+    match config.schedule:
+        case "constant":
+            return peak
+        case "linear":
+            return peak * (1 - progress)
+        case "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients so that their joint norm is at most `max_norm`; return the norm before, a scalar."""
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)

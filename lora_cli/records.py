@@ -1,0 +1,203 @@
+"""What happened, as plain frozen records of numbers and paths; one JSON line each.
+
+The loop yields them, `run_dir` appends the measurements to metrics.jsonl, `console` draws them.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DataCounts:
+    """What the data stage found in one set. `targets` are trained tokens; lengths are in tokens."""
+
+    rows: int
+    examples: int
+    tokens: int
+    targets: int
+    dropped: int  # examples left out because they were too long, or kept no target
+    truncated: int
+    lost_targets: int  # trained tokens cut away with them
+    length_percentiles: Sequence[int]  # 50, 90, 99, 100
+
+
+@dataclass(frozen=True)
+class Started:
+    """The loop is about to take its first step (or the first one after a resume)."""
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+    train: DataCounts
+    validation: DataCounts | None
+    trainable_parameters: int
+    total_parameters: int
+    forward: str  # how a forward pass is laid out, in words
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimizer update. `loss` is the mean over the step's `targets`; `seconds` is wall time."""
+
+    step: int
+    epoch: float
+    loss: float
+    targets: int
+    tokens: int
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One validation pass. At step 0 it measures the base."""
+
+    step: int
+    epoch: float
+    loss: float
+    targets: int
+    token_accuracy: float
+    improved: bool
+    best_step: int | None
+    patience_left: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint is on the disk, verified."""
+
+    step: int
+    path: Path
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is over and `adapter` holds the best adapter (the last one where there is no validation)."""
+
+    step: int
+    best_step: int | None
+    best_loss: float | None
+    base_loss: float | None
+    reason: str
+    adapter: Path
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the user should know, in one sentence."""
+
+    text: str
+
+
+Event = Started | StepDone | Evaluated | Saved | Finished | Notice
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A piece of an example's text, and whether it is trained."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes during training."""
+
+    base: int
+    adapter: int  # weights, gradients and both moments
+    activations: int
+    total: int
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a run would do."""
+
+    train: DataCounts
+    validation: DataCounts | None
+    steps_per_epoch: int
+    total_steps: int
+    preview_row: str
+    preview: Sequence[Marked]
+    modules: dict[str, int]  # last part of the module name -> how many are adapted
+    trainable_parameters: int
+    total_parameters: int
+    memory: MemoryEstimate
+    notices: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model on a held-out set. `n = 0` leaves every figure null."""
+
+    loss: float | None
+    perplexity: float | None
+    token_accuracy: float | None
+    targets: int
+    exact_match: float | None
+    exact: int
+    answers: int
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Base and adapter on the same tokens and prompts."""
+
+    adapter: Path
+    data: str
+    rows: int
+    base: Score
+    tuned: Score
+    samples: Sequence["Sample"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out prompt, the answer asked for, and what both models said (token for token up to the end token)."""
+
+    row: str
+    expected: str
+    base: str
+    tuned: str
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """A merged model, reloaded from disk and compared with base + adapter."""
+
+    output: Path
+    adapted_tensors: int
+    dtype: str
+    positions: int
+    largest_logit_difference: float
+    mean_kl: float
+    top1_agreement: float
+    bound: float
+
+
+def event_name(record: object) -> str:
+    """Return a record's name in metrics.jsonl: StepDone -> step, Evaluated -> evaluated."""
+    name = type(record).__name__.removesuffix("Done")
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def as_json(record: Any) -> dict[str, Any]:
+    """Return a record as plain JSON values, paths as text."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(inner) for inner in value]
+        return value
+
+    return {key: plain(value) for key, value in asdict(record).items()}

@@ -1,0 +1,174 @@
+"""Where a run's files lie, and its memory: config, environment, metrics, status.
+
+output_dir/
+  config.yaml  environment.json  metrics.jsonl  run.json
+  checkpoints/step-000200/  adapter/
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_cli import config_file, storage
+from lora_cli.config import RunConfig, differences
+from lora_cli.errors import AdapterError, ConfigError, DataError
+from lora_cli.records import Evaluated, StepDone, as_json, event_name
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The layout of one run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+
+def is_run_dir(path: Path) -> bool:
+    """Return whether a folder is a run directory of ours."""
+    return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
+
+
+def require_usable(run: RunDir, config: RunConfig) -> None:
+    """Raise ConfigError unless the folder is free or holds a run of the same config."""
+    if not run.path.exists():
+        return
+    if not run.path.is_dir():
+        raise ConfigError(f"output_dir: {run.path} is a file, not a folder.")
+    if not is_run_dir(run.path):
+        ours = {run.checkpoints.name, run.environment.name}  # of a run that was killed while it was created
+        names = {p.name for p in run.path.iterdir() if not storage.is_temporary(p)}
+        if found := sorted(names - ours):
+            raise ConfigError(
+                f"output_dir: {run.path} holds other files ({', '.join(found[:5])}); name another folder."
+            )
+        return
+    if changed := differences(config_file.load(run.config), config):
+        raise ConfigError(
+            f"output_dir: {run.path} holds a run of another config:",
+            *(f"  {line}" for line in changed),
+            "To go on with that run, use its config; to start anew, set another output_dir (output_dir=...).",
+        )
+
+
+def create(run: RunDir, config: RunConfig, environment: dict[str, Any]) -> None:
+    """Create the run directory, or check that an existing one saw the same base and data. Raises DataError."""
+    if run.environment.exists():
+        before = json.loads(run.environment.read_text(encoding="utf-8"))
+        changed = [
+            f"{run.path}: the {what} changed since this run began ({before.get(key)} then, {environment[key]} now)."
+            for key, what in (("base_fingerprint", "base model"), ("data_fingerprint", "data, tokenizer or template"))
+            if before.get(key) != environment[key]
+        ]
+        if changed:
+            raise DataError(*changed, "Put it back to continue, or start anew with another output_dir.")
+    else:
+        with storage.explained(run.path):
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+        storage.write_json(run.environment, environment)
+    if not run.config.exists():
+        storage.write_file(run.config, config_file.dump(config))
+
+
+@contextlib.contextmanager
+def held(run: RunDir) -> Iterator[None]:
+    """Hold the run directory for this process and sweep what a killed one left."""
+    with storage.explained(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+    with storage.lock(run.path):
+        storage.sweep(run.path)
+        storage.sweep(run.checkpoints)
+        yield
+
+
+def append(run: RunDir, record: StepDone | Evaluated) -> None:
+    """Append one measurement to metrics.jsonl."""
+    storage.append_line(run.metrics, json.dumps({"event": event_name(record), **as_json(record)}))
+
+
+def read_metrics(run: RunDir) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl; a last line cut short by a kill is left out."""
+    if not run.metrics.exists():
+        return []
+    records = []
+    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def rewind_metrics(run: RunDir, step: int) -> None:
+    """Forget what was measured after a step: those steps are about to be taken again."""
+    kept = [record for record in read_metrics(run) if record["step"] <= step]
+    storage.write_file(run.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def write_status(run: RunDir, status: str, **facts: Any) -> None:
+    """Write run.json: running | finished | stopped | failed, with what is known."""
+    storage.write_json(run.status, {"status": status, **facts})
+
+
+def read_status(run: RunDir) -> dict[str, Any]:
+    """Return run.json, empty when there is none."""
+    if not run.status.exists():
+        return {}
+    status: dict[str, Any] = json.loads(run.status.read_text(encoding="utf-8"))
+    return status
+
+
+def step_folders(run: RunDir) -> Sequence[tuple[int, Path]]:
+    """Return (step, checkpoint folder), newest first, valid or not."""
+    found = [(p.name.removeprefix("step-"), p) for p in run.checkpoints.glob("step-*") if p.is_dir()]
+    return sorted(((int(number), p) for number, p in found if number.isdecimal()), reverse=True)
+
+
+def checkpoint_path(run: RunDir, step: int) -> Path:
+    """Return where the checkpoint of a step lies."""
+    return run.checkpoints / f"step-{step:06d}"
+
+
+def find_adapter(path: Path) -> tuple[Path, RunDir | None]:
+    """Return the adapter folder that RUN names, and the run it belongs to.
+
+    RUN is a run directory (its finished adapter), a checkpoint, or any PEFT adapter folder. Raises AdapterError.
+    """
+    if (path / "adapter_config.json").is_file():
+        above = [parent for parent in (path.parent, path.parent.parent) if is_run_dir(parent)]
+        return path, RunDir(above[0]) if above else None
+    if is_run_dir(path):
+        run = RunDir(path)
+        if (run.adapter / "adapter_config.json").is_file():
+            return run.adapter, run
+        steps = [str(folder) for _, folder in step_folders(run)]
+        raise AdapterError(
+            f"{path}: this run is not finished, so it has no adapter/ yet. "
+            + (f"Its checkpoints can be used: {', '.join(steps[:3])}." if steps else "It has no checkpoint either."),
+            state="Nothing was read.",
+        )
+    what = "is neither a run directory nor an adapter (no adapter_config.json)" if path.is_dir() else "does not exist"
+    raise AdapterError(f"{path}: {what}.", state="Nothing was read.")

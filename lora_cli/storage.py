@@ -1,0 +1,181 @@
+"""The only code that writes: a file or a directory appears whole, by one rename, or not at all.
+
+A directory carries MANIFEST.json with the size and SHA-256 of every file in it; `problems_in` checks them. The order
+is write, fsync, hash, manifest, fsync, fsync the directory, rename, fsync its parent (Pillai et al., OSDI 2014,
+"All File Systems Are Not Created Equal": without each of them a power cut may leave a torn or an empty file).
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import AdapterError, SurroundingsError
+
+MANIFEST = "MANIFEST.json"
+_TEMPORARY = ".lora-tmp-"  # of what is being written; safe to delete when nobody holds the run's lock
+_CHUNK = 1 << 20
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an OSError into one that names the path, the reason and the free space."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            near = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+            reason = f"the disk is full ({shutil.disk_usage(near).free / 1e6:.0f} MB free)"
+        raise SurroundingsError(
+            f"{path}: cannot be written: {reason}.", state="What was there before is whole."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a whole file by a temporary name and a rename."""
+    raw = content.encode() if isinstance(content, str) else content
+    with explained(path):
+        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.rename(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write plain values as indented JSON."""
+    write_file(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line in one write."""
+    with explained(path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it is hashed, synced and renamed to `path`.
+
+    On any error it is deleted. Raises AdapterError when `path` is already there.
+    """
+    with explained(path):
+        if path.exists():
+            raise AdapterError(f"{path}: already exists; it is never overwritten. Delete it or name another folder.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+        try:
+            temporary.chmod(0o777 & ~_umask())
+            yield temporary
+            _seal(temporary)
+            temporary.rename(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync(path.parent)
+
+
+def _seal(folder: Path) -> None:
+    """Sync every file and write the manifest."""
+    files = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        file.chmod(0o666 & ~_umask())
+        _sync(file)
+        files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": sha256(file)}
+    write_json(folder / MANIFEST, {"files": files})
+    for inner in (p for p in folder.rglob("*") if p.is_dir()):
+        _sync(inner)
+
+
+def problems_in(folder: Path) -> list[str]:
+    """Return what is wrong with a sealed directory: nothing when every file is as it was written."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{folder / MANIFEST}: cannot be read ({type(error).__name__})"]
+    problems = []
+    for name, (size, digest) in expected.items():
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            problems.append(f"{folder / MANIFEST}: names a file outside its folder: {name[:80]}")
+        elif not file.is_file():
+            problems.append(f"{file}: is missing")
+        elif file.stat().st_size != size:
+            problems.append(f"{file}: has {file.stat().st_size} bytes, was written with {size}")
+        elif sha256(file) != digest:
+            problems.append(f"{file}: its content is not what was written (SHA-256 differs)")
+    return problems
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a directory of ours: first renamed, so that a half-deleted one never stands under its name."""
+    with explained(path):
+        doomed = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+        path.rename(doomed / path.name)
+        shutil.rmtree(doomed)
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether a file or folder is one of ours that was still being written."""
+    return path.name.startswith(_TEMPORARY)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed process left half-written. Call it only under the run's lock."""
+    for left in folder.glob(f"{_TEMPORARY}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the kernel lets go of it when the process ends, however it ends."""
+    with explained(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AdapterError(f"{folder}: another process is using this run directory.") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,98 @@
+"""`lora train`: a run from its config to its adapter, written down as it goes."""
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lora_cli import __version__, run_dir
+from lora_cli.config import RunConfig
+from lora_cli.errors import Interrupted, UserError
+from lora_cli.interrupt import StopRequest
+from lora_cli.records import Evaluated, Event, Finished, Notice, Started, StepDone, as_json
+from lora_cli.run_dir import RunDir
+
+
+def finished(config: RunConfig) -> Finished | None:
+    """Return how a run of this config ended, when it is finished; raises when the folder cannot be used."""
+    run = RunDir(Path(config.output_dir))
+    run_dir.require_usable(run, config)
+    status = run_dir.read_status(run)
+    if status.get("status") != "finished":
+        return None
+    facts = {key: status[key] for key in ("step", "best_step", "best_loss", "base_loss", "reason")}
+    return Finished(**facts, adapter=run.adapter)
+
+
+def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
+    """Train, or continue an interrupted run of the same config; yield what happens and write it down.
+
+    Raises UserError: InputError and SurroundingsError before anything is written, TrainingStopped, Interrupted.
+    """
+    from lora_cli.prepare import data_fingerprint, prepare  # torch is imported only once the config is known to be good
+
+    prepared = prepare(config)
+    for text in prepared.notices:
+        yield Notice(text)
+
+    from lora_cli import lora, model
+    from lora_cli.distributed import current_world
+    from lora_cli.loop import Loop
+
+    run, world = RunDir(Path(config.output_dir)), current_world()
+    base_fingerprint = model.fingerprint(prepared.header.folder)
+    environment = describe_environment(str(world.device), base_fingerprint, data_fingerprint(prepared))
+    with run_dir.held(run):
+        run_dir.create(run, config, environment)
+        language_model = model.load_model(prepared.header, config.model, world.device)
+        loop = Loop(config, run, language_model, prepared.train, prepared.validation, base_fingerprint, stop)
+        yield from loop.restore()
+        trainable = sum(p.numel() for p in lora.trainable(language_model.module).values())
+        yield Started(
+            step=loop.state.step,
+            total_steps=loop.timetable.total_steps,
+            steps_per_epoch=loop.timetable.steps_per_epoch,
+            train=prepared.train_counts,
+            validation=prepared.validation_counts,
+            trainable_parameters=trainable,
+            total_parameters=trainable + sum(p.numel() for p in prepared.skeleton.parameters()),
+            forward=str(language_model.layout),
+        )
+        run_dir.write_status(run, "running", step=loop.state.step, pid=os.getpid())
+        stop.saving = True
+        try:
+            for event in loop:
+                if isinstance(event, StepDone | Evaluated):
+                    run_dir.append(run, event)
+                if isinstance(event, Finished):
+                    facts = {key: value for key, value in as_json(event).items() if key != "adapter"}
+                    run_dir.write_status(run, "finished", **facts)
+                yield event
+        except BaseException as error:
+            state = "stopped" if isinstance(error, Interrupted | GeneratorExit) else "failed"
+            reason = error.problems[0] if isinstance(error, UserError) else type(error).__name__
+            progress = asdict(loop.state.stopping)
+            run_dir.write_status(run, state, step=loop.state.step, reason=reason, **progress)
+            raise
+
+
+def describe_environment(device: str, base_fingerprint: str, data_fingerprint: str) -> dict[str, Any]:
+    """Return what the numbers of a run depend on beside its config; an allow-list, so never a secret."""
+    import safetensors
+    import torch
+    import transformers
+
+    return {
+        "lora": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "threads": torch.get_num_threads(),
+        "base_fingerprint": base_fingerprint,
+        "data_fingerprint": data_fingerprint,
+    }

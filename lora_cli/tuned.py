@@ -1,0 +1,61 @@
+"""A base model with an adapter on top, from what RUN names: the start of every command that uses a result."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lora_cli import adapter, config_file, model, run_dir
+from lora_cli.adapter import Adapter
+from lora_cli.config import ModelConfig, RunConfig
+from lora_cli.errors import AdapterError
+from lora_cli.model import LanguageModel, ModelHeader
+from lora_cli.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Result:
+    """An adapter on disk, the base it belongs to, and the run it came from (None for adapters from elsewhere)."""
+
+    adapter: Adapter
+    base: ModelConfig
+    header: ModelHeader
+    run: RunDir | None
+    config: RunConfig | None
+
+
+def find(path: Path, base: str | None = None) -> Result:
+    """Find and check what RUN names, without reading the base's weights. `base` replaces the base's place.
+
+    Raises AdapterError when the base is not the one the adapter was trained on.
+    """
+    folder, run = run_dir.find_adapter(path)
+    read = adapter.read(folder)
+    config = config_file.load(run.config) if run else None
+    if config is not None:
+        section = config.model
+    elif read.base or base:
+        section = ModelConfig(path=read.base or str(base), revision=read.revision)
+    else:
+        raise AdapterError(
+            f"{folder}: does not say which base model it is for; give --base.", state="Nothing was read."
+        )
+    if base is not None:
+        section = section.model_copy(update={"path": base, "revision": None})
+    header = model.read_header(section)
+    found = model.fingerprint(header.folder)
+    if read.base_fingerprint is not None and read.base_fingerprint != found:
+        raise AdapterError(
+            f"{folder}: was trained on another base than {header.folder} (fingerprint {read.base_fingerprint}, here "
+            f"{found}).",
+            state="Nothing was written.",
+        )
+    return Result(read, section, header, run, config)
+
+
+def load(result: Result, device: torch.device, dtype: str | None = None) -> LanguageModel:
+    """Load the base and attach the adapter. `dtype` replaces the configured one."""
+    section = result.base if dtype is None else result.base.model_copy(update={"dtype": dtype})
+    loaded = model.load_model(result.header, section, device)
+    adapter.attach(loaded.module, result.adapter)
+    return loaded

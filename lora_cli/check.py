@@ -1,12 +1,14 @@
 """`lora check`: what a run would do, found by the code that would do it; no weight is read, nothing is written."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from lora_cli import examples, lora
 from lora_cli.config import RunConfig
+from lora_cli.data import Conversation
 from lora_cli.distributed import current_world
 from lora_cli.forward import packed_tokens
 from lora_cli.loop import Timetable
@@ -15,9 +17,9 @@ from lora_cli.prepare import Prepared, prepare
 from lora_cli.records import CheckReport, MemoryEstimate
 
 
-def check(config: RunConfig) -> CheckReport:
-    """Prepare a run and report on it. Raises what training would raise before its first step."""
-    prepared = prepare(config)
+def check(config: RunConfig, rows: tuple[Sequence[Conversation], Sequence[Conversation]]) -> CheckReport:
+    """Prepare a run on its rows and report on it. Raises what training would raise before its first step."""
+    prepared = prepare(config, rows)
     timetable = Timetable.of(len(prepared.train), config)
     shapes = [lora.linear_shape(prepared.skeleton.get_submodule(path)) for path in prepared.targets]
     trainable = sum(config.lora.rank * (inputs + outputs) for inputs, outputs in shapes)

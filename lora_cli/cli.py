@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from lora_cli import __version__, config_file, console, interrupt, storage
+from lora_cli import data as data_rows
 from lora_cli.errors import ConfigError, InputError, UserError
 from lora_cli.records import Finished, as_json
 
@@ -59,9 +60,10 @@ def init(
 def check(config: Config, overrides: Overrides = None, json: Json = False) -> None:
     """Show what a run would do: data, mask preview, targets, memory. Trains nothing."""
     run_config = config_file.load(config, overrides or [])
+    rows = data_rows.read_split(run_config.data, run_config.seed)
     from lora_cli import check as checking
 
-    report = checking.check(run_config)
+    report = checking.check(run_config, rows)
     if json:
         console.print_json(as_json(report))
     else:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_cli import data, examples, lora, model
+from lora_cli import examples, lora, model
 from lora_cli.config import RunConfig
+from lora_cli.data import Conversation
 from lora_cli.examples import Example
 from lora_cli.model import ModelHeader
 from lora_cli.records import DataCounts
@@ -28,9 +29,12 @@ class Prepared:
     notices: Sequence[str]
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Read and check the data, the tokenizer and the model's structure. Raises what is wrong with any of them."""
-    train_rows, validation_rows = data.read_split(config.data, config.seed)
+def prepare(config: RunConfig, rows: tuple[Sequence[Conversation], Sequence[Conversation]]) -> Prepared:
+    """Check the training and validation rows against the tokenizer, and the targets against the model's structure.
+
+    The rows come from `data.read_split`, which needs no torch. Raises what is wrong with any of them.
+    """
+    train_rows, validation_rows = rows
     header = model.read_header(config.model)
     train, train_counts = examples.build(train_rows, header.tokenizer, config.data, header.max_positions)
     validation: list[Example] = []

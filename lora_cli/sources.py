@@ -17,7 +17,7 @@ def _rows_of_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"{path}:{number}", _parse_json(line, path, number)
+                yield f"{path}:{number}", _parse_json(line.rstrip(), path, number)
 
 
 def _parse_json(text: str, path: Path, first_line: int = 1) -> Any:

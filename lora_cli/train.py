@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_cli import __version__, run_dir
+from lora_cli import __version__, data, run_dir
 from lora_cli.config import RunConfig
 from lora_cli.errors import Interrupted, UserError
 from lora_cli.interrupt import StopRequest
@@ -31,9 +31,11 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
 
     Raises UserError: InputError and SurroundingsError before anything is written, TrainingStopped, Interrupted.
     """
-    from lora_cli.prepare import data_fingerprint, prepare  # torch is imported only once the config is known to be good
+    rows = data.read_split(config.data, config.seed)
 
-    prepared = prepare(config)
+    from lora_cli.prepare import data_fingerprint, prepare  # torch is imported only once config and rows are good
+
+    prepared = prepare(config, rows)
     for text in prepared.notices:
         yield Notice(text)
 

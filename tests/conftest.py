@@ -1,0 +1,143 @@
+"""Tiny real models with random weights, made once a session; no network, no GPU."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE trained on a few sentences, with ChatML's control tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    text = [
+        "What is the colour of the sky? The sky is blue.",
+        "Name a colour. Red is a colour.",
+        "user assistant system",
+    ]
+    tokenizer.train_from_iterator(text * 20, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
+    )
+
+
+def build_model(kind: str) -> Any:
+    """A small random model of a real architecture, far enough from its initialisation for its logits to differ."""
+    torch.manual_seed(7)
+    common = {"vocab_size": 400, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
+    blocks = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    match kind:
+        case "llama":
+            config: Any = transformers.LlamaConfig(**common, **blocks, num_key_value_heads=2, tie_word_embeddings=True)
+        case "qwen3":
+            config = transformers.Qwen3Config(**common, **blocks, num_key_value_heads=2, head_dim=16)
+        case "gpt2":
+            config = transformers.GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=256)
+        case "gemma2":  # soft-capped logits and attention: the fallback layout
+            config = transformers.Gemma2Config(**common, **blocks, num_key_value_heads=2, head_dim=8)
+        case _:
+            raise ValueError(kind)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.15)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Return a function from an architecture to a saved folder of it."""
+    folders: dict[str, str] = {}
+
+    def folder(kind: str) -> str:
+        if kind not in folders:
+            path = tmp_path_factory.mktemp(kind)
+            build_model(kind).save_pretrained(path)
+            build_tokenizer().save_pretrained(path)
+            folders[kind] = str(path)
+        return folders[kind]
+
+    return folder
+
+
+COLOURS = ("red", "blue", "green", "black", "white", "brown")
+
+
+def conversation(number: int) -> dict[str, Any]:
+    """A short question and answer; the length varies with the number."""
+    colour = COLOURS[number % len(COLOURS)]
+    question = f"Name colour number {number}" + ", please" * (number % 4) + "."
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": f"It is {colour}."}]}
+
+
+def write_rows(path: Path, rows: list[Any]) -> str:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def shared_model() -> str:
+    """A small pretrained model that lies beside the project; skipped where it does not."""
+    folder = SHARED / "models" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not here")
+    return str(folder)
+
+
+@pytest.fixture
+def make_rows(tmp_path: Path) -> Callable[[int], str]:
+    """Return a function that writes a number of conversations."""
+    return lambda count: write_rows(tmp_path / "rows.jsonl", [conversation(number) for number in range(count)])
+
+
+@pytest.fixture
+def rows_file(make_rows: Callable[[int], str]) -> str:
+    """Forty rows of messages."""
+    return make_rows(40)
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, rows_file: str, model_folder: Callable[[str], str]) -> Callable[..., Path]:
+    """Return a function that writes a small config, dotted keys overriding it."""
+
+    def make(kind: str = "llama", **overrides: Any) -> Path:
+        values: dict[str, Any] = {
+            "model": {"path": model_folder(kind)},
+            "lora": {"rank": 4, "alpha": 8},
+            "data": {"train": rows_file, "validation": 8},
+            "train": {"batch_size": 4, "learning_rate": 0.01, "epochs": 2, "micro_batch_tokens": 64},
+            "output_dir": str(tmp_path / "run"),
+        }
+        for dotted, value in overrides.items():
+            section = values
+            *parts, last = dotted.split(".")
+            for part in parts:
+                section = section.setdefault(part, {})
+            section[last] = value
+        path = tmp_path / "config.yaml"
+        path.write_text(json.dumps(values), encoding="utf-8")
+        return path
+
+    return make

@@ -1,0 +1,149 @@
+"""The floors of the package, one door for each third-party library, and no torch before the config is good."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "lora_cli"
+
+# From the ground up: a file imports only what stands before it.
+FLOORS = [
+    "errors",
+    "records",
+    "randomness",
+    "config",
+    "strict_yaml",
+    "config_file",
+    "storage",
+    "run_dir",
+    "interrupt",
+    "loss",
+    "optim",
+    "lora",
+    "attention",
+    "distributed",
+    "sources",
+    "data",
+    "examples",
+    "batches",
+    "layout",
+    "model",
+    "adapter",
+    "checkpoint",
+    "prepare",
+    "forward",
+    "evaluate",
+    "generate",
+    "loop",
+    "tuned",
+    "train",
+    "compare",
+    "merge",
+    "export",
+    "check",
+    "console",
+    "cli",
+    "__main__",
+]
+
+DOORS = {
+    "yaml": {"strict_yaml"},
+    "pydantic": {"config", "config_file"},
+    "transformers": {"model", "train"},  # train only asks its version
+    "huggingface_hub": {"model"},
+    "datasets": {"sources"},
+    "safetensors": {"adapter", "checkpoint", "merge", "train"},
+    "rich": {"console"},
+    "typer": {"cli"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "lora_cli":
+            found |= {f"lora_cli.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module))
+    return found
+
+
+FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def test_every_file_has_a_floor():
+    """The list above names every file of the package, once."""
+    assert sorted(FLOORS) == sorted(path.stem for path in FILES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_imports_point_down(path: Path):
+    """A file imports only files on floors below it."""
+    below = set(FLOORS[: FLOORS.index(path.stem)]) | {"__version__"}
+    ours = {name.split(".")[1] for name in imports(path) if name.startswith("lora_cli.")}
+
+    assert ours <= below
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_one_door_for_each_library(path: Path):
+    """A third-party library is imported only by the files that stand at its door."""
+    for library, doors in DOORS.items():
+        if any(name.split(".")[0] == library for name in imports(path)):
+            assert path.stem in doors, library
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_nothing_that_runs_what_it_reads(path: Path):
+    """No pickle, no eval, no exec, no torch.load, no plain YAML loader."""
+    banned = {"eval", "exec", "compile", "__import__"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in banned | {"torch.load", "torch.save", "yaml.load", "yaml.unsafe_load"}, called
+    assert not {"pickle", "marshal", "shelve", "dill"} & imports(path)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the program and print, at its end, which slow libraries it imported."""
+    program = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules))))\n"
+        "from lora_cli.cli import main\n"
+        "main()\n"
+    )
+    return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["version"], ["init", "--schema"]])
+def test_no_torch_for_help(arguments: list[str]):
+    """Help, version and the schema do not pay for torch."""
+    done = run(*arguments)
+
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]")
+
+
+def test_no_torch_for_a_config_error(tmp_path: Path):
+    """A wrong config is refused before torch is imported."""
+    config = tmp_path / "wrong.yaml"
+    config.write_text("model: x\n")
+    done = run("train", str(config))
+
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (2, "[]")
+
+
+def test_no_torch_for_a_data_error(tmp_path: Path):
+    """A broken row is refused before torch is imported."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text" "b"}\n')
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model: x\ndata: {{train: {tmp_path}/rows.jsonl}}\noutput_dir: {tmp_path}/run\n")
+    done = run("train", str(config))
+
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (2, "[]")
+    assert "rows.jsonl:2:9" in done.stderr

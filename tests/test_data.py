@@ -1,0 +1,160 @@
+"""Rows of every format become conversations, and every wrong row is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import write_rows
+
+from lora_cli import data
+from lora_cli.config import DataConfig
+from lora_cli.errors import DataError, SurroundingsError
+
+ANSWERED = {
+    "messages": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+    "alpaca": {"instruction": "Hi", "input": "", "output": "Hello"},
+    "prompt-completion": {"prompt": "Hi", "completion": " Hello"},
+    "text": {"text": "Hello"},
+}
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_a_format_is_recognised_by_its_content(tmp_path: Path, name: str):
+    """No format has to be named, and only the answer is trained."""
+    (row,) = data.read(write_rows(tmp_path / "r.jsonl", [ANSWERED[name]]))
+
+    assert [message.content.strip() for message in row.messages if message.trained] == ["Hello"]
+    assert row.where.endswith("r.jsonl:1")
+
+
+def test_roles_and_extras_are_kept(tmp_path: Path):
+    """Tool turns and tool calls reach the template; only the assistant is trained."""
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+        {"role": "tool", "content": "t"},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+    ]
+    (row,) = data.read(write_rows(tmp_path / "r.jsonl", [{"messages": messages, "tools": [{"name": "f"}]}]))
+
+    assert [m.trained for m in row.messages] == [False, False, True, False, True]
+    assert (row.tools[0], row.messages[4].content) == ({"name": "f"}, "a")
+    assert "tool_calls" in row.messages[2].extra
+
+
+def test_json_csv_and_parquet(tmp_path: Path):
+    """The same two rows out of every kind of file."""
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c, d", "completion": 'e "f"\ng'}]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    (tmp_path / "r.csv").write_text('\ufeffprompt,completion\na,b\n"c, d","e ""f""\ng"\n', encoding="utf-8")
+    import datasets
+
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "r.parquet"))
+    for name in ("r.json", "r.csv", "r.parquet"):
+        found = [tuple(m.content for m in row.messages) for row in data.read(str(tmp_path / name))]
+        assert found == [("a", "b"), ("c, d", 'e "f"\ng')], name
+
+
+def test_a_folder_is_all_its_files(tmp_path: Path):
+    """Files of a folder are read in the order of their names; others are passed over."""
+    for name in ("b", "a"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": name}])
+    (tmp_path / "README.md").write_text("not data")
+
+    assert [row.messages[0].content for row in data.read(str(tmp_path))] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"text": "a"}\n{"text": "b"\n', ":2:13: this is not JSON"),
+        ('{"text": "a", "text": "b"}\n', ':1: the key "text" stands twice'),
+        ('{"text": "a"}\n[1]\n', ":2: a row must be an object with keys, found list"),
+        ('{"mesages": []}\n', ':1: this row has the keys mesages; expected messages, or'),
+        ('{"mesages": []}\n', '"mesages" looks like "messages"'),
+        ('{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', ":2: this row has the keys prompt, completion; text"),
+        ('{"text": "  "}\n', ':1: this row has an empty "text"'),
+        ('{"prompt": "a", "completion": ""}\n', ":1: this row has an empty answer"),
+        ('{"prompt": "a", "completion": 3}\n', ':1: this row "completion" must be text, found int'),
+        ('{"messages": []}\n', ":1: this row has no messages"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', ":1: this row has no answer"),
+        ('{"messages": [{"role": "assistant", "content": " "}]}\n', ":1: this row has an empty answer"),
+        ('{"messages": [{"rol": "user", "content": "a"}]}\n', ':1: this row a message has no "role" (it has rol'),
+        ('{"messages": [{"role": "assistant", "content": 3}]}\n', "must be text, found int"),
+        ('{"prompt": [], "chosen": [], "rejected": []}\n', "is a preference pair"),
+        ("\n\n", "has no rows"),
+        ("", "has no rows"),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_is_named(tmp_path: Path, text: str, expected: str):
+    """Each wrong row is an error with its file and line."""
+    path = tmp_path / "r.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        data.read(str(path))
+
+    assert expected in caught.value.paragraph()
+
+
+def test_all_wrong_rows_at_once(tmp_path: Path):
+    """Two wrong rows are two problems."""
+    rows = [{"text": "a"}, {"text": ""}, {"text": "b"}, {"text": 1}]
+    with pytest.raises(DataError) as caught:
+        data.read(write_rows(tmp_path / "r.jsonl", rows))
+
+    assert [int(p.split(":")[1]) for p in caught.value.problems] == [2, 4]
+
+
+def test_wrong_files(tmp_path: Path):
+    """A missing file suggests its neighbour; a short CSV row and a foreign file are named."""
+    write_rows(tmp_path / "train.jsonl", [{"text": "a"}])
+    (tmp_path / "short.csv").write_text("prompt,completion\na\n")
+    (tmp_path / "broken.parquet").write_text("no")
+    (tmp_path / "list.json").write_text('{"a": 1}')
+    (tmp_path / "notes.txt").write_text("x")
+    for name, expected in [
+        ("trian.jsonl", "Did you mean train.jsonl"),
+        ("short.csv", "short.csv:2: has not as many fields"),
+        ("broken.parquet", "this is not parquet"),
+        ("list.json", "expected a list of rows"),
+        ("notes.txt", "expected a file that ends in"),
+    ]:
+        with pytest.raises(DataError) as caught:
+            data.read(str(tmp_path / name))
+        assert expected in caught.value.paragraph()
+
+
+def test_an_unreachable_hub_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A name that is no file is looked for on the hub, and that failing is the surroundings' fault."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((SurroundingsError, DataError), match="somebody/some-data"):
+        data.read("somebody/some-data")
+
+
+def test_the_split_is_deterministic_and_whole(rows_file: str):
+    """Shares and counts hold out the rows they say, the same for one seed, others for another."""
+    for held_out, count in ((0.25, 10), (3, 3), (0, 0), (0.0, 0)):
+        train, validation = data.read_split(DataConfig(train=rows_file, validation=held_out), seed=0)
+        assert (40 - count, count) == (len(train), len(validation))
+        assert len({row.where for row in [*train, *validation]}) == 40
+    split = DataConfig(train=rows_file, validation=10)
+
+    assert data.read_split(split, 0) == data.read_split(split, 0)
+    assert data.read_split(split, 0) != data.read_split(split, 1)
+
+
+def test_a_validation_file(tmp_path: Path, rows_file: str):
+    """A file of its own is held out whole."""
+    held_out = write_rows(tmp_path / "v.jsonl", [ANSWERED["text"]])
+    train, validation = data.read_split(DataConfig(train=rows_file, validation=held_out), seed=0)
+
+    assert (len(train), len(validation)) == (40, 1)
+
+
+@pytest.mark.parametrize("held_out", [40, 41, 0.001, 0.999])
+def test_a_split_that_leaves_nothing_is_refused(rows_file: str, held_out: float):
+    """Both sides need a row; the arithmetic is shown."""
+    with pytest.raises(DataError, match="of 40 rows leaves"):
+        data.read_split(DataConfig(train=rows_file, validation=held_out), seed=0)

@@ -1,0 +1,322 @@
+"""The layer, the adapter file and the merge, against PEFT and Hugging Face as references."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import conversation, write_rows
+
+from lora_cli import adapter, data, examples, lora, merge, model, tuned
+from lora_cli.batches import collate
+from lora_cli.config import DataConfig, LoraConfig, ModelConfig
+from lora_cli.errors import AdapterError, ModelError
+from lora_cli.forward import target_logits, target_loss
+
+KINDS = ["llama", "qwen3", "gpt2"]
+CPU = torch.device("cpu")
+IDS = torch.arange(5, 25)[None]
+
+
+def load(folder: str) -> tuple[model.LanguageModel, model.ModelHeader]:
+    config = ModelConfig(path=folder)
+    header = model.read_header(config)
+    return model.load_model(header, config, CPU), header
+
+
+def logits(module: Any) -> torch.Tensor:
+    """The logits of a model as transformers runs it."""
+    attention = module.config._attn_implementation
+    module.set_attn_implementation("eager")
+    with torch.no_grad():
+        result: torch.Tensor = module(input_ids=IDS, use_cache=False).logits[0]
+    module.set_attn_implementation(attention)
+    return result
+
+
+def randomise(module: Any) -> None:
+    """Give lora_B values, as training would."""
+    torch.manual_seed(3)
+    for _, layer in lora.lora_layers(module):
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gemma2"])
+def test_a_fresh_adapter_and_gain_0_leave_the_logits_bit_identical(kind: str, model_folder: Callable[[str], str]):
+    """B is zero at the start, and gain 0 is the base itself."""
+    loaded, _ = load(model_folder(kind))
+    base = logits(loaded.module)
+    lora.apply_lora(loaded.module, LoraConfig(rank=4), seed=0)
+
+    assert torch.equal(logits(loaded.module), base)
+    randomise(loaded.module)
+    assert not torch.allclose(logits(loaded.module), base)
+    with lora.gain(loaded.module, 0.0):
+        assert torch.equal(logits(loaded.module), base)
+
+
+def test_gain_scales_the_update(model_folder: Callable[[str], str]):
+    """Half the gain is half the alpha."""
+    loaded, _ = load(model_folder("llama"))
+    lora.apply_lora(loaded.module, LoraConfig(rank=4, alpha=8), seed=0)
+    randomise(loaded.module)
+    with lora.gain(loaded.module, 0.5):
+        half = logits(loaded.module)
+    for _, layer in lora.lora_layers(loaded.module):
+        layer.scale /= 2
+
+    assert torch.allclose(logits(loaded.module), half, atol=1e-6)
+
+
+def test_all_linear_is_every_block_linear_and_not_the_head(model_folder: Callable[[str], str]):
+    """Found by inspection, GPT-2's Conv1D included; as many as PEFT finds."""
+    for kind in [*KINDS, "gemma2"]:
+        loaded, _ = load(model_folder(kind))
+        found = lora.find_targets(loaded.module, "all-linear")
+        other = peft.get_peft_model(
+            transformers.AutoModelForCausalLM.from_pretrained(model_folder(kind)),
+            peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        theirs = {n.removeprefix("base_model.model.") for n, m in other.named_modules() if hasattr(m, "lora_A")}
+        assert set(found) == theirs
+
+
+def test_names_must_match_something(model_folder: Callable[[str], str]):
+    """Every name that matches nothing is told, with the names there are."""
+    loaded, _ = load(model_folder("llama"))
+    with pytest.raises(ModelError) as caught:
+        lora.find_targets(loaded.module, ["q_porj", "down_proj", "lm_head", "embed_tokens"])
+
+    text = caught.value.paragraph()
+    assert 'no linear layer is named "q_porj"; did you mean "q_proj"?' in text
+    assert "lm_head is not a linear layer inside a block" in text
+    assert "embed_tokens is not a linear layer inside a block" in text
+    assert "q_proj (x2)" in text
+    assert len(lora.find_targets(loaded.module, ["layers.0.self_attn.q_proj", "down_proj"])) == 3
+
+
+def test_the_start_depends_on_the_seed_and_the_layer_only(model_folder: Callable[[str], str]):
+    """The same layer starts the same whatever else is adapted or random; its variance is 1/(3 in)."""
+    starts = []
+    for targets in ("all-linear", ("v_proj",)):
+        torch.manual_seed(len(starts))
+        loaded, _ = load(model_folder("llama"))
+        lora.apply_lora(loaded.module, LoraConfig(rank=32, target_modules=targets), seed=5)
+        starts.append(lora.trainable(loaded.module)["model.layers.1.self_attn.v_proj.lora_A"].detach())
+
+    assert torch.equal(*starts)
+    assert abs(float(starts[0].var()) * 3 * 32 - 1) < 0.2
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gemma2"])
+def test_loss_and_gradients_equal_pefts(kind: str, model_folder: Callable[[str], str], tmp_path: Path):
+    """The summed loss and every gradient, packed and with the head at targets only, equal PEFT's one by one."""
+    loaded, header = load(model_folder(kind))
+    assert loaded.layout.packed == (kind != "gemma2")
+    lora.apply_lora(loaded.module, LoraConfig(rank=4, alpha=8), seed=0)
+    randomise(loaded.module)
+    adapter.save(tmp_path, loaded.module, LoraConfig(rank=4, alpha=8), model_folder(kind), None, "f")
+    source = write_rows(tmp_path / "r.jsonl", [conversation(n) for n in range(6)])
+    found, _ = examples.build(data.read(source), header.tokenizer, DataConfig(train=source))
+    groups = [found] if loaded.layout.packed else [[example] for example in found]
+    total = 0.0
+    for group in groups:
+        part = target_loss(loaded, collate(group, CPU))
+        part.total.backward()
+        total += float(part.total.detach())
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder(kind), attn_implementation="eager")
+    reference = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    reference.eval()
+    expected = 0.0
+    for example in found:
+        ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+        mean = reference(input_ids=ids, labels=labels).loss
+        (mean * example.targets).backward()
+        expected += float(mean) * example.targets
+    theirs = {
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): parameter.grad
+        for name, parameter in reference.named_parameters()
+        if parameter.requires_grad
+    }
+    ours = {name: parameter.grad for name, parameter in lora.trainable(loaded.module).items()}
+
+    assert abs(total - expected) < 1e-5 * abs(expected)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        assert (gradient - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["lora", "rslora"])
+@pytest.mark.parametrize("targets", ["all-linear", "one layer"])
+def test_peft_loads_our_adapter(
+    kind: str, method: Any, targets: str, model_folder: Callable[[str], str], tmp_path: Path
+):
+    """`adapter/` gives the same logits in PEFT as here, whichever layers are adapted."""
+    loaded, _ = load(model_folder(kind))
+    chosen = "all-linear" if targets == "all-linear" else (lora.find_targets(loaded.module, "all-linear")[1],)
+    config = LoraConfig(rank=4, alpha=8, method=method, target_modules=chosen)
+    lora.apply_lora(loaded.module, config, seed=0)
+    randomise(loaded.module)
+    adapter.save(tmp_path, loaded.module, config, model_folder(kind), None, "f")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder(kind))
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    adapted = {n for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+
+    assert len(adapted) == len(list(lora.lora_layers(loaded.module)))
+    assert torch.allclose(logits(loaded.module), logits(theirs), atol=1e-5)
+
+
+def save_with_peft(folder: str, path: Path, **options: Any) -> Any:
+    """An adapter that PEFT made, with random weights."""
+    torch.manual_seed(11)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    made = peft.get_peft_model(base, peft.LoraConfig(**(settings | options), init_lora_weights=False))
+    made.save_pretrained(path)
+    return made.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"0": 2}, "alpha_pattern": {"1.*": 3}}])
+def test_an_adapter_of_peft_works_here(
+    kind: str, options: dict[str, Any], model_folder: Callable[[str], str], tmp_path: Path
+):
+    """It attaches with the same logits, and merges into a folder that plain transformers loads."""
+    if "rank_pattern" in options:
+        linear = lora.find_targets(load(model_folder(kind))[0].module, "all-linear")
+        options = {
+            "rank_pattern": {linear[0].rsplit(".", 1)[-1]: 2},
+            "alpha_pattern": {r".*\.1\..*": 3, linear[1].rsplit(".", 1)[-1]: 16},
+        }
+    theirs = save_with_peft(model_folder(kind), tmp_path / "theirs", **options)
+    result = tuned.find(tmp_path / "theirs")
+    loaded = tuned.load(result, CPU)
+
+    assert torch.allclose(logits(loaded.module), logits(theirs), atol=1e-5)
+    report = merge.merge(tmp_path / "theirs", tmp_path / "merged", None)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert report.adapted_tensors == len(list(lora.lora_layers(loaded.module)))
+    assert torch.allclose(logits(merged), logits(theirs), atol=1e-5)
+
+
+def test_a_merge_keeps_everything_else(model_folder: Callable[[str], str], tmp_path: Path):
+    """Tensor names, dtypes and files stay, what holds no weights byte for byte; an output is never replaced."""
+    base = Path(model_folder("llama"))
+    save_with_peft(str(base), tmp_path / "a", target_modules=["q_proj"])
+    merge.merge(tmp_path / "a", tmp_path / "merged", None)
+    before, after = (dict(_tensors(folder / "model.safetensors")) for folder in (base, tmp_path / "merged"))
+
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+    }
+    assert before.keys() == after.keys()
+    for file in base.iterdir():
+        if file.suffix != ".safetensors":
+            assert file.read_bytes() == (tmp_path / "merged" / file.name).read_bytes()
+    with pytest.raises(AdapterError, match="already exists"):
+        merge.merge(tmp_path / "a", tmp_path / "merged", None)
+
+
+def _tensors(path: Path) -> list[tuple[str, torch.Tensor]]:
+    import safetensors.torch
+
+    return list(safetensors.torch.load_file(path).items())
+
+
+def test_a_wrong_merge_is_refused_and_leaves_nothing(
+    model_folder: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """When the written weights are not base + adapter, the command fails and the folder is gone."""
+    save_with_peft(model_folder("llama"), tmp_path / "a")
+    right = lora.merged_weight
+    monkeypatch.setattr(lora, "merged_weight", lambda w, a, b, scale, t: right(w, a, b, scale * 1.01, t))
+    with pytest.raises(AdapterError, match="differ from base"):
+        merge.merge(tmp_path / "a", tmp_path / "merged", None)
+
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_an_untrained_adapter_is_not_merged(model_folder: Callable[[str], str], tmp_path: Path):
+    """All lora_B zero: there is nothing to merge."""
+    loaded, _ = load(model_folder("llama"))
+    lora.apply_lora(loaded.module, LoraConfig(rank=4), seed=0)
+    adapter.save(tmp_path, loaded.module, LoraConfig(rank=4), model_folder("llama"), None, "f")
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "kept")
+    import safetensors.torch
+
+    safetensors.torch.save_file(safetensors.torch.load_file(tmp_path / "kept"), tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="untrained"):
+        merge.merge(tmp_path, tmp_path / "merged", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "biases"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.lora_embedding_A"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(
+    options: dict[str, Any], expected: str, model_folder: Callable[[str], str], tmp_path: Path
+):
+    """An adapter with anything beside plain LoRA is an error, never read in part."""
+    save_with_peft(model_folder("llama"), tmp_path / "a", **options)
+    with pytest.raises(AdapterError, match=expected):
+        tuned.find(tmp_path / "a")
+
+
+def test_an_adapter_of_another_base_is_refused(model_folder: Callable[[str], str], tmp_path: Path):
+    """By its shapes where it came from elsewhere, by the base's fingerprint where it is ours."""
+    save_with_peft(model_folder("llama"), tmp_path / "a")
+    with pytest.raises(AdapterError, match="another base"):
+        tuned.load(tuned.find(tmp_path / "a", base=model_folder("gpt2")), CPU)
+    loaded, _ = load(model_folder("llama"))
+    lora.apply_lora(loaded.module, LoraConfig(rank=4), seed=0)
+    (tmp_path / "b").mkdir()
+    adapter.save(tmp_path / "b", loaded.module, LoraConfig(rank=4), model_folder("llama"), None, "not this one")
+    with pytest.raises(AdapterError, match="was trained on another base"):
+        tuned.find(tmp_path / "b")
+
+
+def test_a_broken_adapter_is_refused(model_folder: Callable[[str], str], tmp_path: Path):
+    """A half, an infinite number, a cut file, a foreign config: each is named."""
+    import safetensors.torch
+
+    save_with_peft(model_folder("llama"), tmp_path / "a")
+    weights, config = tmp_path / "a" / "adapter_model.safetensors", tmp_path / "a" / "adapter_config.json"
+    tensors, settings = safetensors.torch.load_file(weights), config.read_text()
+    first, second = sorted(tensors)[:2]
+    half = {name: tensor for name, tensor in tensors.items() if name != first}
+    infinite = tensors | {second: tensors[second] * torch.inf}
+    for broken, expected in ((half, "only one of lora_A and lora_B"), (infinite, "finite")):
+        safetensors.torch.save_file(broken, weights)
+        with pytest.raises(AdapterError, match=expected):
+            adapter.read(tmp_path / "a")
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(AdapterError, match="cannot be read"):
+        adapter.read(tmp_path / "a")
+    config.write_text(json.dumps(json.loads(settings) | {"peft_type": "IA3"}))
+    with pytest.raises(AdapterError, match="no LoRA adapter"):
+        adapter.read(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_sequences_do_not_see_each_other(kind: str, model_folder: Callable[[str], str], tmp_path: Path):
+    """The logits of packed sequences are those of each alone."""
+    loaded, header = load(model_folder(kind))
+    source = write_rows(tmp_path / "r.jsonl", [conversation(n) for n in range(5)])
+    found, _ = examples.build(data.read(source), header.tokenizer, DataConfig(train=source))
+    with torch.no_grad():
+        together = target_logits(loaded, collate(found, CPU))
+        alone = torch.cat([target_logits(loaded, collate([example], CPU)) for example in found])
+
+    assert torch.allclose(together, alone, atol=1e-5)

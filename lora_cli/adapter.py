@@ -23,6 +23,7 @@ from lora_cli.errors import AdapterError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+BASE = "base.json"
 NOTHING_WRITTEN = "Nothing was written."
 _PREFIX = "base_model.model."
 _NAME = re.compile(rf"{re.escape(_PREFIX)}(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
@@ -44,7 +45,7 @@ class Adapter:
 def save(
     folder: Path, model: nn.Module, config: LoraConfig, base: str, revision: str | None, base_fingerprint: str
 ) -> None:
-    """Write the two files of an adapter into a folder."""
+    """Write the files of an adapter into a folder."""
     paths = [path for path, _ in lora.lora_layers(model)]
     conv1d = any(lora.is_conv1d(layer.base) for _, layer in lora.lora_layers(model))
     values: dict[str, Any] = {
@@ -71,8 +72,8 @@ def save(
         for name, parameter in lora.trainable(model).items()
     }
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    metadata = {"format": "pt", "base_fingerprint": base_fingerprint}
-    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata)
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    (folder / BASE).write_text(json.dumps({"fingerprint": base_fingerprint}) + "\n", encoding="utf-8")
 
 
 def _shortest_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
@@ -83,9 +84,10 @@ def _shortest_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
 
 
 def copy(source: Path, folder: Path) -> None:
-    """Copy the two files of an adapter or checkpoint into a folder."""
-    for name in (CONFIG, WEIGHTS):
-        shutil.copyfile(source / name, folder / name)
+    """Copy the files of an adapter out of its folder or a checkpoint."""
+    for name in (CONFIG, WEIGHTS, BASE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def read(folder: Path) -> Adapter:
@@ -93,7 +95,6 @@ def read(folder: Path) -> Adapter:
     values = _read_config(folder)
     try:
         with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
-            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterError(f"{folder / WEIGHTS}: cannot be read: {error}.", state="Nothing was read.") from None
@@ -117,7 +118,7 @@ def read(folder: Path) -> Adapter:
         folder=folder,
         base=str(values.get("base_model_name_or_path") or ""),
         revision=values.get("revision"),
-        base_fingerprint=metadata.get("base_fingerprint"),
+        base_fingerprint=_base_fingerprint(folder),
         lora_A=parts["lora_A"],
         lora_B=parts["lora_B"],
         scales={path: _scale(path, down.shape[0], values) for path, down in parts["lora_A"].items()},
@@ -143,6 +144,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if problems:
         raise AdapterError(*problems, state="Nothing was read.")
     return values
+
+
+def _base_fingerprint(folder: Path) -> str | None:
+    """Return the fingerprint of the base an adapter was trained on; None for adapters from elsewhere."""
+    path = folder / BASE
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{path}: cannot be read: {error}.", state="Nothing was read.") from None
 
 
 def _scale(path: str, rank: int, values: Mapping[str, Any]) -> float:

@@ -1,15 +1,14 @@
 """Ctrl-C and SIGTERM as a request: the loop finishes its step and saves; asked twice, the process ends at once."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from lora_cli.errors import Interrupted
-
 
 class StopRequest:
-    """Whether somebody asked to stop. Before `saving` is set there is nothing to save and the answer is immediate."""
+    """Whether somebody asked to stop. Before `saving` is set there is nothing to save and the process just ends."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -20,14 +19,13 @@ class StopRequest:
         return self.signal_number is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.wanted:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        if self.wanted or not self.saving:
+            # Not an exception: one raised in the middle of an import or of a file's rename could be swallowed there.
+            # What is being written has a temporary name, and the kernel lets go of the run's lock.
+            said = "stopped at once; the last checkpoint is whole." if self.wanted else "stopped before the first step."
+            os.write(2, f"\n{said} The same command starts from there.\n".encode())
+            os._exit(128 + number)
         self.signal_number = number
-        if not self.saving:
-            raise Interrupted(
-                number, "stopped on request.", state="No step had been taken; the same command starts anew."
-            )
 
 
 @contextlib.contextmanager

@@ -63,6 +63,19 @@ TRAIN = Pool(
         "floor rug", "mirror", "vacuum cleaner", "iron", "hair dryer", "electric toothbrush", "water bottle",
         "suitcase", "umbrella", "garden hose", "lawn mower", "drill", "tool box", "guitar", "board game",
         "speaker", "tablet",
+        "pressure cooker", "waffle iron", "bread maker", "juicer", "kitchen scale", "cutting board", "wine rack",
+        "dinner plate", "coffee table", "floor lamp", "wardrobe", "bed frame", "curtain", "duvet", "bath towel",
+        "shower head", "laundry basket", "ironing board", "window fan", "air purifier", "humidifier", "smoke alarm",
+        "door lock", "paint roller", "electric saw", "step ladder", "wheelbarrow", "hedge trimmer", "barbecue",
+        "parasol", "deck chair", "football", "tennis racket", "skateboard", "roller skates", "dumbbell",
+        "rowing machine",
+        "climbing rope", "fishing rod", "swim goggles", "winter coat", "running shoe", "leather belt", "wool scarf",
+        "wrist watch", "sunglasses", "handbag", "jewellery box", "digital piano", "violin", "drum kit", "headphones",
+        "turntable", "record player", "router", "webcam", "hard drive", "power bank", "charging cable", "smart watch",
+        "game console", "projector", "e-book reader", "calculator", "paper shredder", "fountain pen", "notebook",
+        "puzzle", "doll house", "toy train", "baby monitor", "high chair", "car seat", "cat tree", "dog bed",
+        "aquarium",
+        "bird feeder", "flower pot", "candle holder", "vase",
     ),
     problems={
         "late": (
@@ -200,10 +213,17 @@ TRAIN = Pool(
         "Time is short, I need it before {d}.", "I need help right now.", "It is very pressing.",
         "Could you look at this straight away?", "Please make it a priority, the deadline is {d}.",
         "I must have an answer by tomorrow.", "Quick help would be great, it is really urgent.",
+        "It is urgent.", "I need it as soon as possible.", "Be quick please, {d} is the last possible day.",
+        "I have to know by {d}.", "Please get this done today.", "I am running out of time.",
+        "The matter is urgent, so answer quickly.", "Please handle this without delay.",
+        "We really need it before the weekend.", "Please rush this, I travel on {d}.",
+        "I need a solution within a day.", "There is no time to lose.", "It is needed for {d}, please be fast.",
+        "I can only wait until {d}.", "Every hour counts here.", "It all has to be ready on {d}, so speed matters.",
     ),
     calm=(
         "There is no rush.", "It is not urgent.", "Take your time.", "No hurry with this.",
-        "Whenever you get round to it is fine.", "It does not have to be today.",
+        "Whenever you get round to it is fine.", "It does not have to be today.", "There is plenty of time.",
+        "This can wait until next month.", "I am in no hurry at all.", "An answer next week is soon enough.",
     ),
     closings=(
         "Thanks in advance.", "Thank you.", "Please let me know what happens next.", "What should I do now?",
@@ -330,8 +350,9 @@ def compose(rng: random.Random, pool: Pool, problem: str, order: str | None, urg
     return " ".join(part.replace("{d}", rng.choice(DAYS)) for part in used)
 
 
-def generate(rng: random.Random, pool: Pool, count: int, taken: set[str]) -> list[Row]:
-    """Make count rows whose messages are not in taken, and add them to it."""
+def generate(pool: Pool, name: str, count: int, urgent_every: int, taken: set[str]) -> list[Row]:
+    """Make count rows whose messages are not in taken, and add them to it; each file has randomness of its own."""
+    rng = random.Random(f"{SEED} {name}")
     products = deck(rng, pool.products)
     problems = {kind: deck(rng, sentences) for kind, sentences in pool.problems.items()}
     kinds = list(pool.problems)
@@ -339,8 +360,8 @@ def generate(rng: random.Random, pool: Pool, count: int, taken: set[str]) -> lis
     for number in range(count):
         turn, index = divmod(number, len(kinds))
         kind, product = kinds[index], next(products)
-        # Fixed shares in each category: a third urgent, a tenth without an order number.
-        urgent = (turn + index) % 3 == 0
+        # Fixed shares in each category: one in urgent_every urgent, a tenth without an order number.
+        urgent = (turn + index) % urgent_every == 0
         no_order = (turn + 3 * index) % 10 == 0
         order = None if no_order else f"{rng.choice(ORDER_LETTERS)}-{rng.randrange(1000, 10000)}"
         problem = next(problems[kind]).replace("{p}", product)
@@ -373,10 +394,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only compare the files on disk")
     check = parser.parse_args(argv).check
 
-    rng, taken = random.Random(SEED), set[str]()
+    taken: set[str] = set()
     files = {
-        "train.jsonl": generate(rng, TRAIN, TRAIN_ROWS, taken),
-        "heldout.jsonl": generate(rng, HELDOUT, HELDOUT_ROWS, taken),
+        "train.jsonl": generate(TRAIN, "train", TRAIN_ROWS, 2, taken),
+        "heldout.jsonl": generate(HELDOUT, "heldout", HELDOUT_ROWS, 3, taken),
     }
     differing = []
     for name, rows in files.items():

@@ -1,0 +1,420 @@
+"""The loop: exact whatever the split into micro-batches, exact across a kill, and it stops when it should."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import conversation
+
+from lora_cli import batches, checkpoint, config_file, data, examples, lora, model, run_dir, storage
+from lora_cli.checkpoint import Stopping
+from lora_cli.config import LoraConfig, ModelConfig, TrainConfig
+from lora_cli.errors import ConfigError, DataError, TrainingStopped
+from lora_cli.forward import target_loss
+from lora_cli.interrupt import StopRequest
+from lora_cli.loop import Timetable
+from lora_cli.loss import LossSum, head_loss, logits_loss
+from lora_cli.optim import lr_at
+from lora_cli.records import Evaluated, Event, Finished, StepDone
+from lora_cli.run_dir import RunDir
+from lora_cli.train import train
+
+CPU = torch.device("cpu")
+
+
+def run(config: Path) -> list[Event]:
+    """Train in this process and return every event."""
+    return list(train(config_file.load(config), StopRequest()))
+
+
+# --- the numbers ---
+
+
+def test_head_loss_equals_full_logits():
+    """Chunked, with its gradient made in the forward pass, equal to cross-entropy on all logits (1e-6)."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(50, 16), torch.randn(50)
+    labels = torch.randint(0, 50, (600,))
+    for use_bias in (None, bias):
+        ours = torch.randn(600, 16, requires_grad=True)
+        theirs = ours.detach().clone().requires_grad_()
+        loss = head_loss(ours, weight, use_bias, labels)
+        (loss.total / 7).backward()
+        reference = logits_loss(torch.nn.functional.linear(theirs, weight, use_bias), labels)
+        (reference.total / 7).backward()
+
+        assert abs(float(loss.total.detach() / reference.total.detach()) - 1) < 1e-6
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_sums_add_and_divide_once():
+    """Two unequal parts give the mean over all tokens, not the mean of means."""
+    whole = LossSum(torch.tensor(3.0), 1) + LossSum(torch.tensor(1.0), 3, correct=2)
+
+    assert (whole.mean, whole.accuracy) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma2"])
+def test_any_split_into_micro_batches_gives_the_same_step(
+    kind: str, model_folder: Callable[[str], str], make_rows: Callable[[int], str]
+):
+    """Loss and gradients of a step agree to 1e-6 whether it is one forward, several, or one a sequence."""
+    config = ModelConfig(path=model_folder(kind))
+    header = model.read_header(config)
+    loaded = model.load_model(header, config, CPU)
+    lora.apply_lora(loaded.module, LoraConfig(rank=4), seed=0)
+    for _, layer in lora.lora_layers(loaded.module):
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    rows = data.read(make_rows(16))
+    found, _ = examples.build(rows, header.tokenizer, config_file.RunConfig.model_validate(
+        {"model": "x", "data": {"train": "x"}, "output_dir": "x"}).data)  # fmt: skip
+    lengths = [len(example) for example in found]
+    budgets = [100_000, 150, 64, 0] if loaded.layout.packed else [0]
+    results = []
+    for order in (range(16), range(15, -1, -1)):
+        for tokens in budgets:
+            split = batches.micro_batches(list(order), lengths, tokens)
+            split = split if tokens else sorted(split, reverse=order.step < 0)
+            targets = sum(example.targets for example in found)
+            loaded.module.zero_grad()
+            total = 0.0
+            for indices in split:
+                part = target_loss(loaded, batches.collate([found[i] for i in indices], CPU))
+                (part.total / targets).backward()
+                total += float(part.total.detach())
+            gradients = torch.cat([p.grad.flatten() for p in lora.trainable(loaded.module).values()])
+            results.append((total / targets, gradients.clone(), len(split)))
+
+    assert len({count for _, _, count in results}) == len(budgets)
+    for loss, gradients, _ in results[1:]:
+        assert abs(loss / results[0][0] - 1) < 1e-6
+        assert (gradients - results[0][1]).norm() <= 1e-6 * results[0][1].norm()
+
+
+def test_micro_batches_hold_everything_once_within_the_budget():
+    """Every index once; no micro-batch over the budget unless one example alone is."""
+    lengths = [5, 90, 30, 30, 40, 10, 200, 1]
+    split = batches.micro_batches(range(8), lengths, 100)
+
+    assert sorted(index for one in split for index in one) == list(range(8))
+    assert all(sum(lengths[i] for i in one) <= 100 or len(one) == 1 for one in split)
+    assert len(split) == 4
+
+
+def test_the_plan_is_a_function_of_seed_and_epoch():
+    """Each epoch sees every example once, in an order of its own that another seed changes."""
+    plans = {
+        key: batches.plan_epoch([10] * 13, 4, 20, *key) for key in [(0, 0), (0, 1), (1, 0)]
+    }  # fmt: skip
+    for plan in plans.values():
+        assert sorted(i for step in plan for one in step for i in one) == list(range(13))
+        assert [sum(map(len, step)) for step in plan] == [4, 4, 4, 1]
+
+    assert plans[0, 0] == batches.plan_epoch([10] * 13, 4, 20, 0, 0)
+    assert len({str(plan) for plan in plans.values()}) == 3
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_learning_rate(schedule: Any):
+    """Warm-up rises to the peak; then it falls, or stays, and no step has rate zero."""
+    config = TrainConfig(learning_rate=1.0, warmup_ratio=0.1, schedule=schedule)
+    rates = [lr_at(step, 100, config) for step in range(1, 101)]
+
+    assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert rates[10] == 1.0
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
+    assert rates[-1] == 1.0 if schedule == "constant" else 0 < rates[-1] < 0.02
+
+
+def test_the_timetable():
+    """Something due n times an epoch happens n times an epoch, evenly, and at the very end."""
+    table = Timetable(10, 25)
+
+    assert [step for step in range(1, 26) if table.is_due(step, 4)] == [3, 5, 8, 10, 13, 15, 18, 20, 23, 25]
+    assert [step for step in range(1, 26) if table.is_due(step, 1)] == [10, 20, 25]
+    assert all(table.is_due(step, 50) for step in range(1, 26))
+
+
+def test_early_stopping_counts():
+    """The best is the lowest; patience is spent by evaluations that gain no more than min_delta."""
+    stopping = Stopping()
+    seen = [stopping.update(step, loss, 0.1) for step, loss in enumerate([1.0, 0.95, 0.8, 0.75, 0.72], start=1)]
+
+    assert seen == [True, True, True, True, True]
+    assert (stopping.best_step, stopping.best_loss, stopping.without_improvement) == (5, 0.72, 2)
+    assert not stopping.update(6, 0.9, 0.1)
+    assert stopping.without_improvement == 3
+
+
+# --- whole runs ---
+
+
+def test_a_run_learns_and_leaves_what_it_says(make_config: Callable[..., Path]):
+    """Loss falls, the best adapter is kept, and every file of the run directory is there."""
+    config = make_config()
+    events = run(config)
+    end = events[-1]
+    place = RunDir(Path(config_file.load(config).output_dir))
+    steps = [event for event in events if isinstance(event, StepDone)]
+    evaluations = [event for event in events if isinstance(event, Evaluated)]
+
+    assert isinstance(end, Finished)
+    assert [step.step for step in steps] == list(range(1, 17))
+    assert [e.step for e in evaluations] == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+    assert end.best_loss == min(e.loss for e in evaluations[1:])
+    assert end.best_loss < 0.8 * end.base_loss
+    assert {p.name for p in place.path.iterdir()} == {
+        "config.yaml", "environment.json", "metrics.jsonl", "run.json", "checkpoints", "adapter",
+    }  # fmt: skip
+    records = run_dir.read_metrics(place)
+    assert [r["step"] for r in records if r["event"] == "step"] == list(range(1, 17))
+    assert [r["loss"] for r in records if r["event"] == "evaluated"] == [e.loss for e in evaluations]
+    assert run_dir.read_status(place)["status"] == "finished"
+    assert config_file.load(place.config) == config_file.load(config)
+    best = run_dir.checkpoint_path(place, end.best_step)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (place.adapter / name).read_bytes() == (best / name).read_bytes()
+    assert not any(storage.problems_in(folder) for folder in [place.adapter, *place.checkpoints.iterdir()])
+    assert len(list(place.checkpoints.iterdir())) <= 3
+
+
+def test_early_stopping_ends_the_run_with_the_best(make_config: Callable[..., Path]):
+    """When validation stops improving, the run stops, and the adapter is the best one, not the last."""
+    config = make_config(
+        **{"train.learning_rate": 0.3, "train.epochs": 20, "train.early_stopping": {"patience": 2}, "eval.per_epoch": 2}
+    )
+    end = run(config)[-1]
+
+    assert isinstance(end, Finished)
+    assert end.reason == "no improvement in 2 evaluations"
+    assert end.step < 160
+    assert end.best_step < end.step
+
+
+def test_without_validation_the_last_adapter_is_kept(make_config: Callable[..., Path]):
+    """No validation, no early stopping."""
+    end = run(make_config(**{"data.validation": 0, "train.max_steps": 3}))[-1]
+
+    assert isinstance(end, Finished)
+    assert (end.step, end.best_step, end.base_loss) == (3, None, None)
+    assert end.adapter.is_dir()
+
+
+def test_the_base_is_not_changed(make_config: Callable[..., Path], model_folder: Callable[[str], str]):
+    """Training leaves the base's files as they were."""
+    before = model.fingerprint(Path(model_folder("llama")))
+    run(make_config())
+
+    assert model.fingerprint(Path(model_folder("llama"))) == before
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_not_finite_stops_before_it_is_applied(
+    where: str, make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    """A loss or gradient that is not finite ends the run at that step with its rows; nothing of it is saved."""
+    calls = 0
+
+    def poisoned(model: Any, batch: Any) -> LossSum:
+        nonlocal calls
+        result = target_loss(model, batch)
+        if torch.is_grad_enabled():
+            calls += 1
+            if calls > 8:
+                factor = torch.nan if where == "loss" else torch.inf
+                total = result.total * factor if where == "loss" else result.total + _infinite_gradient(result.total)
+                return LossSum(total, result.targets)
+        return result
+
+    monkeypatch.setattr("lora_cli.loop.target_loss", poisoned)
+    config = make_config(**{"train.micro_batch_tokens": 10_000})
+    with pytest.raises(TrainingStopped) as caught:
+        run(config)
+    place = RunDir(Path(config_file.load(config).output_dir))
+
+    assert "step 9: the" in caught.value.paragraph()
+    assert "rows.jsonl:" in caught.value.paragraph()
+    assert run_dir.read_status(place)["status"] == "failed"
+    assert max(step for step, _ in run_dir.step_folders(place)) == 8
+    assert not place.adapter.exists()
+
+
+def _infinite_gradient(total: torch.Tensor) -> torch.Tensor:
+    """Zero, with an infinite gradient."""
+    zero = total - total.detach()
+    return torch.sqrt(zero * zero.detach() + zero)
+
+
+# --- stopping and going on ---
+
+
+def cli(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "lora_cli", *map(str, arguments)]
+
+
+def facts(place: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """What must be the same: metrics without times, and every file of the adapter and of the newest checkpoint."""
+    metrics = [
+        {key: value for key, value in record.items() if key != "seconds"}
+        for record in run_dir.read_metrics(RunDir(place))
+    ]
+    newest, _ = checkpoint.latest(RunDir(place))
+    assert newest is not None
+    files = [*newest.iterdir(), *(place / "adapter").iterdir()]
+    return metrics, {str(file.relative_to(place)): file.read_bytes() for file in files}
+
+
+DROPOUT = {"lora.dropout": 0.1, "train.max_steps": 12, "data.validation": 8, "eval.per_epoch": 8, "save.per_epoch": 8}
+
+
+@pytest.fixture
+def whole(make_config: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A config of twelve steps with dropout, and the directory of a run of it that nothing disturbed."""
+    make_config(**DROPOUT)
+    run(make_config(**DROPOUT, output_dir=str(tmp_path / "whole")))
+    return make_config(**DROPOUT), tmp_path / "whole"
+
+
+@pytest.mark.parametrize("kill_after", [5, 7])
+def test_a_killed_run_goes_on_bit_for_bit(whole: tuple[Path, Path], kill_after: int, tmp_path: Path):
+    """Twelve steps in one go equal five (seven) and the rest with a SIGKILL between: every byte but the times."""
+    config, undisturbed = whole
+    process = subprocess.Popen(cli("train", config), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None:
+        if metrics.exists() and f'"step": {kill_after},' in metrics.read_text():
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert run_dir.read_status(RunDir(tmp_path / "run"))["status"] == "running"
+    subprocess.run(cli("train", config), check=True, capture_output=True)
+
+    assert facts(tmp_path / "run") == facts(undisturbed)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_saves_and_goes_on(whole: tuple[Path, Path], number: int, code: int, tmp_path: Path):
+    """Ctrl-C and SIGTERM finish the step, save, say how to go on, and exit 130 or 143; nothing is lost."""
+    config, undisturbed = whole
+    process = subprocess.Popen(cli("train", config), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, said = process.communicate()
+    place = RunDir(tmp_path / "run")
+    done = run_dir.read_status(place)
+
+    assert process.returncode == code
+    assert "the same command continues" in said
+    assert done["status"] == "stopped"
+    assert run_dir.step_folders(place)[0][0] == done["step"]
+    subprocess.run(cli("train", config), check=True, capture_output=True)
+    assert facts(tmp_path / "run") == facts(undisturbed)
+
+
+def test_a_stop_before_the_first_step_leaves_nothing(make_config: Callable[..., Path], tmp_path: Path):
+    """While the model is still being loaded there is nothing to save; the process ends at once."""
+    process = subprocess.Popen(cli("train", make_config()), stderr=subprocess.PIPE, text=True)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole: tuple[Path, Path]):
+    """A flipped bit is found by its hash; the older checkpoint is used, and the end is the same."""
+    config, undisturbed = whole
+    stop = StopRequest()
+    events = train(config_file.load(config), stop)
+    for event in events:
+        if isinstance(event, StepDone) and event.step == 6:
+            break
+    events.close()
+    place = RunDir(Path(config_file.load(config).output_dir))
+    newest = run_dir.step_folders(place)[0][1] / "optimizer.safetensors"
+    raw = bytearray(newest.read_bytes())
+    raw[-5] ^= 1
+    newest.write_bytes(raw)
+    said = [event.text for event in run(config) if hasattr(event, "text")]
+
+    assert any("its content is not what was written" in text for text in said)
+    assert facts(place.path) == facts(undisturbed)
+
+
+def test_a_finished_run_says_so(make_config: Callable[..., Path]):
+    """The same command again is done at once."""
+    config = make_config(**{"train.max_steps": 2})
+    run(config)
+    again = subprocess.run(cli("train", config), capture_output=True, text=True, check=False)
+
+    assert again.returncode == 0
+    assert "already finished" in again.stdout
+
+
+def test_another_config_in_the_same_folder_is_refused(make_config: Callable[..., Path]):
+    """The difference is shown, and the run is as it was."""
+    run(make_config(**{"train.max_steps": 2}))
+    changed = config_file.load(make_config(**{"train.max_steps": 2, "lora.rank": 2}))
+    with pytest.raises(ConfigError, match=r"lora\.rank: 4 there, 2 now"):
+        run_dir.require_usable(RunDir(Path(changed.output_dir)), changed)
+
+
+def test_a_folder_with_other_files_is_refused(make_config: Callable[..., Path], tmp_path: Path):
+    """What is not ours is not touched."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    config = config_file.load(make_config())
+    with pytest.raises(ConfigError, match=r"holds other files \(thesis.tex\)"):
+        run_dir.require_usable(RunDir(tmp_path / "run"), config)
+
+
+def test_changed_data_is_refused_on_resume(make_config: Callable[..., Path], tmp_path: Path):
+    """A run goes on only with the tokens it began with."""
+    config = make_config()
+    events = train(config_file.load(config), StopRequest())
+    next(event for event in events if isinstance(event, StepDone) and event.step == 3)
+    events.close()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("It is red.", "It is violet.", 1))
+    with pytest.raises(DataError, match="the data, tokenizer or template changed"):
+        run(config)
+
+
+def test_two_processes_cannot_share_a_run(make_config: Callable[..., Path], tmp_path: Path):
+    """The second one is refused while the first one holds the folder."""
+    config = make_config()
+    with run_dir.held(RunDir(tmp_path / "run")):
+        second = subprocess.run(cli("train", config), capture_output=True, text=True, check=False)
+
+    assert second.returncode == 2
+    assert "another process is using this run directory" in second.stderr
+
+
+def test_threads_are_recorded(make_config: Callable[..., Path], tmp_path: Path):
+    """environment.json holds what the numbers depend on, and nothing of the process's environment."""
+    os.environ["HF_TOKEN"] = "hf_canary"
+    try:
+        run(make_config(**{"train.max_steps": 1}))
+    finally:
+        del os.environ["HF_TOKEN"]
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+
+    assert environment["threads"] == torch.get_num_threads()
+    written = b"".join(p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())
+    assert b"hf_canary" not in written
+    assert conversation(0)["messages"][0]["content"].encode() not in written

@@ -69,7 +69,7 @@ def find_folder(path: str, revision: str | None = None) -> Path:
         if not (folder / "config.json").is_file():
             raise ModelError(f"model.path: {path} has no config.json, so it is no model.", state=NOTHING_LOADED)
         return folder
-    if folder.exists() or path.startswith(("/", ".", "~")) or path.count("/") != 1:
+    if folder.exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         near = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.glob("*/")], n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else f" Folders are looked for from {Path.cwd()}."
         raise ModelError(f"model.path: there is no model folder {path}.{hint}", state=NOTHING_LOADED)

@@ -15,12 +15,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs" / "quickstart"
 SEED = 20
-TRAIN_ROWS, HELDOUT_ROWS = 400, 60
-MIN_WORDS, MAX_WORDS = 15, 40
-SYSTEM = (
-    "Turn the support message into one line of JSON with the keys type, product, order "
-    "(null if not given) and urgent (true or false)."
-)
+TRAIN_ROWS, HELDOUT_ROWS = 700, 60
+MIN_WORDS, MAX_WORDS = 12, 34
+SYSTEM = "Turn the support message into JSON: type, product, order, urgent."
 Row = dict[str, list[dict[str, str]]]
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 ORDER_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
@@ -52,6 +49,8 @@ class Pool:
     urgent: tuple[str, ...]
     calm: tuple[str, ...]
     closings: tuple[str, ...]
+    calm_share: float  # of the messages that are not urgent, those that say so
+    no_order_every: int  # one message in so many has no order number
 
 
 # fmt: off
@@ -204,6 +203,9 @@ TRAIN = Pool(
     no_orders=(
         "I cannot find the order number.", "Unfortunately I have no order number to hand.",
         "The order number is gone, I deleted the mail.", "I do not know the order number.",
+        "I did not keep the order number.", "No order number was sent to me.", "Sorry, I have no number for it.",
+        "I threw the receipt away, so there is no number.", "The number is not in my mailbox any more.",
+        "I never got an order number.",
     ),
     urgent=(
         "This is urgent.", "Please answer as soon as possible.", "I need this solved by {d}.",
@@ -224,6 +226,8 @@ TRAIN = Pool(
         "There is no rush.", "It is not urgent.", "Take your time.", "No hurry with this.",
         "Whenever you get round to it is fine.", "It does not have to be today.", "There is plenty of time.",
         "This can wait until next month.", "I am in no hurry at all.", "An answer next week is soon enough.",
+        "It is nothing pressing.", "Please answer when it suits you.", "I can wait a few weeks.",
+        "There is no deadline for this.", "This is not a priority.", "Speed does not matter here.",
     ),
     closings=(
         "Thanks in advance.", "Thank you.", "Please let me know what happens next.", "What should I do now?",
@@ -232,6 +236,8 @@ TRAIN = Pool(
         "Otherwise I have always been happy with your shop.", "Hope you can sort it out.", "Yours, Mr Novak.",
         "That is all I know.", "Have a nice day.",
     ),
+    calm_share=0.4,
+    no_order_every=5,
 )
 
 HELDOUT = Pool(
@@ -325,6 +331,8 @@ HELDOUT = Pool(
         "I hope to hear from you.", "Warm regards, Lena.", "Thanks for looking at it.", "All the best.",
         "Let me know if you need anything else.",
     ),
+    calm_share=0.2,
+    no_order_every=10,
 )
 # fmt: on
 
@@ -344,13 +352,13 @@ def compose(rng: random.Random, pool: Pool, problem: str, order: str | None, urg
         parts["order"] = rng.choice(pool.no_orders)
     if urgent:
         parts["urgency"] = rng.choice(pool.urgent)
-    elif rng.random() < 0.2:
+    elif rng.random() < pool.calm_share:
         parts["urgency"] = rng.choice(pool.calm)
     used = [parts[name] for name in rng.choice(LAYOUTS).split() if name in parts]
     return " ".join(part.replace("{d}", rng.choice(DAYS)) for part in used)
 
 
-def generate(pool: Pool, name: str, count: int, urgent_every: int, taken: set[str]) -> list[Row]:
+def generate(pool: Pool, name: str, count: int, taken: set[str]) -> list[Row]:
     """Make count rows whose messages are not in taken, and add them to it; each file has randomness of its own."""
     rng = random.Random(f"{SEED} {name}")
     products = deck(rng, pool.products)
@@ -360,9 +368,9 @@ def generate(pool: Pool, name: str, count: int, urgent_every: int, taken: set[st
     for number in range(count):
         turn, index = divmod(number, len(kinds))
         kind, product = kinds[index], next(products)
-        # Fixed shares in each category: one in urgent_every urgent, a tenth without an order number.
-        urgent = (turn + index) % urgent_every == 0
-        no_order = (turn + 3 * index) % 10 == 0
+        # Fixed shares in each category: a third urgent, some without an order number.
+        urgent = (turn + index) % 3 == 0
+        no_order = (turn + 3 * index) % pool.no_order_every == 0
         order = None if no_order else f"{rng.choice(ORDER_LETTERS)}-{rng.randrange(1000, 10000)}"
         problem = next(problems[kind]).replace("{p}", product)
         message = ""
@@ -382,6 +390,12 @@ def make_row(message: str, record: dict[str, str | bool | None]) -> Row:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
+def phrasings(pool: Pool) -> list[str]:
+    """Every sentence a file is built from, products aside."""
+    parts = (pool.openings, pool.orders, pool.no_orders, pool.urgent, pool.calm, pool.closings, *pool.problems.values())
+    return [sentence.strip(".") for part in parts for sentence in part]
+
+
 def count_kinds(rows: list[Row]) -> str:
     """The number of rows per category, as text."""
     counts = Counter(json.loads(row["messages"][-1]["content"])["type"] for row in rows)
@@ -394,10 +408,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only compare the files on disk")
     check = parser.parse_args(argv).check
 
+    shared = [(a, b) for a in phrasings(TRAIN) for b in phrasings(HELDOUT) if a in b or b in a]
+    if shared:
+        print(f"The two files share phrasings: {shared}", file=sys.stderr)
+        return 1
     taken: set[str] = set()
     files = {
-        "train.jsonl": generate(TRAIN, "train", TRAIN_ROWS, 2, taken),
-        "heldout.jsonl": generate(HELDOUT, "heldout", HELDOUT_ROWS, 3, taken),
+        "train.jsonl": generate(TRAIN, "train", TRAIN_ROWS, taken),
+        "heldout.jsonl": generate(HELDOUT, "heldout", HELDOUT_ROWS, taken),
     }
     differing = []
     for name, rows in files.items():

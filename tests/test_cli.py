@@ -1,0 +1,284 @@
+"""The commands as a user types them: what they print, what they write, how they exit."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from conftest import SHARED, conversation, write_rows
+
+from lora_cli import cli, config_file
+
+Invoke = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
+    """Return a function that runs a command in this process and gives (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lora", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_from_config_to_merged_model(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
+    """train, eval, merge and export, each with one JSON object on stdout."""
+    config, run = make_config(), tmp_path / "run"
+    code, out, err = invoke("train", config, "train.epochs=3", "--json")
+    finished = json.loads(out)
+    assert (code, finished["step"], finished["adapter"]) == (0, 24, str(run / "adapter"))
+    assert "base model: validation loss" in err
+
+    code, out, _ = invoke("eval", run, "--json")
+    report = json.loads(out)
+    assert (code, report["rows"], report["base"]["answers"]) == (0, 8, 8)
+    assert report["base"]["loss"] == pytest.approx(finished["base_loss"], rel=1e-6)
+    assert report["tuned"]["loss"] == pytest.approx(finished["best_loss"], rel=1e-6)
+    assert report["tuned"]["perplexity"] == pytest.approx(math.exp(finished["best_loss"]), rel=1e-5)
+
+    code, out, _ = invoke("merge", run, "--output", tmp_path / "merged", "--json")
+    merged = json.loads(out)
+    assert (code, merged["adapted_tensors"], merged["top1_agreement"]) == (0, 14, 1.0)
+    assert merged["largest_logit_difference"] <= merged["bound"]
+
+    code, _, _ = invoke("export", run, "--format", "peft", "--output", tmp_path / "exported")
+    base = transformers.AutoModelForCausalLM.from_pretrained(config_file.load(config).model.path)
+    exported = peft.PeftModel.from_pretrained(base, tmp_path / "exported")
+    ids = torch.arange(5, 20)[None]
+    with torch.no_grad():
+        difference = (
+            exported(input_ids=ids).logits
+            - transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
+        )
+    assert code == 0
+    assert difference.abs().max() < 1e-4
+
+    checkpoint = sorted((run / "checkpoints").iterdir())[0]
+    assert invoke("eval", checkpoint, "--answers", "0", "--json")[0] == 0
+
+
+def test_eval_equals_transformers(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
+    """Loss and answers are those of transformers, row by row without batches or packing."""
+    config = make_config(**{"train.max_steps": 4})
+    invoke("train", config)
+    held_out = write_rows(tmp_path / "held.jsonl", [conversation(n) for n in range(100, 107)])
+    _, out, _ = invoke("eval", tmp_path / "run", "--data", held_out, "--json")
+    report = json.loads(out)
+    folder = config_file.load(config).model.path
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tuned = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    total, targets = 0.0, 0
+    for number, sample in zip(range(100, 107), report["samples"], strict=True):
+        turns = conversation(number)["messages"]
+        prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"]
+        answer = tokenizer(turns[1]["content"] + "<|im_end|>")["input_ids"]
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        with torch.no_grad():
+            total += float(tuned(input_ids=torch.tensor([prompt + answer]), labels=labels).loss) * len(answer)
+            ids = tuned.generate(
+                input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=40, do_sample=False, pad_token_id=2,
+            )  # fmt: skip
+        targets += len(answer)
+        said = tokenizer.decode(ids[0, len(prompt) :])
+        assert said.startswith(sample["tuned"]) or sample["tuned"] == said.split("<|im_end|>")[0].strip()
+        assert sample["expected"] == turns[1]["content"]
+
+    assert report["tuned"]["targets"] == targets
+    assert report["tuned"]["loss"] == pytest.approx(total / targets, rel=1e-5)
+
+
+def test_eval_of_plain_text_has_no_answers(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
+    """Nothing was asked: exact match is null, not zero."""
+    invoke("train", make_config(**{"train.max_steps": 1}))
+    held_out = write_rows(tmp_path / "held.jsonl", [{"text": "The sky is blue."}])
+    _, out, _ = invoke("eval", tmp_path / "run", "--data", held_out, "--json")
+
+    assert (json.loads(out)["tuned"]["exact_match"], json.loads(out)["tuned"]["answers"]) == (None, 0)
+
+
+def test_check_shows_and_writes_nothing(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
+    """The preview marks the trained part; counts agree with training; no file appears."""
+    config = make_config()
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = invoke("check", config)
+    assert code == 0
+    assert "[[It is" in out
+    assert "q_proj x2" in out
+    report = json.loads(invoke("check", config, "--json")[1])
+
+    assert report["total_steps"] == 16
+    assert [piece["trained"] for piece in report["preview"]] == [False, True]
+    assert report["trainable_parameters"] == sum(
+        4 * (i + o) * 2 for i, o in [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_init_writes_a_config_that_loads(invoke: Invoke, tmp_path: Path):
+    """Every key, commented; an existing file is never replaced; the schema goes to stdout."""
+    path = tmp_path / "train.yaml"
+    code, _, _ = invoke("init", path, "--model", "a/b", "--data", "x.jsonl")
+    config = config_file.load(path)
+    assert (code, config.model.path, config.data.train) == (0, "a/b", "x.jsonl")
+    assert invoke("init", path)[0] == 2
+    assert json.loads(invoke("init", "--schema")[1])["properties"].keys() == type(config).model_fields.keys()
+
+
+def test_export_says_which_formats_exist(invoke: Invoke, tmp_path: Path):
+    """An unknown format is answered with the known ones."""
+    code, _, err = invoke("export", tmp_path, "--format", "gguf", "--output", tmp_path / "x")
+
+    assert (code, "this version writes: peft" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rows", "expected"),
+    [
+        ({"lora.rnak": 8}, None, 'unknown key "rnak" under lora; did you mean "rank"?'),
+        ({"lora.rank": "eight"}, None, "lora.rank: expected a whole number; found 'eight'"),
+        ({"data.train": "nowhere/rows.jsonl"}, None, "nowhere/rows.jsonl: no such file."),
+        ({}, '{"text": "a"}\n{"text": \n', "rows.jsonl:2:9: this is not JSON"),
+        ({}, '{"messages": [{"role": "user", "content": "a"}]}\n', "rows.jsonl:1: this row has no answer"),
+        ({"lora.target_modules": ["q_porj"]}, None, 'no linear layer is named "q_porj"; did you mean "q_proj"?'),
+        ({"model.path": "./no-such-model"}, None, "model.path: there is no model folder ./no-such-model"),
+        ({"data.max_length": 8}, None, "32 of 32 rows are longer than data.max_length"),
+    ],
+)
+def test_wrong_input_is_exit_2_and_nothing_written(
+    overrides: dict[str, Any],
+    rows: str | None,
+    expected: str,
+    invoke: Invoke,
+    make_config: Callable[..., Path],
+    tmp_path: Path,
+):
+    """Each mistake: one paragraph with the place and the way out, and no run directory."""
+    config = make_config(**overrides)
+    if rows is not None:
+        (tmp_path / "rows.jsonl").write_text(rows)
+        config.write_text(config.read_text().replace('"validation": 8', '"validation": 0'))
+    code, out, err = invoke("train", config)
+
+    assert (code, out) == (2, "")
+    assert expected in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_as_json(invoke: Invoke, make_config: Callable[..., Path]):
+    """With --json the error is an object too."""
+    code, out, _ = invoke("check", make_config(), "lora.rank=0", "--json")
+
+    assert (code, json.loads(out)["error"]["exit_code"]) == (2, 2)
+
+
+def test_a_bug_is_exit_1_with_a_log(invoke: Invoke, make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    """What is no fault of the user is a short note and a traceback in a file."""
+    monkeypatch.setattr(config_file, "load", lambda *_: 1 / 0)
+    code, _, err = invoke("check", make_config())
+    log = Path(err.split("traceback is in ")[1].split(";")[0])
+
+    assert code == 1
+    assert "ZeroDivisionError" in log.read_text()
+    log.unlink()
+
+
+def broken_model(kind: str, folder: Path, whole: Path) -> None:
+    """A copy of a model with one thing wrong."""
+    for file in whole.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    match kind:
+        case "missing tensor":
+            del tensors["model.layers.1.mlp.up_proj.weight"]
+            safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        case "other shape":
+            config["intermediate_size"] = 64
+        case "code":
+            config["auto_map"] = {"AutoModelForCausalLM": "modeling.X"}
+        case "pickle":
+            (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+        case "not json":
+            (folder / "config.json").write_text("{")
+            return
+        case "unknown type":
+            config["model_type"] = "no-such-model"
+        case "encoder-decoder":
+            config |= {"model_type": "t5", "is_encoder_decoder": True}
+        case "not causal":
+            bert = transformers.BertConfig(
+                vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+            )
+            transformers.BertLMHeadModel(bert).save_pretrained(folder)
+            return
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("missing tensor", "1 weights are missing"),
+        ("other shape", "another shape"),
+        ("code", "model.trust_remote_code: true"),
+        ("pickle", "no .safetensors weights (pytorch_model.bin)"),
+        ("not json", "config.json: is not JSON"),
+        ("unknown type", "cannot be read as a model"),
+        ("encoder-decoder", "encoder-decoder"),
+        ("not causal", "lets tokens see those after them"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused(
+    kind: str, expected: str, invoke: Invoke, make_config: Callable[..., Path], model_folder: Callable[[str], str],
+    tmp_path: Path,
+):  # fmt: skip
+    """Missing weights would be random numbers, foreign code would run: each is an error that says so."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    broken_model(kind, folder, Path(model_folder("llama")))
+    code, _, err = invoke("train", make_config(**{"model.path": str(folder), "lora.target_modules": "all-linear"}))
+
+    assert code == 2
+    assert expected in err
+
+
+def test_a_run_that_is_not_finished_names_its_checkpoints(
+    invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path
+):
+    """eval of a run without adapter/ points at what can be used."""
+    (tmp_path / "run" / "checkpoints" / "step-000004").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(make_config().read_text())
+    code, _, err = invoke("eval", tmp_path / "run")
+
+    assert code == 2
+    assert "step-000004" in err
+
+
+def test_real_data_on_a_real_tiny_model(invoke: Invoke, shared_model: str, tmp_path: Path):
+    """Five lines of config train a pretrained model on a real task, and its loss falls."""
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {shared_model}\ndata:\n  train: {SHARED}/data/e2e/train.jsonl\noutput_dir: {tmp_path}/run\n"
+        "train: {max_steps: 20}\n"
+    )
+    code, out, _ = invoke("train", config, "data.validation=64", "--json")
+    finished = json.loads(out)
+
+    assert code == 0
+    assert finished["best_loss"] < 0.8 * finished["base_loss"]

@@ -1,0 +1,118 @@
+"""What is written appears whole or not at all, and a changed byte is found."""
+
+import resource
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+
+from lora_cli import checkpoint, run_dir, storage
+from lora_cli.errors import AdapterError, SurroundingsError
+from lora_cli.run_dir import RunDir
+
+
+def sealed(path: Path) -> Path:
+    with storage.new_directory(path) as folder:
+        (folder / "a.bin").write_bytes(bytes(range(256)))
+        (folder / "b.txt").write_text("b")
+    return path
+
+
+def test_a_sealed_directory_is_whole(tmp_path: Path):
+    """The manifest names every file, modes follow the umask, and nothing temporary stays."""
+    folder = sealed(tmp_path / "x")
+
+    assert storage.problems_in(folder) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert stat.S_IMODE((folder / "a.bin").stat().st_mode) == 0o666 & ~storage._umask()
+
+
+def test_an_error_inside_leaves_nothing(tmp_path: Path):
+    """Neither the directory nor its temporary folder is there after a failure."""
+
+    def fail() -> None:
+        with storage.new_directory(tmp_path / "x") as folder:
+            (folder / "a").write_text("a")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_is_never_overwritten(tmp_path: Path):
+    """An existing one is an error."""
+    sealed(tmp_path / "x")
+    with pytest.raises(AdapterError, match="already exists"):
+        sealed(tmp_path / "x")
+
+
+@pytest.mark.parametrize("position", [0, 100, 255])
+def test_every_flipped_bit_is_found(tmp_path: Path, position: int):
+    """A hash for every file."""
+    folder = sealed(tmp_path / "x")
+    raw = bytearray((folder / "a.bin").read_bytes())
+    raw[position] ^= 0x10
+    (folder / "a.bin").write_bytes(raw)
+
+    assert ["its content is not what was written" in problem for problem in storage.problems_in(folder)] == [True]
+
+
+def test_cut_missing_and_hostile(tmp_path: Path):
+    """A cut file, a missing file, no manifest, and a manifest that points out of its folder are each named."""
+    folder = sealed(tmp_path / "x")
+    (folder / "a.bin").write_bytes(b"short")
+    (folder / "b.txt").unlink()
+    cut, missing = storage.problems_in(folder)
+    assert ("has 5 bytes, was written with 256" in cut, "is missing" in missing) == (True, True)
+
+    (folder / storage.MANIFEST).write_text('{"files": {"../secret": {"size": 1, "sha256": "0"}}}')
+    assert "outside its folder" in storage.problems_in(folder)[0]
+    (folder / storage.MANIFEST).write_text("[]")
+    assert "cannot be read" in storage.problems_in(folder)[0]
+    (folder / storage.MANIFEST).unlink()
+    assert "cannot be read" in storage.problems_in(folder)[0]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path):
+    """When the system refuses to write, the old content stays, and the error has the path."""
+    path = tmp_path / "config.yaml"
+    storage.write_file(path, "old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(SurroundingsError, match=r"config\.yaml: cannot be written"):
+            storage.write_file(path, "new" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_left_overs_of_ours_are_swept_and_only_they(tmp_path: Path):
+    """What a killed process left half-written goes at the next start."""
+    (tmp_path / ".lora-tmp-abc").mkdir()
+    (tmp_path / ".lora-tmp-file").write_text("x")
+    (tmp_path / ".mine").write_text("x")
+    storage.sweep(tmp_path)
+
+    assert [p.name for p in tmp_path.iterdir()] == [".mine"]
+
+
+def test_latest_and_prune(tmp_path: Path):
+    """The newest whole checkpoint is used; the best one that a kept one refers to is not deleted."""
+    run = RunDir(tmp_path)
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
+        with storage.new_directory(run_dir.checkpoint_path(run, step)) as folder:
+            (folder / checkpoint.STATE).write_text(f'{{"step": {step}, "stopping": {{"best_step": {best}}}}}')
+    checkpoint.prune(run, keep=2)
+    assert [step for step, _ in run_dir.step_folders(run)] == [5, 4, 2]
+
+    (run_dir.checkpoint_path(run, 5) / checkpoint.STATE).write_text("{}")
+    path, problems = checkpoint.latest(run)
+    assert (path, len(problems)) == (run_dir.checkpoint_path(run, 4), 1)

@@ -157,6 +157,7 @@ def load_model(header: ModelHeader, config: ModelConfig, device: torch.device) -
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # so that they are listed; they are an error below
             output_loading_info=True,
         )
     except (ValueError, OSError, RuntimeError) as error:

@@ -46,9 +46,9 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
     run, world = RunDir(Path(config.output_dir)), current_world()
     base_fingerprint = model.fingerprint(prepared.header.folder)
     environment = describe_environment(str(world.device), base_fingerprint, data_fingerprint(prepared))
+    language_model = model.load_model(prepared.header, config.model, world.device)
     with run_dir.held(run):
         run_dir.create(run, config, environment)
-        language_model = model.load_model(prepared.header, config.model, world.device)
         loop = Loop(config, run, language_model, prepared.train, prepared.validation, base_fingerprint, stop)
         yield from loop.restore()
         trainable = sum(p.numel() for p in lora.trainable(language_model.module).values())

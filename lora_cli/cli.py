@@ -76,7 +76,7 @@ def train(config: Config, overrides: Overrides = None, json: Json = False) -> No
     run_config = config_file.load(config, overrides or [])
     from lora_cli import train as training
 
-    ended = training.finished(run_config)
+    ended = training.ended(run_config)
     already = ended is not None
     if ended is None:
         with interrupt.listening() as stop:

@@ -15,7 +15,7 @@ from lora_cli.records import Evaluated, Event, Finished, Notice, Started, StepDo
 from lora_cli.run_dir import RunDir
 
 
-def finished(config: RunConfig) -> Finished | None:
+def ended(config: RunConfig) -> Finished | None:
     """Return how a run of this config ended, when it is finished; raises when the folder cannot be used."""
     run = RunDir(Path(config.output_dir))
     run_dir.require_usable(run, config)
@@ -64,6 +64,7 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
         )
         run_dir.write_status(run, "running", step=loop.state.step, pid=os.getpid())
         stop.saving = True
+        finished = False
         try:
             for event in loop:
                 if isinstance(event, StepDone | Evaluated):
@@ -71,8 +72,11 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
                 if isinstance(event, Finished):
                     facts = {key: value for key, value in as_json(event).items() if key != "adapter"}
                     run_dir.write_status(run, "finished", **facts)
+                    finished = True
                 yield event
         except BaseException as error:
+            if finished:
+                raise
             state = "stopped" if isinstance(error, Interrupted | GeneratorExit) else "failed"
             reason = error.problems[0] if isinstance(error, UserError) else type(error).__name__
             progress = asdict(loop.state.stopping)

@@ -29,6 +29,21 @@ _PREFIX = "base_model.model."
 _NAME = re.compile(rf"{re.escape(_PREFIX)}(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
 
 
+# PEFT settings that make more of an adapter than W + scale * B A.
+_NOT_PLAIN = (
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """An adapter read from disk: its tensors by layer path, and how strongly each is applied."""
@@ -72,7 +87,7 @@ def save(
         for name, parameter in lora.trainable(model).items()
     }
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    safetensors.torch.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))  # an OSError where it fails
     (folder / BASE).write_text(json.dumps({"fingerprint": base_fingerprint}) + "\n", encoding="utf-8")
 
 
@@ -85,14 +100,18 @@ def _shortest_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
 
 def copy(source: Path, folder: Path) -> None:
     """Copy the files of an adapter out of its folder or a checkpoint."""
-    for name in (CONFIG, WEIGHTS, BASE):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(source / name, folder / name)
+    if (source / BASE).is_file():  # adapters from elsewhere have none
+        shutil.copyfile(source / BASE, folder / BASE)
 
 
 def read(folder: Path) -> Adapter:
     """Read and check an adapter: ours or any PEFT LoRA. Raises AdapterError with everything that cannot be honoured."""
     values = _read_config(folder)
+    if not (folder / WEIGHTS).is_file():
+        hint = " Pickled weights (.bin) are not read; save it again with PEFT." if list(folder.glob("*.bin")) else ""
+        raise AdapterError(f"{folder}: has no {WEIGHTS}.{hint}", state="Nothing was read.")
     try:
         with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -138,9 +157,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
         problems.append(f"{path}: is a DoRA adapter, which this version cannot apply.")
     if values.get("bias", "none") != "none" or values.get("lora_bias"):
         problems.append(f"{path}: trained biases cannot be applied.")
-    for key in ("modules_to_save", "target_parameters", "trainable_token_indices"):
+    for key in _NOT_PLAIN:
         if values.get(key):
-            problems.append(f"{path}: {key} ({values[key]}) cannot be applied.")
+            problems.append(f"{path}: {key} ({str(values[key])[:80]}) cannot be applied.")
+    start = values.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
+        problems.append(
+            f"{path}: was started with {start}, which changes the base; convert it to a plain LoRA with PEFT first "
+            "(save_pretrained with path_initial_model_for_weight_conversion)."
+        )
     if problems:
         raise AdapterError(*problems, state="Nothing was read.")
     return values
@@ -176,7 +201,11 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     problems = []
     for path, down in adapter.lora_A.items():
         if path not in linear:
-            problems.append(f"{adapter.folder}: adapts {path}, but the base has no such linear layer.")
+            head = any(
+                module is model.get_output_embeddings() for name, module in model.named_modules() if name == path
+            )
+            what = "the output head, which cannot be adapted here" if head else "but the base has no such linear layer"
+            problems.append(f"{adapter.folder}: adapts {path}, {what}.")
             continue
         here = lora.linear_shape(linear[path])
         up = adapter.lora_B[path]
@@ -186,7 +215,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
                 f"{adapter.folder}: {path} is {there[0]} -> {there[1]}, in the base {here[0]} -> {here[1]}."
             )
     if problems:
-        raise AdapterError("The adapter was trained on another base model.", *problems, state=NOTHING_WRITTEN)
+        raise AdapterError("The adapter does not fit this base model.", *problems, state=NOTHING_WRITTEN)
     lora.wrap(model, {path: (down.shape[0], adapter.scales[path]) for path, down in adapter.lora_A.items()})
     load_weights(model, adapter)
 

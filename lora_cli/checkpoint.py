@@ -58,14 +58,14 @@ def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -
     if path.exists() and storage.problems_in(path):
         storage.remove_directory(path)
     if not path.exists():
-        with storage.new_directory(path) as folder:
+        with storage.explained(path), storage.new_directory(path) as folder:
             save_adapter(folder)
             tensors = {
                 f"{name}.{moment}": value.detach().cpu().contiguous()
                 for name, parameter in lora.trainable(state.model).items()
                 for moment, value in state.optimizer.state[parameter].items()
             }
-            safetensors.torch.save_file(tensors, folder / OPTIMIZER, {"format": "pt"})
+            (folder / OPTIMIZER).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
             numbers = {"step": state.step, "stopping": asdict(state.stopping)}
             (folder / STATE).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     return path

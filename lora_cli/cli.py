@@ -1,6 +1,8 @@
 """The commands. Each is a short path; what is slow to import is imported inside, and errors become exit codes here."""
 
 import os
+import shlex
+import signal
 import sys
 import tempfile
 import traceback
@@ -12,7 +14,7 @@ import typer
 
 from lora_cli import __version__, config_file, console, interrupt, storage
 from lora_cli import data as data_rows
-from lora_cli.errors import ConfigError, InputError, UserError
+from lora_cli.errors import ConfigError, InputError, Interrupted, UserError
 from lora_cli.records import Finished, as_json
 
 app = typer.Typer(
@@ -161,10 +163,14 @@ def version(json: Json = False) -> None:
 
 def main() -> None:
     """Run a command; turn what goes wrong into an exit code and one paragraph on stderr."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # training listens by itself; what others write is cleaned up
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         app()
     except UserError as error:
         console.print_error(error)
+        if isinstance(error, Interrupted):
+            console.message(f"Continue with: {shlex.join(['lora', *sys.argv[1:]])}")
         if "--json" in sys.argv:
             console.print_json(
                 {"error": {"exit_code": error.exit_code, "problems": error.problems, "state": error.state}}

@@ -38,7 +38,7 @@ def compare(path: Path, data_path: str | None, base: str | None, most_answers: i
     for gain in (0.0, 1.0):
         with lora.gain(loaded.module, gain):
             losses[gain] = evaluate(loaded, held_out, tokens)
-            answers[gain] = _answers(loaded, tokenizer, asked)
+            answers[gain] = _answers(loaded, tokenizer, asked, result.header.max_positions)
     samples = [
         Sample(example.where, wanted, base_text, tuned_text)
         for (example, _, _), wanted, base_text, tuned_text in zip(
@@ -58,7 +58,7 @@ def compare(path: Path, data_path: str | None, base: str | None, most_answers: i
 def _held_out(result: Result, data_path: str | None) -> tuple[DataConfig, Sequence[Conversation], str]:
     if data_path is not None:
         settings = result.config.data if result.config else DataConfig(train=data_path)
-        return settings, data.read(data_path), data_path
+        return settings, data.read(data_path, settings.format), data_path
     if result.config is None:
         raise DataError(f"{result.adapter.folder}: belongs to no run with validation rows; give --data FILE.")
     _, validation = data.read_split(result.config.data, result.config.seed)
@@ -75,12 +75,15 @@ def _asked(held_out: Sequence[Example], most: int) -> list[tuple[Example, tuple[
 
 
 def _answers(
-    loaded: LanguageModel, tokenizer: Tokenizer, asked: Sequence[tuple[Example, tuple[int, ...], tuple[int, ...]]]
+    loaded: LanguageModel,
+    tokenizer: Tokenizer,
+    asked: Sequence[tuple[Example, tuple[int, ...], tuple[int, ...]]],
+    max_positions: int | None,
 ) -> list[str]:
     if not asked:
         return []
     longest = max(len(answer) for _, _, answer in asked)
-    ids = greedy(loaded, tokenizer, [prompt for _, prompt, _ in asked], max_new_tokens=longest + 8)
+    ids = greedy(loaded, tokenizer, [prompt for _, prompt, _ in asked], longest + 8, max_positions)
     return [_text(tokenizer, answer, ()) for answer in ids]
 
 

@@ -50,7 +50,7 @@ class LoraConfig(Section):
     rank: Int = Field(32, ge=1, description="size of the low-rank update")
     alpha: Float = Field(32, gt=0, description="scale of the update, divided by the rank")
     dropout: Float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
-    target_modules: Literal["all-linear"] | tuple[Text, ...] = Field(
+    target_modules: Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
         "all-linear",
         description="all-linear, or a list of names as they stand in the model (q_proj, down_proj, ...)",
     )
@@ -63,14 +63,27 @@ class ReplayConfig(Section):
     ratio: Float = Field(0.05, gt=0, lt=1)
 
 
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference"]
+
+
+class SourceConfig(Section):
+    """One of several sources of training rows."""
+
+    path: Text
+    weight: Annotated[Float, Field(gt=0)] = 1.0
+    format: Format = "auto"
+
+
 class DataConfig(Section):
     """What is learned and what is held out."""
 
-    train: Text = Field(description="a file (jsonl, json, csv, parquet), a folder or a hub id")
+    train: Text | Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = Field(
+        description="a file (jsonl, json, csv, parquet), a folder, a hub id, or a list of {path, weight, format}"
+    )
     validation: Int | Float | Text = Field(
         0.1, description="a share of train, a number of rows, a file or a hub split; 0 turns validation off"
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference"] = Field(
+    format: Format = Field(
         "auto", description="auto | messages | sharegpt | alpaca | prompt-completion | text | preference"
     )
     max_length: Int = Field(2048, ge=2, description="tokens")
@@ -95,12 +108,16 @@ class TrainConfig(Section):
     epochs: Int = Field(3, ge=1, description="passes over the training data")
     max_steps: Int | None = Field(None, ge=1, description="stop after this many optimizer steps")
     batch_size: Int = Field(16, ge=1, description="examples per optimizer step, over all processes")
-    learning_rate: Float | Literal["auto"] = Field(3e-4, description="the peak, reached after warm-up; or auto")
+    learning_rate: Annotated[Float, Field(gt=0)] | Literal["auto"] = Field(
+        3e-4, description="the peak, reached after warm-up; or auto"
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="cosine | linear | constant")
     warmup_ratio: Float = Field(0.03, ge=0, lt=1, description="share of all steps spent warming up")
     weight_decay: Float = Field(0.0, ge=0, description="decoupled, as in AdamW")
     max_grad_norm: Float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    micro_batch_tokens: Int | Literal["auto"] = Field("auto", description="tokens one forward sees")
+    micro_batch_tokens: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="tokens one forward sees"
+    )
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     kl_to_base: Float = Field(0.0, ge=0, description="weight of KL(base || tuned), against forgetting")
 
@@ -181,15 +198,10 @@ def check_config(config: RunConfig) -> dict[str, str]:
         if root in _ONLY and value not in _ONLY[root]:
             usable = " or ".join("null" if v is None else str(v) for v in _ONLY[root])
             problems[root] = f"this version cannot do {value!r} yet; leave {root} at {usable}"
-    rate = config.train.learning_rate
-    if rate == "auto":
+    if config.train.learning_rate == "auto":
         problems["train.learning_rate"] = "this version cannot choose the rate yet; give a number, for example 3e-4"
-    elif rate <= 0:
-        problems["train.learning_rate"] = f"must be above 0, not {rate}"
-    if isinstance(config.train.micro_batch_tokens, int) and config.train.micro_batch_tokens < 1:
-        problems["train.micro_batch_tokens"] = "must be at least 1, or auto"
-    if config.lora.target_modules == ():
-        problems["lora.target_modules"] = "the list is empty: name at least one module, or write all-linear"
+    if isinstance(config.data.train, tuple) and any(source.weight != 1 for source in config.data.train):
+        problems["data.train"] = "this version cannot weigh sources yet; leave every weight at 1"
     validation = config.data.validation
     if isinstance(validation, float) and not 0 <= validation < 1:
         problems["data.validation"] = f"a share must lie between 0 and 1, not {validation} (a whole number counts rows)"

@@ -29,8 +29,8 @@ from lora_cli.records import (
     StepDone,
 )
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 _QUIET_SECONDS = 5.0  # without a terminal, steps are reported no more often than this
 
 

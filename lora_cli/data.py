@@ -10,7 +10,7 @@ from typing import Any
 from lora_cli.config import DataConfig
 from lora_cli.errors import DataError
 from lora_cli.randomness import derive_seed
-from lora_cli.sources import NOTHING_LOADED, is_hub_id, iter_rows
+from lora_cli.sources import NOTHING_LOADED, Broken, is_hub_id, iter_rows
 
 Row = Mapping[str, Any]
 
@@ -45,7 +45,16 @@ def _text(row: Row, key: str, *, default: str | None = None) -> str:
         return default
     if not isinstance(value, str):
         raise _RowError(f'"{key}" must be text, found {type(value).__name__}')
-    return value
+    return _whole(value)
+
+
+def _whole(text: str) -> str:
+    """Return a text that is valid Unicode: JSON can hold half of a character (a lone surrogate)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _RowError(f"holds half of a character (position {error.start})") from None
+    return text
 
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function_call": "assistant",
@@ -67,7 +76,7 @@ def _message(entry: Any, role_key: str, content_key: str) -> Message:
     if not isinstance(content, str):
         raise _RowError(f'"{content_key}" of a {role} message must be text, found {type(content).__name__}')
     role = _ROLES.get(role, role)
-    return Message(role, content, role == "assistant", extra)
+    return Message(role, _whole(content), role == "assistant", extra)
 
 
 def _conversation(
@@ -80,10 +89,21 @@ def _conversation(
         raise _RowError("has no answer: no message of the role assistant")
     if any(m.trained and not m.content.strip() and not m.extra for m in messages):
         raise _RowError("has an empty answer")
-    tools = row.get("tools") or None
-    if isinstance(tools, str):
-        tools = json.loads(tools) if tools.strip().startswith("[") else None
-    return Conversation(messages, True, where, tools)
+    return Conversation(messages, True, where, _tools(row.get("tools")))
+
+
+def _tools(value: Any) -> Sequence[Any] | None:
+    """Return the tools of a row: a list, or a list written as JSON text; nothing where it is empty."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise _RowError('"tools" is text that is not JSON') from None
+    if not value:
+        return None
+    if not isinstance(value, list):
+        raise _RowError(f'"tools" must be a list, found {type(value).__name__}')
+    return value
 
 
 def _from_messages(row: Row, where: str) -> Conversation:
@@ -116,6 +136,8 @@ def _from_prompt_completion(row: Row, where: str) -> Conversation:
         answers = tuple(
             Message(m.role, m.content, m.trained and i >= len(prompt), m.extra) for i, m in enumerate(asked.messages)
         )
+        if not any(message.trained for message in answers):
+            raise _RowError('has no answer in "completion"')
         return Conversation(answers, True, where, asked.tools)
     prompt, completion = _text(row, "prompt"), _text(row, "completion")
     if not completion.strip():
@@ -168,6 +190,9 @@ def read(source: str, format: str = "auto", split: str = "train") -> list[Conver
     problems: list[str] = []
     chosen = None if format == "auto" else format
     for where, row in iter_rows(source, split):
+        if isinstance(row, Broken):
+            problems.append(row.problem)
+            continue
         if not isinstance(row, dict):
             problems.append(f"{where}: a row must be an object with keys, found {type(row).__name__}.")
             continue
@@ -188,10 +213,14 @@ def read(source: str, format: str = "auto", split: str = "train") -> list[Conver
 
 def read_split(config: DataConfig, seed: int) -> tuple[list[Conversation], list[Conversation]]:
     """Return the training and the validation rows; the same rows for the same data and seed. Raises DataError."""
-    train = read(config.train, config.format)
     held_out = config.validation
+    if isinstance(config.train, str):
+        train = read(config.train, config.format)
+    else:
+        sources = [(source.path, source.format) for source in config.train]
+        train = [row for path, kind in sources for row in read(path, kind if kind != "auto" else config.format)]
     if isinstance(held_out, str):
-        if is_hub_id(held_out) and is_hub_id(config.train):
+        if isinstance(config.train, str) and is_hub_id(held_out) and is_hub_id(config.train):
             return train, read(config.train, config.format, split=held_out)
         return train, read(held_out, config.format)
     count = held_out if isinstance(held_out, int) else round(held_out * len(train))

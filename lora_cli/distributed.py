@@ -15,6 +15,18 @@ class World:
     device: torch.device
 
 
+def memory_error(error: BaseException) -> SurroundingsError | None:
+    """Return what to tell the user when an error means that memory ran out, else None."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
+        return SurroundingsError(
+            f"memory ran out: {text[:200]}",
+            "Set train.micro_batch_tokens lower (no number of the run changes), or data.max_length.",
+            state="The step was not applied; the same command continues from the last checkpoint.",
+        )
+    return None
+
+
 def current_world() -> World:
     """Return the world this process was started in. Raises SurroundingsError when it has several processes."""
     size = int(os.environ.get("WORLD_SIZE", "1"))

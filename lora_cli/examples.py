@@ -25,6 +25,7 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
     chat_template: str | None
     all_special_tokens: list[str]
+    added_tokens_decoder: dict[int, Any]
 
     def __call__(self, text: list[str], **options: Any) -> Any: ...
     def decode(self, ids: Sequence[int], **options: Any) -> str: ...
@@ -74,8 +75,8 @@ def _squash(text: str) -> str:
 
 def _answer_in(tail: str, message: Message, specials: re.Pattern[str], where: str) -> str:
     """Return the trained part of what the template writes for an answer: through its end token."""
-    ends = [match.end() for match in specials.finditer(tail)]
-    whole = [end for end in ends if _squash(message.content) in _squash(tail[:end])]
+    ends = list(specials.finditer(tail))
+    whole = [end.end() for end in ends if _squash(message.content) in _squash(tail[: end.start()])]
     if not ends:
         raise DataError(
             f"{where}: the model's chat template writes no end token after an answer, so a model trained with it would "
@@ -126,8 +127,9 @@ def _iter_segments(row: Conversation, tokenizer: Tokenizer, specials: re.Pattern
 def _encode(pieces: Sequence[Segments], tokenizer: Tokenizer, special: bool) -> Iterator[tuple[list[int], list[bool]]]:
     """Iterate over (token ids, trained?) of each sequence.
 
-    A sequence is tokenised as one text, unless a token would lie across the border of prompt and answer: then each
-    segment is tokenised alone, as it is when the model answers.
+    A sequence is tokenised as one text. Where a token would lie across the border of prompt and answer, the segments
+    are tokenised each alone, as the prompt is when the model answers, if that gives the same text; with a tokenizer
+    that writes a space before every text it does not, and then that token counts as the answer's.
     """
     encoded = tokenizer(
         ["".join(s.text for s in segments) for segments in pieces],
@@ -142,22 +144,30 @@ def _encode(pieces: Sequence[Segments], tokenizer: Tokenizer, special: bool) -> 
             borders.add(begin)
             if segment.trained:
                 spans.append((begin, end))
+        trained = [any(_overlaps(offset, span) for span in spans) for offset in offsets]
         if any(start < border < stop for border in borders for start, stop in offsets):
-            ids, trained = [], []
+            apart: list[int] = []
+            flags: list[bool] = []
             for number, segment in enumerate(segments):
-                alone = tokenizer([segment.text], add_special_tokens=special and number == 0, verbose=False)[
-                    "input_ids"
-                ][0]
-                ids += alone
-                trained += [segment.trained] * len(alone)
-            yield ids, trained
-        else:
-            yield ids, [any(max(start, b) < min(stop, e) for b, e in spans) for start, stop in offsets]
+                encoded_alone = tokenizer([segment.text], add_special_tokens=special and number == 0, verbose=False)
+                apart += encoded_alone["input_ids"][0]
+                flags += [segment.trained] * len(encoded_alone["input_ids"][0])
+            if tokenizer.decode(apart) == tokenizer.decode(ids):
+                ids, trained = apart, flags
+        yield ids, trained
+
+
+def _overlaps(offset: tuple[int, int], span: tuple[int, int]) -> bool:
+    """Return whether a token's characters lie in a span; some tokenizers give white space an empty range."""
+    (start, stop), (begin, end) = offset, span
+    return max(start, begin) < min(stop, end) or (start == stop and begin <= start < end)
 
 
 def _sequences(rows: Sequence[Conversation], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int], list[bool]]]:
     """Iterate over (place, token ids, trained?) of every sequence of the rows, in their order."""
-    specials = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens) or "(?!)")
+    names = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names |= set(tokenizer.all_special_tokens)
+    specials = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
     for begin in range(0, len(rows), 512):
         some = rows[begin : begin + 512]
         for templated, group in groupby(some, key=lambda row: row.templated):

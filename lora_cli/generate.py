@@ -6,25 +6,30 @@ import torch
 
 from lora_cli import lora
 from lora_cli.examples import Tokenizer
-from lora_cli.model import LanguageModel, end_tokens, own_attention
+from lora_cli.model import LanguageModel, end_tokens, generating
 
 BATCH = 16
 
 
 @torch.inference_mode()
 def greedy(
-    model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    max_positions: int | None = None,
 ) -> list[tuple[int, ...]]:
     """Return the most likely continuation of each prompt (token ids), without its end token.
 
-    A continuation ends at an end token or after `max_new_tokens`.
+    A continuation ends at an end token, after `max_new_tokens`, or where the model has no positions left. What the
+    model's generation_config asks for beside its end tokens (sampling, a repetition penalty) is left out.
     """
     lora.set_dropout(model.module, active=False)
     ends = end_tokens(model, tokenizer)
     pad = ends[0] if ends else 0
     answers: dict[int, tuple[int, ...]] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    with own_attention(model):
+    with generating(model):
         for begin in range(0, len(order), BATCH):
             indices = order[begin : begin + BATCH]
             longest = max(len(prompts[i]) for i in indices)
@@ -36,12 +41,8 @@ def greedy(
             output = model.module.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=min(max_new_tokens, max(1, (max_positions or longest + max_new_tokens) - longest)),
                 do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
                 eos_token_id=list(ends) or None,
                 pad_token_id=pad,
                 use_cache=True,

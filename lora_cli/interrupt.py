@@ -22,8 +22,9 @@ class StopRequest:
         if self.wanted or not self.saving:
             # Not an exception: one raised in the middle of an import or of a file's rename could be swallowed there.
             # What is being written has a temporary name, and the kernel lets go of the run's lock.
-            said = "stopped at once; the last checkpoint is whole." if self.wanted else "stopped before the first step."
-            os.write(2, f"\n{said} The same command starts from there.\n".encode())
+            said = "stopped at once; the last checkpoint is whole." if self.wanted else "stopped while getting ready."
+            cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
+            os.write(2, f"{cursor}\n{said} The same command goes on from there.\n".encode())
             os._exit(128 + number)
         self.signal_number = number
 

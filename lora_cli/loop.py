@@ -12,7 +12,7 @@ from lora_cli import adapter, checkpoint, lora, run_dir, storage
 from lora_cli.batches import Step, collate, plan_epoch, steps_in_epoch
 from lora_cli.checkpoint import Stopping, TrainState
 from lora_cli.config import RunConfig
-from lora_cli.errors import Interrupted, TrainingStopped
+from lora_cli.errors import AdapterError, Interrupted, TrainingStopped
 from lora_cli.evaluate import evaluate
 from lora_cli.examples import Example
 from lora_cli.forward import target_loss, token_budget
@@ -134,7 +134,9 @@ class Loop:
             seconds=time.perf_counter() - began,
         )
 
-    def _require_finite(self, value: float, name: str, step: int, examples: Sequence[Example]) -> None:
+    def _require_finite(
+        self, value: float, name: str, step: int, examples: Sequence[Example], applied: bool = False
+    ) -> None:
         if math.isfinite(value):
             return
         rows = ", ".join(example.where for example in examples[:8])
@@ -143,7 +145,7 @@ class Loop:
         raise TrainingStopped(
             f"step {step}: the {name} is {value}. Rows of it: {rows}{', ...' if len(examples) > 8 else ''}.",
             "A lower train.learning_rate, or model.dtype: float32, are the usual ways out.",
-            state=f"The step was not applied. {last}",
+            state=last if applied else f"The step was not applied. {last}",
         )
 
     def _after_step(self) -> Iterator[Event]:
@@ -160,7 +162,7 @@ class Loop:
             raise Interrupted(
                 self.stop.signal_number,
                 f"stopped on request after step {self.state.step} of {self.timetable.total_steps}.",
-                state=f"Saved in {self.run.path}; the same command continues from there.",
+                state=f"Saved in {self.run.path}.",
             )
 
     def _evaluate(self) -> Evaluated:
@@ -168,7 +170,7 @@ class Loop:
         began = time.perf_counter()
         stopping, patience = self.state.stopping, self.config.train.early_stopping.patience
         result = evaluate(self.model, self.validation, self.tokens)
-        self._require_finite(result.mean, "validation loss", self.state.step, self.validation)
+        self._require_finite(result.mean, "validation loss", self.state.step, self.validation, applied=True)
         improved = False
         if self.state.step == 0:
             stopping.base_loss = result.mean
@@ -204,6 +206,10 @@ class Loop:
         stopping = self.state.stopping
         chosen = run_dir.checkpoint_path(self.run, stopping.best_step or self.state.step)
         if not self.run.adapter.exists():
+            if problems := storage.problems_in(chosen):
+                raise AdapterError(
+                    *problems, state=f"The best checkpoint is damaged; the others in {chosen.parent} can be used."
+                )
             with storage.new_directory(self.run.adapter) as folder:
                 adapter.copy(chosen, folder)
         early = self.state.step < self.timetable.total_steps

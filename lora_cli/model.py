@@ -105,7 +105,8 @@ def read_header(config: ModelConfig) -> ModelHeader:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{folder / 'config.json'}: is not JSON: {error}.", state=NOTHING_LOADED) from None
-    if "auto_map" in raw and not config.trust_remote_code:
+    foreign = "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING
+    if foreign and not config.trust_remote_code:
         raise ModelError(
             f"{folder}: this model runs Python code of its own. Read it, then set model.trust_remote_code: true.",
             state=NOTHING_LOADED,
@@ -160,7 +161,7 @@ def load_model(header: ModelHeader, config: ModelConfig, device: torch.device) -
             ignore_mismatched_sizes=True,  # so that they are listed; they are an error below
             output_loading_info=True,
         )
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise ModelError(f"{header.folder}: the weights cannot be read: {str(error)[:300]}") from None
     missing = [str(name) for name in [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]]
     if missing:
@@ -179,14 +180,28 @@ def load_model(header: ModelHeader, config: ModelConfig, device: torch.device) -
 
 
 @contextlib.contextmanager
-def own_attention(model: LanguageModel) -> Iterator[None]:
-    """Run a block with the attention the model came with, which knows padding masks and caches."""
+def generating(model: LanguageModel) -> Iterator[None]:
+    """Run a block with the attention the model came with, which knows padding masks and caches, and plain decoding."""
     model.module.set_attn_implementation(model.own_attention)
+    configured = model.module.generation_config
+    model.module.generation_config = transformers.GenerationConfig()
     try:
         yield
     finally:
+        model.module.generation_config = configured
         if model.layout.packed:
             model.module.set_attn_implementation(PACKED)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold a model's weights: those its index names, or the only one. Raises ModelError."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors"))
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if wrong := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
+        raise ModelError(f"{index}: names {wrong[0][:80]}, which is not in this folder.", state=NOTHING_LOADED)
+    return [folder / name for name in names]
 
 
 def fingerprint(folder: Path) -> str:
@@ -196,7 +211,7 @@ def fingerprint(folder: Path) -> str:
     small one; two fine-tunes of one model differ in every sample.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         size = file.stat().st_size
         with file.open("rb") as opened:
             header = int.from_bytes(opened.read(8), "little")

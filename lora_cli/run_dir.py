@@ -49,6 +49,11 @@ class RunDir:
         return self.path / "adapter"
 
 
+def of(config: RunConfig) -> RunDir:
+    """Return the run directory that a config names."""
+    return RunDir(Path(config.output_dir).expanduser())
+
+
 def is_run_dir(path: Path) -> bool:
     """Return whether a folder is a run directory of ours."""
     return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
@@ -158,11 +163,13 @@ def find_adapter(path: Path) -> tuple[Path, RunDir | None]:
     RUN is a run directory (its finished adapter), a checkpoint, or any PEFT adapter folder. Raises AdapterError.
     """
     if (path / "adapter_config.json").is_file():
+        _require_whole(path)
         above = [parent for parent in (path.parent, path.parent.parent) if is_run_dir(parent)]
         return path, RunDir(above[0]) if above else None
     if is_run_dir(path):
         run = RunDir(path)
         if (run.adapter / "adapter_config.json").is_file():
+            _require_whole(run.adapter)
             return run.adapter, run
         steps = [str(folder) for _, folder in step_folders(run)]
         raise AdapterError(
@@ -172,3 +179,9 @@ def find_adapter(path: Path) -> tuple[Path, RunDir | None]:
         )
     what = "is neither a run directory nor an adapter (no adapter_config.json)" if path.is_dir() else "does not exist"
     raise AdapterError(f"{path}: {what}.", state="Nothing was read.")
+
+
+def _require_whole(folder: Path) -> None:
+    """Raise AdapterError when a folder of ours is not as it was written; others have no manifest."""
+    if (folder / storage.MANIFEST).is_file() and (problems := storage.problems_in(folder)):
+        raise AdapterError(*problems, state="Nothing was read.")

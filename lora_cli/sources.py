@@ -4,6 +4,7 @@ import csv
 import difflib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,22 @@ NOTHING_LOADED = "No weights were read, and nothing was written."
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
+@dataclass(frozen=True)
+class Broken:
+    """A line that is no row; it is reported together with the others."""
+
+    problem: str
+
+
 def _rows_of_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"{path}:{number}", _parse_json(line.rstrip(), path, number)
+                try:
+                    row = _parse_json(line.rstrip(), path, number)
+                except DataError as error:
+                    row = Broken(str(error))
+                yield f"{path}:{number}", row
 
 
 def _parse_json(text: str, path: Path, first_line: int = 1) -> Any:
@@ -82,6 +94,11 @@ def _rows_of_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(name, split=split)
+    except FileNotFoundError as error:  # of which datasets' DatasetNotFoundError is one
+        raise DataError(
+            f'data: "{name}" is no file here, and no data set that the hub shows: {str(error)[:200]}',
+            state=NOTHING_LOADED,
+        ) from None
     except (ConnectionError, OSError) as error:
         raise SurroundingsError(
             f'data: "{name}" is no file here, and as a hub data set it cannot be reached: {str(error)[:200]}',

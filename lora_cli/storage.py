@@ -21,7 +21,6 @@ from lora_cli.errors import AdapterError, SurroundingsError
 
 MANIFEST = "MANIFEST.json"
 _TEMPORARY = ".lora-tmp-"  # of what is being written; safe to delete when nobody holds the run's lock
-_CHUNK = 1 << 20
 
 
 @contextlib.contextmanager
@@ -89,20 +88,21 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     On any error it is deleted. Raises AdapterError when `path` is already there.
     """
+    if path.exists():
+        raise AdapterError(f"{path}: already exists; it is never overwritten. Delete it or name another folder.")
     with explained(path):
-        if path.exists():
-            raise AdapterError(f"{path}: already exists; it is never overwritten. Delete it or name another folder.")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
-        try:
-            temporary.chmod(0o777 & ~_umask())
-            yield temporary
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        with explained(path):
             _seal(temporary)
             temporary.rename(path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        _sync(path.parent)
+            _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _seal(folder: Path) -> None:

@@ -4,7 +4,6 @@ import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from lora_cli import __version__, data, run_dir
@@ -12,12 +11,11 @@ from lora_cli.config import RunConfig
 from lora_cli.errors import Interrupted, UserError
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Evaluated, Event, Finished, Notice, Started, StepDone, as_json
-from lora_cli.run_dir import RunDir
 
 
 def ended(config: RunConfig) -> Finished | None:
     """Return how a run of this config ended, when it is finished; raises when the folder cannot be used."""
-    run = RunDir(Path(config.output_dir))
+    run = run_dir.of(config)
     run_dir.require_usable(run, config)
     status = run_dir.read_status(run)
     if status.get("status") != "finished":
@@ -40,10 +38,10 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
         yield Notice(text)
 
     from lora_cli import lora, model
-    from lora_cli.distributed import current_world
+    from lora_cli.distributed import current_world, memory_error
     from lora_cli.loop import Loop
 
-    run, world = RunDir(Path(config.output_dir)), current_world()
+    run, world = run_dir.of(config), current_world()
     base_fingerprint = model.fingerprint(prepared.header.folder)
     environment = describe_environment(str(world.device), base_fingerprint, data_fingerprint(prepared))
     language_model = model.load_model(prepared.header, config.model, world.device)
@@ -74,14 +72,16 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
                     run_dir.write_status(run, "finished", **facts)
                     finished = True
                 yield event
-        except BaseException as error:
-            if finished:
+        except BaseException as caught:
+            error = memory_error(caught) or caught
+            if not finished:
+                state = "stopped" if isinstance(error, Interrupted | GeneratorExit) else "failed"
+                reason = error.problems[0] if isinstance(error, UserError) else type(error).__name__
+                progress = asdict(loop.state.stopping)
+                run_dir.write_status(run, state, step=loop.state.step, reason=reason, **progress)
+            if error is caught:
                 raise
-            state = "stopped" if isinstance(error, Interrupted | GeneratorExit) else "failed"
-            reason = error.problems[0] if isinstance(error, UserError) else type(error).__name__
-            progress = asdict(loop.state.stopping)
-            run_dir.write_status(run, state, step=loop.state.step, reason=reason, **progress)
-            raise
+            raise error from caught
 
 
 def describe_environment(device: str, base_fingerprint: str, data_fingerprint: str) -> dict[str, Any]:

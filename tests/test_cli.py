@@ -213,7 +213,7 @@ def broken_model(kind: str, folder: Path, whole: Path) -> None:
         case "other shape":
             config["intermediate_size"] = 64
         case "code":
-            config["auto_map"] = {"AutoModelForCausalLM": "modeling.X"}
+            config |= {"model_type": "brand-new", "auto_map": {"AutoModelForCausalLM": "modeling.X"}}
         case "pickle":
             (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
         case "not json":

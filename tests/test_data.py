@@ -28,6 +28,17 @@ def test_a_format_is_recognised_by_its_content(tmp_path: Path, name: str):
     assert row.where.endswith("r.jsonl:1")
 
 
+def test_several_sources(tmp_path: Path):
+    """A list of sources is read one after the other, each in its format."""
+    sources = [
+        {"path": write_rows(tmp_path / f"{name}.jsonl", [ANSWERED[name]]), "format": name}
+        for name in ("text", "alpaca")
+    ]
+    config = DataConfig.model_validate({"train": sources, "validation": 0})
+
+    assert [row.templated for row in data.read_split(config, 0)[0]] == [False, True]
+
+
 def test_roles_and_extras_are_kept(tmp_path: Path):
     """Tool turns and tool calls reach the template; only the assistant is trained."""
     messages = [
@@ -84,6 +95,10 @@ def test_a_folder_is_all_its_files(tmp_path: Path):
         ('{"messages": [{"rol": "user", "content": "a"}]}\n', ':1: this row a message has no "role" (it has rol'),
         ('{"messages": [{"role": "assistant", "content": 3}]}\n', "must be text, found int"),
         ('{"prompt": [], "chosen": [], "rejected": []}\n', "is a preference pair"),
+        ('{"text": "x\\ud83d"}\n', ":1: this row holds half of a character"),
+        ('{"prompt": [{"role": "assistant", "content": "a"}], "completion": []}\n', ':1: this row has no answer in'),
+        ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "[oops"}\n', ':1: this row "tools" is'),
+        ('{"text": 1\n{"text": "a"}\n{"text": ""}\n', ":3: this row has an empty"),
         ("\n\n", "has no rows"),
         ("", "has no rows"),
     ],

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import transformers
-from conftest import build_tokenizer, conversation, write_rows
+from conftest import CHATML, build_tokenizer, conversation, write_rows
+from tokenizers import AddedToken
 
 from lora_cli import data, examples
 from lora_cli.config import DataConfig
@@ -47,6 +48,25 @@ def test_every_answer_and_its_end_token(tmp_path: Path):
 
     assert trained(example) == ["Red.<|im_end|>", "Blue 🫐 sky.<|im_end|>"]
     assert TOKENIZER.decode(example.input_ids) == TOKENIZER.apply_chat_template(TURNS, tokenize=False).rstrip("\n")
+
+
+def test_an_answer_that_ends_with_a_special_token_still_gets_its_end(tmp_path: Path):
+    """A control token written in the answer is not taken for its end."""
+    turns = [*TURNS[:2], {"role": "assistant", "content": "Done.<|endoftext|>"}]
+    (example,) = build(tmp_path, [{"messages": turns}])
+
+    assert trained(example) == ["Done.<|endoftext|><|im_end|>"]
+
+
+def test_an_end_token_that_only_the_vocabulary_marks(tmp_path: Path):
+    """A special token counts though the tokenizer gives it no name of its own, as Gemma 3's end of turn."""
+    tokenizer: Any = build_tokenizer()
+    tokenizer.add_tokens([AddedToken("<end_of_turn>", special=True)])
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<end_of_turn>")
+    (example,) = build(tmp_path, [{"messages": TURNS[:3]}], tokenizer)
+
+    assert "<end_of_turn>" not in tokenizer.all_special_tokens
+    assert trained(example, tokenizer) == ["Red.<end_of_turn>"]
 
 
 def test_the_prompt_is_what_generation_starts_from(tmp_path: Path):
@@ -136,6 +156,14 @@ def test_a_tokenizer_with_bos_and_prefix_space(shared_model: str, tmp_path: Path
     assert list(example.input_ids) == [*whole, tokenizer.eos_token_id]
     assert example.input_ids.count(tokenizer.bos_token_id) == 1
     assert trained(example, tokenizer)[0].strip() == "there was.</s>"
+
+
+def test_a_border_inside_a_token_of_a_prefix_space_tokenizer(shared_model: str, tmp_path: Path):
+    """No space is put between prompt and answer that the row does not have."""
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(shared_model)
+    (example,) = build(tmp_path, [{"prompt": "Once upon a ti", "completion": "me there was."}], tokenizer)
+
+    assert tokenizer.decode(example.input_ids, skip_special_tokens=True) == "Once upon a time there was."
 
 
 LONG = {"prompt": "a " * 30, "completion": "b " * 30}

@@ -18,7 +18,7 @@ from conftest import conversation
 from lora_cli import batches, checkpoint, config_file, data, examples, lora, model, run_dir, storage
 from lora_cli.checkpoint import Stopping
 from lora_cli.config import LoraConfig, ModelConfig, TrainConfig
-from lora_cli.errors import ConfigError, DataError, TrainingStopped
+from lora_cli.errors import AdapterError, ConfigError, DataError, SurroundingsError, TrainingStopped
 from lora_cli.forward import target_loss
 from lora_cli.interrupt import StopRequest
 from lora_cli.loop import Timetable
@@ -317,7 +317,7 @@ def test_a_stopped_run_saves_and_goes_on(whole: tuple[Path, Path], number: int, 
     done = run_dir.read_status(place)
 
     assert process.returncode == code
-    assert "the same command continues" in said
+    assert f"Continue with: lora train {config}" in said
     assert done["status"] == "stopped"
     assert run_dir.step_folders(place)[0][0] == done["step"]
     subprocess.run(cli("train", config), check=True, capture_output=True)
@@ -354,6 +354,50 @@ def test_a_damaged_checkpoint_is_passed_over(whole: tuple[Path, Path]):
 
     assert any("its content is not what was written" in text for text in said)
     assert facts(place.path) == facts(undisturbed)
+
+
+def test_a_damaged_best_checkpoint_does_not_become_the_adapter(make_config: Callable[..., Path]):
+    """What is sealed as the result was whole when it was copied."""
+    config = make_config(**{"train.max_steps": 4})
+    run(config)
+    place = RunDir(Path(config_file.load(config).output_dir))
+    storage.remove_directory(place.adapter)
+    place.status.unlink()
+    best = run_dir.checkpoint_path(place, checkpoint.read_numbers(run_dir.step_folders(place)[0][1])[1].best_step)
+    older = [path for _, path in run_dir.step_folders(place)]
+    assert best in older
+    raw = bytearray((best / "adapter_model.safetensors").read_bytes())
+    raw[-3] ^= 4
+    (best / "adapter_model.safetensors").write_bytes(raw)
+    if best == older[0]:  # then an older checkpoint is gone back to, and the run is made whole again
+        assert isinstance(run(config)[-1], Finished)
+    else:
+        with pytest.raises(AdapterError, match="not what was written"):
+            run(config)
+
+
+def test_a_run_killed_before_its_last_word_ends_the_same(whole: tuple[Path, Path]):
+    """Killed between `adapter/` and run.json: the same command finishes, with the same bytes."""
+    config, undisturbed = whole
+    run(config)
+    place = RunDir(Path(config_file.load(config).output_dir))
+    run_dir.write_status(place, "running", step=0)
+    end = run(config)[-1]
+
+    assert isinstance(end, Finished)
+    assert run_dir.read_status(place)["status"] == "finished"
+    assert facts(place.path) == facts(undisturbed)
+
+
+def test_running_out_of_memory_is_explained(make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+    """It is the surroundings' fault, with the key to change."""
+
+    def greedy(*_: Any) -> LossSum:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("lora_cli.loop.target_loss", greedy)
+    with pytest.raises(SurroundingsError, match="micro_batch_tokens"):
+        run(make_config())
 
 
 def test_a_finished_run_says_so(make_config: Callable[..., Path]):

@@ -177,7 +177,7 @@ def save_with_peft(folder: str, path: Path, **options: Any) -> Any:
     torch.manual_seed(11)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    made = peft.get_peft_model(base, peft.LoraConfig(**(settings | options), init_lora_weights=False))
+    made = peft.get_peft_model(base, peft.LoraConfig(**({"init_lora_weights": False} | settings | options)))
     made.save_pretrained(path)
     return made.eval()
 
@@ -230,6 +230,59 @@ def _tensors(path: Path) -> list[tuple[str, torch.Tensor]]:
     return list(safetensors.torch.load_file(path).items())
 
 
+def test_a_sharded_bfloat16_base(model_folder: Callable[[str], str], tmp_path: Path):
+    """Shards, index and dtype stay; the merge is compared in float32; foreign weight files are not taken along."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder("qwen3"), dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base", max_shard_size="30KB")
+    load(model_folder("qwen3"))[1].tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "consolidated.safetensors").write_bytes(b"another copy of the weights")
+    theirs = save_with_peft(str(tmp_path / "base"), tmp_path / "a")
+    report = merge.merge(tmp_path / "a", tmp_path / "merged", None)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    names = sorted(p.name for p in (tmp_path / "base").iterdir() if p.name != "consolidated.safetensors")
+
+    assert (report.dtype, report.adapted_tensors) == ("bfloat16", 14)
+    assert sorted(p.name for p in (tmp_path / "merged").iterdir() if p.name != "MANIFEST.json") == names
+    assert len([name for name in names if name.endswith(".safetensors")]) > 2
+    theirs.float()
+    scale = logits(theirs).abs().max()
+    assert (logits(merged) - logits(theirs)).abs().max() < 0.05 * scale
+
+
+def test_a_gpt2_base_whose_names_have_no_prefix(model_folder: Callable[[str], str], tmp_path: Path):
+    """Old checkpoints store `h.0.attn...` without `transformer.`; the merge finds them and keeps their names."""
+    import safetensors.torch
+
+    (tmp_path / "base").mkdir()
+    for file in Path(model_folder("gpt2")).iterdir():
+        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    tensors = dict(_tensors(tmp_path / "base" / "model.safetensors"))
+    short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(short, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    theirs = save_with_peft(str(tmp_path / "base"), tmp_path / "a")
+    merge.merge(tmp_path / "a", tmp_path / "merged", None)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+    assert dict(_tensors(tmp_path / "merged" / "model.safetensors")).keys() == short.keys()
+    assert torch.allclose(logits(merged), logits(theirs), atol=1e-5)
+
+
+def test_a_bfloat16_merge_that_loses_the_update_is_refused(model_folder: Callable[[str], str], tmp_path: Path):
+    """An update below bfloat16's resolution would vanish; that is not called a merge."""
+    import safetensors.torch
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    load(model_folder("llama"))[1].tokenizer.save_pretrained(tmp_path / "base")
+    save_with_peft(str(tmp_path / "base"), tmp_path / "a")
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    small = {n: t * 1e-5 if "lora_B" in n else t for n, t in safetensors.torch.load_file(weights).items()}
+    safetensors.torch.save_file(small, weights)
+    with pytest.raises(AdapterError, match="The adapter itself moves them"):
+        merge.merge(tmp_path / "a", tmp_path / "merged", None)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_wrong_merge_is_refused_and_leaves_nothing(
     model_folder: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -262,6 +315,7 @@ def test_an_untrained_adapter_is_not_merged(model_folder: Callable[[str], str], 
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "biases"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "olora"}, "olora"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.lora_embedding_A"),
     ],
 )
@@ -277,7 +331,7 @@ def test_what_cannot_be_honoured_is_refused(
 def test_an_adapter_of_another_base_is_refused(model_folder: Callable[[str], str], tmp_path: Path):
     """By its shapes where it came from elsewhere, by the base's fingerprint where it is ours."""
     save_with_peft(model_folder("llama"), tmp_path / "a")
-    with pytest.raises(AdapterError, match="another base"):
+    with pytest.raises(AdapterError, match="does not fit this base"):
         tuned.load(tuned.find(tmp_path / "a", base=model_folder("gpt2")), CPU)
     loaded, _ = load(model_folder("llama"))
     lora.apply_lora(loaded.module, LoraConfig(rank=4), seed=0)

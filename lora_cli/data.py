@@ -229,7 +229,7 @@ def read_split(config: DataConfig, seed: int) -> tuple[list[Conversation], list[
     if not 0 < count < len(train):
         raise DataError(
             f"data.validation: {held_out} of {len(train)} rows leaves {len(train) - count} to train on and {count} to "
-            "validate on; both need at least one.",
+            "validate on; both need at least one. Give a number of rows, a file of its own, or 0 for none.",
             state=NOTHING_LOADED,
         )
     order = list(range(len(train)))

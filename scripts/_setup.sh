@@ -14,6 +14,10 @@ setup_venv() {
     if [ -x "$python" ] && [ "$(cat "$venv/.stamp" 2>/dev/null)" = "$stamp" ]; then
         return
     fi
+    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "python3 is $(python3 --version 2>&1); Python 3.11 or newer is needed." >&2
+        exit 3
+    fi
     echo "Setting up $venv ..." >&2
     [ -x "$python" ] || python3 -m venv "$venv"
     "$python" -m pip install --quiet --disable-pip-version-check uv

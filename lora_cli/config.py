@@ -200,8 +200,11 @@ def check_config(config: RunConfig) -> dict[str, str]:
             problems[root] = f"this version cannot do {value!r} yet; leave {root} at {usable}"
     if config.train.learning_rate == "auto":
         problems["train.learning_rate"] = "this version cannot choose the rate yet; give a number, for example 3e-4"
-    if isinstance(config.data.train, tuple) and any(source.weight != 1 for source in config.data.train):
+    sources = () if isinstance(config.data.train, str) else config.data.train
+    if any(source.weight != 1 for source in sources):
         problems["data.train"] = "this version cannot weigh sources yet; leave every weight at 1"
+    if any(source.format not in _ONLY["data.format"] for source in sources):
+        problems["data.train"] = "this version cannot do the format 'preference' yet"
     validation = config.data.validation
     if isinstance(validation, float) and not 0 <= validation < 1:
         problems["data.validation"] = f"a share must lie between 0 and 1, not {validation} (a whole number counts rows)"

@@ -1,8 +1,9 @@
 """YAML <-> RunConfig: all problems at once, each with its place and a way out; `a.b=value` overrides."""
 
+import copy
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -118,8 +119,8 @@ _EXPECTED = {
 }
 
 
-def _explain(error: ValidationError, document: Document, name: str) -> list[str]:
-    """Return one problem for each wrong key, in the order of the file, with its place and the value seen."""
+def _explain(error: ValidationError, document: Document) -> dict[Key, str]:
+    """Return one sentence for each wrong key, with the value seen and what is accepted."""
     sentences: dict[Key, str] = {}
     expected: dict[Key, list[str]] = {}
     for item in error.errors():
@@ -141,11 +142,7 @@ def _explain(error: ValidationError, document: Document, name: str) -> list[str]
         if close := difflib.get_close_matches(str(seen), choices, n=1):
             sentence += f' Did you mean "{close[0]}"?'
         sentences[path] = sentence
-    order = {path: index for index, path in enumerate(document.places)}
-    return [
-        f"{document.place(path) or name}: {sentences[path]}"
-        for path in sorted(sentences, key=lambda path: order.get(path, -1))
-    ]
+    return sentences
 
 
 def _value_at(values: Any, path: Sequence[str | int]) -> Any:
@@ -161,16 +158,38 @@ def _show(value: Any) -> str:
 
 
 def _validate(document: Document, name: str) -> RunConfig:
+    """Return the config, or raise ConfigError with every problem in the order of the file, each with its place."""
+    config: RunConfig | None
+    sentences: dict[Key, str] = {}
     try:
         config = RunConfig.model_validate(document.values)
     except ValidationError as error:
-        raise ConfigError(*_explain(error, document, name), state=NOTHING_READ) from None
-    problems = [
-        f"{document.place(tuple(key.split('.'))) or name}: {key}: {what}." for key, what in check_config(config).items()
-    ]
-    if problems:
+        sentences = _explain(error, document)
+        config = _without(document.values, sentences)
+    if config is not None:
+        for key, what in check_config(config).items():
+            sentences.setdefault(tuple(key.split(".")), f"{key}: {what}.")
+    if config is None or sentences:
+        order = {path: index for index, path in enumerate(document.places)}
+        paths = sorted(sentences, key=lambda path: order.get(path, -1))
+        problems = [f"{document.place(path) or name}: {sentences[path]}" for path in paths]
         raise ConfigError(*problems, state=NOTHING_READ)
     return config
+
+
+def _without(values: dict[str, Any], wrong: Iterable[Key]) -> RunConfig | None:
+    """Return the config without its wrong keys, so that the rest can be checked too; None where it needs them."""
+    rest = copy.deepcopy(values)
+    for *above, last in wrong:
+        section: Any = rest
+        for part in above:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.pop(last, None)
+    try:
+        return RunConfig.model_validate(rest)
+    except ValidationError:
+        return None
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -107,13 +107,22 @@ def test_all_problems_at_once_in_the_order_of_the_file(tmp_path: Path):
     assert [line.split(": ")[0] for line in shown[:3]] == ["c.yaml:2:1", "c.yaml:3:18", "c.yaml:4:1"]
 
 
+def test_cross_checks_are_not_kept_back_by_wrong_keys(tmp_path: Path):
+    """What no single field can see is reported together with unknown keys and wrong types."""
+    shown = problems(tmp_path, GOOD + "lora: {rnak: 8, method: dora}\ntrain: {epochs: x}\neval: {general: a.txt}\n")
+
+    assert [line.split(": ")[0] for line in shown.splitlines()[:4]] == [
+        "c.yaml:5:8", "c.yaml:5:17", "c.yaml:6:9", "c.yaml:7:8",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("model.quantization", "nf4"), ("lora.method", "dora"), ("train.kl_to_base", "0.1"),
         ("data.replay", "{path: x}"), ("eval.general", "x.txt"), ("train.learning_rate", "auto"),
         ("eval.forgetting_budget", "0.1"), ("data.format", "preference"),
-        ("data.train", "[{path: a.jsonl, weight: 2}]"),
+        ("data.train", "[{path: a.jsonl, weight: 2}]"), ("data.train", "[{path: a, format: preference}]"),
     ],
 )  # fmt: skip
 def test_what_this_version_cannot_do_is_refused(tmp_path: Path, key: str, value: str):

@@ -24,7 +24,6 @@ from lora_cli.errors import AdapterError
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
-NOTHING_WRITTEN = "Nothing was written."
 _PREFIX = "base_model.model."
 _NAME = re.compile(rf"{re.escape(_PREFIX)}(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
 
@@ -215,7 +214,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
                 f"{adapter.folder}: {path} is {there[0]} -> {there[1]}, in the base {here[0]} -> {here[1]}."
             )
     if problems:
-        raise AdapterError("The adapter does not fit this base model.", *problems, state=NOTHING_WRITTEN)
+        raise AdapterError("The adapter does not fit this base model.", *problems)
     lora.wrap(model, {path: (down.shape[0], adapter.scales[path]) for path, down in adapter.lora_A.items()})
     load_weights(model, adapter)
 

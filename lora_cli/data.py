@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_cli.config import DataConfig
-from lora_cli.errors import DataError
+from lora_cli.errors import NOTHING_LOADED, DataError
 from lora_cli.randomness import derive_seed
-from lora_cli.sources import NOTHING_LOADED, Broken, is_hub_id, iter_rows
+from lora_cli.sources import Broken, is_hub_id, iter_rows
 
 Row = Mapping[str, Any]
 

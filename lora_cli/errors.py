@@ -13,6 +13,10 @@ UserError
 
 from collections.abc import Sequence
 
+# What state things are in when a stage fails.
+NOTHING_READ = "No data or model was read, and nothing was written."
+NOTHING_LOADED = "No weights were read, and nothing was written."
+
 
 class UserError(Exception):
     """One or more problems of one stage, reported together.

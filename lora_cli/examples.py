@@ -12,9 +12,8 @@ from typing import Any, Protocol
 
 from lora_cli.config import DataConfig
 from lora_cli.data import Conversation, Message
-from lora_cli.errors import DataError, ModelError
+from lora_cli.errors import NOTHING_LOADED, DataError, ModelError
 from lora_cli.records import DataCounts, Marked
-from lora_cli.sources import NOTHING_LOADED
 
 IGNORED = -100  # the label of a token that is not trained
 

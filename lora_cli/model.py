@@ -17,11 +17,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_cli.attention import PACKED, packed_attention
 from lora_cli.config import ModelConfig
-from lora_cli.errors import ModelError, SurroundingsError
+from lora_cli.errors import NOTHING_LOADED, ModelError, SurroundingsError
 from lora_cli.examples import Tokenizer
 from lora_cli.layout import Layout, probe
-
-NOTHING_LOADED = "No weights were read, and nothing was written."
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import DataError, SurroundingsError
+from lora_cli.errors import NOTHING_LOADED, DataError, SurroundingsError
 
-NOTHING_LOADED = "No weights were read, and nothing was written."
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 

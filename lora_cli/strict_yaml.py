@@ -11,11 +11,10 @@ from typing import Any
 
 import yaml
 
-from lora_cli.errors import ConfigError
+from lora_cli.errors import NOTHING_READ, ConfigError
 
 MAX_DEPTH = 20
 MAX_NODES = 20_000
-NOTHING_READ = "No data or model was read, and nothing was written."
 
 Key = tuple[str | int, ...]
 

@@ -2,6 +2,7 @@
 
 adapter_config.json          PEFT's keys; the only place where `rank` is called `r`
 adapter_model.safetensors    base_model.model.<path>.lora_A.weight [r, in], .lora_B.weight [out, r], float32
+chat_template.jinja          the chat template its rows were written with, where transformers looks for it
 """
 
 import json
@@ -24,6 +25,9 @@ from lora_cli.errors import AdapterError
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
+TEMPLATE = "chat_template.jinja"
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"  # of models that have a second one for rows with tools
+TEMPLATES = (TEMPLATE, TOOL_TEMPLATE)  # where transformers looks for them
 _PREFIX = "base_model.model."
 _NAME = re.compile(rf"{re.escape(_PREFIX)}(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
 
@@ -54,19 +58,28 @@ class Adapter:
     lora_A: Mapping[str, Tensor]
     lora_B: Mapping[str, Tensor]
     scales: Mapping[str, float]
+    chat_templates: Mapping[str, str]  # by their file names; none where the adapter came without
 
 
-def save(
-    folder: Path, model: nn.Module, config: LoraConfig, base: str, revision: str | None, base_fingerprint: str
-) -> None:
+@dataclass(frozen=True)
+class Origin:
+    """Where an adapter comes from: its base, and the chat templates its rows were written with, by their file names."""
+
+    base: str
+    revision: str | None
+    base_fingerprint: str
+    chat_templates: Mapping[str, str]
+
+
+def save(folder: Path, model: nn.Module, config: LoraConfig, origin: Origin) -> None:
     """Write the files of an adapter into a folder."""
     paths = [path for path, _ in lora.lora_layers(model)]
     conv1d = any(lora.is_conv1d(layer.base) for _, layer in lora.lora_layers(model))
     values: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": revision,
+        "base_model_name_or_path": origin.base,
+        "revision": origin.revision,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
@@ -87,7 +100,10 @@ def save(
     }
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))  # an OSError where it fails
-    (folder / BASE).write_text(json.dumps({"fingerprint": base_fingerprint}) + "\n", encoding="utf-8")
+    (folder / BASE).write_text(json.dumps({"fingerprint": origin.base_fingerprint}) + "\n", encoding="utf-8")
+    for name, text in origin.chat_templates.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _shortest_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
@@ -101,8 +117,10 @@ def copy(source: Path, folder: Path) -> None:
     """Copy the files of an adapter out of its folder or a checkpoint."""
     for name in (CONFIG, WEIGHTS):
         shutil.copyfile(source / name, folder / name)
-    if (source / BASE).is_file():  # adapters from elsewhere have none
-        shutil.copyfile(source / BASE, folder / BASE)
+    for name in (BASE, *TEMPLATES):
+        if (source / name).is_file():  # adapters from elsewhere have not all of them
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
 
 
 def read(folder: Path) -> Adapter:
@@ -140,6 +158,9 @@ def read(folder: Path) -> Adapter:
         lora_A=parts["lora_A"],
         lora_B=parts["lora_B"],
         scales={path: _scale(path, down.shape[0], values) for path, down in parts["lora_A"].items()},
+        chat_templates={
+            name: (folder / name).read_text(encoding="utf-8") for name in TEMPLATES if (folder / name).is_file()
+        },
     )
 
 

@@ -58,9 +58,49 @@ def steps_in_epoch(examples: int, batch_size: int) -> int:
     return -(-examples // batch_size)
 
 
-def plan_epoch(lengths: Sequence[int], batch_size: int, tokens: int, seed: int, epoch: int) -> list[Step]:
-    """Plan the steps of an epoch (the first is 0): every example once, in an order of its own for each epoch."""
-    order = list(range(len(lengths)))
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring examples of one source, and how many times an epoch sees each; 0.5 sees half of them."""
+
+    begin: int
+    count: int
+    times: float = 1.0
+
+    @property
+    def drawn(self) -> int:
+        """Examples an epoch draws."""
+        return int(self.times) * self.count + round(self.times % 1 * self.count)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Which examples an epoch sees, before they are put in order."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def drawn(self) -> int:
+        """Examples an epoch draws; the same for every epoch."""
+        return sum(part.drawn for part in self.parts)
+
+    def draw(self, seed: int, epoch: int) -> list[int]:
+        """Return the examples of an epoch (the first is 0). What is seen in part goes on where the last epoch ended."""
+        drawn: list[int] = []
+        for number, part in enumerate(self.parts):
+            once = range(part.begin, part.begin + part.count)
+            drawn += list(once) * int(part.times)
+            if some := part.drawn - int(part.times) * part.count:
+                shuffled = list(once)
+                random.Random(derive_seed(seed, "mixture", number)).shuffle(shuffled)
+                drawn += [shuffled[(epoch * some + index) % part.count] for index in range(some)]
+        return drawn
+
+
+def plan_epoch(
+    lengths: Sequence[int], mixture: Mixture, batch_size: int, tokens: int, seed: int, epoch: int
+) -> list[Step]:
+    """Plan the steps of an epoch (the first is 0): what the mixture draws, in an order of its own for each epoch."""
+    order = mixture.draw(seed, epoch)
     random.Random(derive_seed(seed, "order", epoch)).shuffle(order)
     return [
         tuple(micro_batches(order[begin : begin + batch_size], lengths, tokens))

@@ -1,42 +1,107 @@
-"""`lora check`: what a run would do, found by the code that would do it; no weight is read, nothing is written."""
+"""`lora check`: what a run would do, found by the code that would do it; no weight is read, no run is begun."""
 
+import random
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import nn
 
 from lora_cli import examples, lora
 from lora_cli.config import RunConfig
-from lora_cli.data import Conversation
+from lora_cli.dataset import Dataset
 from lora_cli.distributed import current_world
+from lora_cli.errors import DataError
 from lora_cli.forward import packed_tokens
 from lora_cli.loop import Timetable
 from lora_cli.model import choose_dtype
-from lora_cli.prepare import Prepared, prepare
-from lora_cli.records import CheckReport, MemoryEstimate
+from lora_cli.prepare import News, Prepared, prepare
+from lora_cli.randomness import derive_seed
+from lora_cli.records import CheckReport, MemoryEstimate, RowPreview
+
+_SHOWN = 5  # rows, chosen at random
+_SHARE_OF_PEAK = 0.5  # of matrix products that a training step reaches
 
 
-def check(config: RunConfig, rows: tuple[Sequence[Conversation], Sequence[Conversation]]) -> CheckReport:
-    """Prepare a run on its rows and report on it. Raises what training would raise before its first step."""
-    prepared = prepare(config, rows)
-    timetable = Timetable.of(len(prepared.train), config)
+def check(config: RunConfig, row: str | None = None) -> Generator[News, None, CheckReport]:
+    """Prepare a run and report on it; `row` names one row to show, by its number or as `file:number`.
+
+    Raises what training would raise before its first step.
+    """
+    prepared = yield from prepare(config)
+    train = prepared.train
+    timetable = Timetable.of(train.mixture.drawn, config)
     shapes = [lora.linear_shape(prepared.skeleton.get_submodule(path)) for path in prepared.targets]
     trainable = sum(config.lora.rank * (inputs + outputs) for inputs, outputs in shapes)
     total = sum(p.numel() for p in prepared.skeleton.parameters())
+    device = current_world().device
+    shown = _some_rows(train.examples, config.seed) if row is None else _named_row(prepared, row)
     return CheckReport(
         train=prepared.train_counts,
         validation=prepared.validation_counts,
+        replay=prepared.replay_counts,
+        overlap=prepared.overlap,
+        examples_per_epoch=train.mixture.drawn,
         steps_per_epoch=timetable.steps_per_epoch,
         total_steps=timetable.total_steps,
-        preview_row=prepared.train[0].where,
-        preview=examples.preview(prepared.train[0], prepared.header.tokenizer),
+        seconds=estimate_seconds(prepared, timetable, total + trainable, config, device),
+        previews=[RowPreview(example.where, examples.preview(example, prepared.header.tokenizer)) for example in shown],
         modules=dict(Counter(path.rsplit(".", 1)[-1] for path in prepared.targets)),
         trainable_parameters=trainable,
         total_parameters=total + trainable,
-        memory=estimate_memory(config, prepared, trainable, current_world().device),
+        memory=estimate_memory(config, prepared, trainable, device),
         notices=prepared.notices,
     )
+
+
+def _some_rows(dataset: Dataset, seed: int) -> Iterator[examples.Example]:
+    chosen = random.Random(derive_seed(seed, "preview")).sample(range(len(dataset)), min(_SHOWN, len(dataset)))
+    return (dataset[index] for index in sorted(chosen))
+
+
+def _named_row(prepared: Prepared, row: str) -> list[examples.Example]:
+    """Return the sequences of a row, in whichever set it is. Raises DataError."""
+    name, _, number = row.rpartition(":")
+    if not number.isdecimal():
+        raise DataError(f'--row: expected a row\'s number, or file:number; found "{row[:80]}".')
+    sets = [prepared.train.examples, *([prepared.validation] if prepared.validation else [])]
+    found = [
+        index_set[int(index)]
+        for index_set in sets
+        for index in (index_set.column("numbers") == int(number)).nonzero()[0]
+        if name in ("", index_set.file(int(index)).name)
+    ]
+    if not found:
+        raise DataError(f"--row: no sequence comes from row {row}; it was left out, or there is no such row.")
+    return found
+
+
+def estimate_seconds(
+    prepared: Prepared, timetable: Timetable, parameters: int, config: RunConfig, device: torch.device
+) -> float:
+    """Estimate how long training takes; rough, from the speed of a matrix product here, measured for a moment.
+
+    A step with a frozen base takes 4 operations a parameter and token (2 forward, 2 towards the input), a validation
+    pass 2.
+    """
+    mean = float(prepared.train.examples.lengths.mean())
+    trained = mean * timetable.total_steps * config.train.batch_size
+    passes = timetable.total_steps / timetable.steps_per_epoch * config.eval.per_epoch + 1
+    evaluated = passes * prepared.validation_counts.tokens if prepared.validation_counts else 0
+    operations = parameters * (4 * trained + 2 * evaluated)
+    return operations / (_operations_a_second(choose_dtype(config.model.dtype, device), device) * _SHARE_OF_PEAK)
+
+
+def _operations_a_second(dtype: torch.dtype, device: torch.device) -> float:
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        torch.mm(a, a)[0, 0].item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
 
 
 def estimate_memory(config: RunConfig, prepared: Prepared, trainable: int, device: torch.device) -> MemoryEstimate:

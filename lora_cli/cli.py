@@ -59,13 +59,20 @@ def init(
 
 
 @app.command()
-def check(config: Config, overrides: Overrides = None, json: Json = False) -> None:
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    row: Annotated[
+        str | None, typer.Option(help="Show this row, by its number or as file:number.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
     """Show what a run would do: data, mask preview, targets, memory. Trains nothing."""
     run_config = config_file.load(config, overrides or [])
-    rows = data_rows.read_split(run_config.data, run_config.seed)
+    data_rows.require_readable(run_config.data)
     from lora_cli import check as checking
 
-    report = checking.check(run_config, rows)
+    report = console.follow_preparation(checking.check(run_config, row))
     if json:
         console.print_json(as_json(report))
     else:

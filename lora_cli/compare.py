@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_cli import data, examples, lora, tuned
-from lora_cli.config import DataConfig
-from lora_cli.data import Conversation
+from lora_cli import examples, lora, tuned
+from lora_cli.config import DataConfig, SourceConfig
+from lora_cli.dataset import Dataset
 from lora_cli.distributed import current_world
 from lora_cli.errors import DataError
 from lora_cli.evaluate import evaluate
@@ -15,7 +15,8 @@ from lora_cli.forward import token_budget
 from lora_cli.generate import greedy
 from lora_cli.loss import LossSum
 from lora_cli.model import LanguageModel, end_tokens
-from lora_cli.records import EvalReport, Sample, Score
+from lora_cli.prepare import DataReader, run_to_end, validation_of
+from lora_cli.records import DataCounts, EvalReport, Sample, Score
 from lora_cli.tuned import Result
 
 
@@ -26,8 +27,7 @@ def compare(path: Path, data_path: str | None, base: str | None, most_answers: i
     evenly, each answered greedily and compared with its last answer, spaces at both ends aside.
     """
     result = tuned.find(path, base)
-    settings, rows, name = _held_out(result, data_path)
-    held_out, counts = examples.build(rows, result.header.tokenizer, settings, result.header.max_positions)
+    held_out, counts, name = _held_out(result, data_path)
     loaded = tuned.load(result, current_world().device)
     tokens = token_budget(loaded, "auto")
     tokenizer = result.header.tokenizer
@@ -55,16 +55,18 @@ def compare(path: Path, data_path: str | None, base: str | None, most_answers: i
     )
 
 
-def _held_out(result: Result, data_path: str | None) -> tuple[DataConfig, Sequence[Conversation], str]:
+def _held_out(result: Result, data_path: str | None) -> tuple[Dataset, DataCounts, str]:
     if data_path is not None:
-        settings = result.config.data if result.config else DataConfig(train=data_path)
-        return settings, data.read(data_path, settings.format), data_path
-    if result.config is None:
+        source = SourceConfig(path=data_path)
+        settings = result.data or DataConfig(train=data_path)
+        reader = DataReader(settings, result.header)
+        return *run_to_end(reader.held_out(settings.source(source))), data_path
+    if result.config is None or result.data is None:
         raise DataError(f"{result.adapter.folder}: belongs to no run with validation rows; give --data FILE.")
-    _, validation = data.read_split(result.config.data, result.config.seed)
-    if not validation:
+    if result.config.data.validation == 0:
         raise DataError("The run had no validation rows (data.validation: 0); give --data FILE.")
-    return result.config.data, validation, "the run's validation rows"
+    validation = validation_of(result.data, result.config.seed, result.header)
+    return *run_to_end(validation), "the run's validation rows"
 
 
 def _asked(held_out: Sequence[Example], most: int) -> list[tuple[Example, tuple[int, ...], tuple[int, ...]]]:

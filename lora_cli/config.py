@@ -3,6 +3,8 @@
 The description of each field is the comment `lora init` writes and the text editors show from the JSON Schema.
 """
 
+import datetime
+import string
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -56,6 +58,31 @@ class LoraConfig(Section):
     )
 
 
+def _path_to_section(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _iso_date(value: str) -> str:
+    try:
+        return datetime.date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise ValueError("a date such as 2026-01-01") from None
+
+
+def _columns_only(template: str) -> str:
+    """Refuse a prompt template that is more than text with {column} in it."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"is no template ({error}); write {{{{ for a brace that stands for itself") from None
+    names = [(name, spec or how) for _, name, spec, how in parts if name is not None]
+    if wrong := [name for name, more in names if not name or more]:
+        raise ValueError(f"may hold only plain {{column}} names, not {{{wrong[0]}}}")
+    if not names:
+        raise ValueError("names no {column}, so every prompt would be the same")
+    return template
+
+
 class ReplayConfig(Section):
     """General data mixed in against forgetting."""
 
@@ -64,6 +91,12 @@ class ReplayConfig(Section):
 
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference"]
+# The keys that rows of some format have, which data.fields may find in other columns.
+FORMAT_KEYS = frozenset(
+    ("messages", "conversations", "instruction", "input", "output", "system", "tools", "prompt", "completion", "text")
+)
+Fields = dict[str, Text]  # a format's key -> the column it stands in
+PromptTemplate = Annotated[Text, AfterValidator(_columns_only)]
 
 
 class SourceConfig(Section):
@@ -71,20 +104,45 @@ class SourceConfig(Section):
 
     path: Text
     weight: Annotated[Float, Field(gt=0)] = 1.0
-    format: Format = "auto"
+    format: Format | None = None  # null: as data.format
+    split: Text | None = None  # of a hub data set
+    fields: Fields | None = None  # null: as data.fields
 
 
 class DataConfig(Section):
     """What is learned and what is held out."""
 
-    train: Text | Annotated[tuple[SourceConfig, ...], Field(min_length=1)] = Field(
-        description="a file (jsonl, json, csv, parquet), a folder, a hub id, or a list of {path, weight, format}"
+    train: (
+        Text | Annotated[tuple[Annotated[SourceConfig, BeforeValidator(_path_to_section)], ...], Field(min_length=1)]
+    ) = Field(
+        description="a file (jsonl, json, csv, parquet; .gz, .zst), folder, glob, hub id, or a list of {path, weight}"
     )
     validation: Int | Float | Text = Field(
         0.1, description="a share of train, a number of rows, a file or a hub split; 0 turns validation off"
     )
+    split_by: Text = Field(
+        "prompt",
+        description="prompt | row | a field: rows that share it stay on one side of the split",
+    )
+    allow_overlap: Bool = Field(False, description="accept validation rows whose prompt is also trained on")
     format: Format = Field(
         "auto", description="auto | messages | sharegpt | alpaca | prompt-completion | text | preference"
+    )
+    fields: Fields | None = Field(None, description="other names of columns, as {prompt: question, completion: answer}")
+    prompt_template: PromptTemplate | None = Field(
+        None, description='makes the prompt out of columns, as "Question: {question}\\nAnswer:"'
+    )
+    chat_template: Text | None = Field(
+        None, description="null: the model's own | a Jinja file | chatml | zephyr | alpaca"
+    )
+    template_date: Annotated[Text, AfterValidator(_iso_date)] = Field(
+        "2026-01-01", description="the day a chat template is told, where it writes today's"
+    )
+    merge_system: Bool = Field(
+        False, description="put a system message in front of the first user message, for templates without that role"
+    )
+    allow_control_tokens: Bool | None = Field(
+        None, description="false: control tokens inside content are text | true: they are control tokens | null: asks"
     )
     max_length: Int = Field(2048, ge=2, description="tokens")
     too_long: Literal["error", "drop", "truncate"] = Field(
@@ -93,6 +151,16 @@ class DataConfig(Section):
     replay: ReplayConfig | None = Field(
         None, description="{path: general.jsonl, ratio: 0.05}: general data mixed in against forgetting"
     )
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources of training rows, with what they leave out filled in."""
+        named = (SourceConfig(path=self.train),) if isinstance(self.train, str) else self.train
+        return tuple(self.source(one) for one in named)
+
+    def source(self, one: SourceConfig) -> SourceConfig:
+        """Return a source with `format` and `fields` of the whole data section where it has none of its own."""
+        return one.model_copy(update={"format": one.format or self.format, "fields": one.fields or self.fields})
 
 
 class EarlyStoppingConfig(Section):
@@ -120,6 +188,9 @@ class TrainConfig(Section):
     )
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     kl_to_base: Float = Field(0.0, ge=0, description="weight of KL(base || tuned), against forgetting")
+    neftune_alpha: Float | None = Field(
+        None, gt=0, description="noise on the embeddings while training (NEFTune), 5 for example; null is none"
+    )
 
 
 class EvalConfig(Section):
@@ -139,10 +210,6 @@ class SaveConfig(Section):
 
     per_epoch: Int = Field(4, ge=1, description="checkpoints in an epoch")
     keep: Int = Field(2, ge=1, description="newest valid checkpoints kept, beside the best")
-
-
-def _path_to_section(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
 
 
 class RunConfig(Section):
@@ -182,8 +249,6 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 _ONLY: dict[str, tuple[Any, ...]] = {
     "model.quantization": (None,),
     "lora.method": ("lora", "rslora"),
-    "data.format": ("auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"),
-    "data.replay": (None,),
     "train.kl_to_base": (0.0,),
     "eval.general": (None,),
     "eval.forgetting_budget": (None,),
@@ -200,11 +265,16 @@ def check_config(config: RunConfig) -> dict[str, str]:
             problems[root] = f"this version cannot do {value!r} yet; leave {root} at {usable}"
     if config.train.learning_rate == "auto":
         problems["train.learning_rate"] = "this version cannot choose the rate yet; give a number, for example 3e-4"
-    sources = () if isinstance(config.data.train, str) else config.data.train
-    if any(source.weight != 1 for source in sources):
-        problems["data.train"] = "this version cannot weigh sources yet; leave every weight at 1"
-    if any(source.format not in _ONLY["data.format"] for source in sources):
-        problems["data.train"] = "this version cannot do the format 'preference' yet"
+    if "preference" in {config.data.format, *(source.format for source in config.data.sources)}:
+        problems["data.format" if config.data.format == "preference" else "data.train"] = (
+            "this version cannot train on preference pairs yet; to train on the chosen answers alone, set "
+            "format: prompt-completion and fields: {completion: chosen}"
+        )
+    keys = {key for source in config.data.sources for key in source.fields or ()}
+    if unknown := sorted(keys - FORMAT_KEYS):
+        problems["data.fields"] = f"no format has a key {unknown[0]!r}; the keys are {', '.join(sorted(FORMAT_KEYS))}"
+    if config.data.prompt_template and "prompt" in keys:
+        problems["data.prompt_template"] = "makes the prompt, and so does prompt in data.fields; leave one out"
     validation = config.data.validation
     if isinstance(validation, float) and not 0 <= validation < 1:
         problems["data.validation"] = f"a share must lie between 0 and 1, not {validation} (a whole number counts rows)"

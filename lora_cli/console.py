@@ -3,8 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,6 +23,7 @@ from lora_cli.records import (
     Marked,
     MergeReport,
     Notice,
+    Preparing,
     Saved,
     Score,
     Started,
@@ -31,6 +32,7 @@ from lora_cli.records import (
 
 out = Console(highlight=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
+Result = TypeVar("Result")
 _QUIET_SECONDS = 5.0  # without a terminal, steps are reported no more often than this
 
 
@@ -84,6 +86,8 @@ class Follower:
 
     def _draw(self, event: Event) -> None:
         match event:
+            case Preparing():
+                self._preparing(event)
             case Notice():
                 self._say(event.text)
             case Started():
@@ -100,6 +104,13 @@ class Follower:
 
     def _say(self, text: str) -> None:
         self._progress.console.print(text, markup=False, soft_wrap=True)
+
+    def _preparing(self, event: Preparing) -> None:
+        now = time.monotonic()
+        if now - self._last_line > _QUIET_SECONDS:
+            self._last_line = now
+            left = event.seconds * (1 - event.done) / event.done if event.done else 0.0
+            self._say(f"{event.source}: {event.rows:,} rows, {event.done:.0%}, {_duration(left)} left")
 
     def _start(self, event: Started) -> None:
         share = event.trainable_parameters / event.total_parameters
@@ -162,14 +173,33 @@ def show_finished(event: Finished, run: str, already: bool) -> None:
 # --- check ---
 
 
+def follow_preparation(news: Generator[Notice | Preparing, None, Result]) -> Result:
+    """Draw the news of something that gets ready; return its result. Notices are part of the result's own."""
+    follower = Follower()
+    while True:
+        try:
+            follower._draw(next(news))
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
 def show_check(report: CheckReport) -> None:
     """Show what a run would do."""
-    table = Table("data", "rows", "examples", "tokens", "trained", "length 50 % / 90 % / 99 % / longest", box=None)
-    for name, counts in (("train", report.train), ("validation", report.validation)):
-        if counts is not None:
-            table.add_row(name, *_counts(counts))
-    out.print(table)
-    out.print(f"steps: {report.steps_per_epoch} an epoch, {report.total_steps} in all", markup=False)
+    sets = {"train": report.train, "validation": report.validation, "replay": report.replay}
+    sets = {"train": report.train, "validation": report.validation, "replay": report.replay}
+    present = {name: counts for name, counts in sets.items() if counts is not None}
+    out.print(_data_table(present))
+    lines = [f"lengths: {_bars(report.train)}", *(line for n, c in present.items() for line in _source_lines(n, c))]
+    if report.overlap is not None:
+        shared, of = report.overlap.prompts, report.overlap.of
+        lines.append(f"overlap: {shared} of {of} validation rows have a prompt that is trained on")
+    lines.append(
+        f"steps: {report.steps_per_epoch:,} an epoch of {report.examples_per_epoch:,} examples, "
+        f"{report.total_steps:,} in all, about {_duration(report.seconds)} here"
+    )
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
     adapted = ", ".join(f"{name} x{count}" for name, count in report.modules.items())
     share = report.trainable_parameters / report.total_parameters
     out.print(f"adapted: {adapted}", markup=False, soft_wrap=True)
@@ -182,14 +212,48 @@ def show_check(report: CheckReport) -> None:
     out.print(f"memory: about {_gb(memory.total)} ({parts})", markup=False)
     for notice in report.notices:
         out.print(f"note: {notice}", markup=False, soft_wrap=True)
-    out.print(f"\n{report.preview_row}, the trained part marked:", markup=False)
-    out.print(_marked(report.preview), soft_wrap=True)
+    for shown in report.previews:
+        out.print(f"\n{shown.row}, the trained part marked:", markup=False, soft_wrap=True)
+        out.print(_marked(shown.pieces), soft_wrap=True)
 
 
-def _counts(counts: DataCounts) -> tuple[str, ...]:
-    percentiles = " / ".join(map(str, counts.length_percentiles))
-    share = f"{counts.targets:,} ({counts.targets / counts.tokens:.0%})"
-    return str(counts.rows), str(counts.examples), f"{counts.tokens:,}", share, percentiles
+def _data_table(sets: Mapping[str, DataCounts]) -> Table:
+    table = Table("", *sets, box=None)
+    figures: dict[str, Callable[[DataCounts], str]] = {
+        "rows": lambda c: f"{c.rows:,}",
+        "examples": lambda c: f"{c.examples:,}",
+        "tokens": lambda c: f"{c.tokens:,}",
+        "trained tokens": lambda c: f"{c.targets:,} ({c.targets / c.tokens:.0%})",
+        "length at 50 %": lambda c: f"{c.length_percentiles[0]:,}",
+        "  90 / 99 / 100 %": lambda c: " / ".join(f"{p:,}" for p in c.length_percentiles[1:]),
+        "trained at 50 %": lambda c: f"{c.target_percentiles[0]:,}",
+        " 90 / 99 / 100 %": lambda c: " / ".join(f"{p:,}" for p in c.target_percentiles[1:]),
+        "dropped / cut": lambda c: f"{c.dropped:,} / {c.truncated:,}",
+        "duplicates": lambda c: f"{c.duplicates:,}",
+    }
+    for name, figure in figures.items():
+        table.add_row(name, *map(figure, sets.values()))
+    return table
+
+
+def _source_lines(name: str, counts: DataCounts) -> Iterator[str]:
+    for source in counts.sources:
+        form = f" ({source.format})" if source.format else ""
+        yield f"{name}: {source.name}{form}: {source.rows:,} rows, {source.examples:,} examples"
+    if counts.too_long:
+        more = " ..." if counts.dropped + counts.truncated > len(counts.too_long) else ""
+        yield (
+            f"{name}: {counts.dropped:,} sequences dropped, {counts.truncated:,} cut, {counts.lost_targets:,} answer "
+            f"tokens lost: {' '.join(counts.too_long)}{more}"
+        )
+
+
+def _bars(counts: DataCounts) -> str:
+    """Return a histogram of lengths as one line."""
+    most = max(counts.length_histogram)
+    marks = " ▁▂▃▄▅▆▇█"
+    bars = "".join(marks[-(-count * (len(marks) - 1) // most)] for count in counts.length_histogram)
+    return f"0 |{bars}| {counts.length_percentiles[-1]:,} tokens"
 
 
 def _marked(pieces: Iterable[Marked]) -> Text:

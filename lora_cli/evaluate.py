@@ -6,6 +6,7 @@ import torch
 
 from lora_cli import lora
 from lora_cli.batches import MicroBatch, collate, micro_batches
+from lora_cli.dataset import Dataset
 from lora_cli.examples import Example
 from lora_cli.forward import target_loss
 from lora_cli.loss import ZERO, LossSum
@@ -16,7 +17,7 @@ _BLOCK = 256  # examples that are packed together
 
 def plan(examples: Sequence[Example], tokens: int) -> list[MicroBatch]:
     """Plan the micro-batches of a set; neighbours in length share one."""
-    lengths = [len(example) for example in examples]
+    lengths = examples.lengths.tolist() if isinstance(examples, Dataset) else [len(example) for example in examples]
     order = sorted(range(len(examples)), key=lambda index: lengths[index])
     blocks = [order[begin : begin + _BLOCK] for begin in range(0, len(order), _BLOCK)]
     return [one for block in blocks for one in micro_batches(block, lengths, tokens)]

@@ -1,19 +1,21 @@
-"""Conversation + tokenizer -> Example: the token ids one sequence is trained on, and which of them are targets.
+"""Conversation + tokenizer -> Encoded: the token ids one sequence is trained on, and which of them are targets.
 
-Only answers are trained, each with its end token. Where an answer lies is found by rendering: the prompt as it stands
-before the model answers (`add_generation_prompt`) must be the beginning of the same text with the answer.
+Only answers are trained, each with its end token. `spans` says where they lie in the text; here it becomes tokens.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, Protocol
 
-from lora_cli.config import DataConfig
-from lora_cli.data import Conversation, Message
-from lora_cli.errors import NOTHING_LOADED, DataError, ModelError
-from lora_cli.records import DataCounts, Marked
+from lora_cli.chat_template import ChatTemplate, limited
+from lora_cli.control_tokens import BREAK, added_tokens, alternatives, find_control_tokens
+from lora_cli.data import Conversation, RowError
+from lora_cli.records import Marked
+from lora_cli.spans import Rendering, SpanFinder
 
 IGNORED = -100  # the label of a token that is not trained
 
@@ -22,13 +24,16 @@ class Tokenizer(Protocol):
     """What is used of a fast Hugging Face tokenizer."""
 
     eos_token_id: int | None
-    chat_template: str | None
+    bos_token_id: int | None
+    chat_template: Any
     all_special_tokens: list[str]
     added_tokens_decoder: dict[int, Any]
+    special_tokens_map: dict[str, Any]
+    backend_tokenizer: Any
 
     def __call__(self, text: list[str], **options: Any) -> Any: ...
     def decode(self, ids: Sequence[int], **options: Any) -> str: ...
-    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any: ...
+    def get_vocab(self) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True)
@@ -48,209 +53,191 @@ class Example:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
-Segments = list[Marked]  # the text of one sequence, cut where it changes between trained and not
+@dataclass(frozen=True)
+class Encoded:
+    """One sequence as tokens, whole: nothing is cut yet.
 
-
-# --- text ---
-
-
-def _render(conversation: Conversation, count: int, tokenizer: Tokenizer, prompt: bool) -> str:
-    messages = [{"role": m.role, "content": m.content, **m.extra} for m in conversation.messages[:count]]
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tools=conversation.tools, tokenize=False, add_generation_prompt=prompt
-        )
-    except Exception as error:  # a template is a program: it may fail in any way
-        raise DataError(
-            f"{conversation.where}: the model's chat template refuses this row: {str(error)[:200]}.",
-            state=NOTHING_LOADED,
-        ) from None
-    return text
-
-
-def _squash(text: str) -> str:
-    return re.sub(r"\s+", "", text)
-
-
-def _answer_in(tail: str, message: Message, specials: re.Pattern[str], where: str) -> str:
-    """Return the trained part of what the template writes for an answer: through its end token."""
-    ends = list(specials.finditer(tail))
-    whole = [end.end() for end in ends if _squash(message.content) in _squash(tail[: end.start()])]
-    if not ends:
-        raise DataError(
-            f"{where}: the model's chat template writes no end token after an answer, so a model trained with it would "
-            f"not learn to stop. It writes: {tail[-60:]!r}",
-            state=NOTHING_LOADED,
-        )
-    if not whole:
-        raise DataError(
-            f"{where}: the model's chat template leaves out part of the answer; it writes {tail[:80]!r}.",
-            state=NOTHING_LOADED,
-        )
-    return tail[: whole[-1] if message.extra else whole[0]]
-
-
-def _iter_segments(row: Conversation, tokenizer: Tokenizer, specials: re.Pattern[str]) -> Iterator[Segments]:
-    """Iterate over the sequences of a templated row: one, or one an answer.
-
-    Some templates rewrite earlier answers once a conversation goes on (they drop earlier thinking). Such an answer is
-    trained in the form in which it was given, in a sequence of its own that ends with it.
+    `answers` are the trained token ranges. The keys are hashes: of the whole row, of what comes before its last answer,
+    and of the field that `data.split_by` names. `controls` counts the control tokens in the row's content.
     """
-    trained = [index for index, message in enumerate(row.messages) if message.trained]
-    whole = _render(row, trained[-1] + 1, tokenizer, prompt=False)
-    together: Segments = []
-    apart: list[Segments] = []
-    done: int | None = 0  # characters of `whole` that are cut so far; None once an answer is not in it
-    for index in trained:
-        before = _render(row, index, tokenizer, prompt=True)
-        after = _render(row, index + 1, tokenizer, prompt=False)
-        if not after.startswith(before):
-            raise DataError(
-                f"{row.where}: the model's chat template writes the prompt of message {index + 1} differently "
-                "once it is answered, so what to train cannot be told.",
-                state=NOTHING_LOADED,
-            )
-        answer = _answer_in(after[len(before) :], row.messages[index], specials, row.where)
-        if done is not None and whole.startswith(before + answer):
-            together += [Marked(whole[done : len(before)], False), Marked(answer, True)]
-            done = len(before) + len(answer)
-        else:
-            done = None
-        apart.append([Marked(before, False), Marked(answer, True)])
-    yield from [together] if done is not None else apart
+
+    number: int  # of the row in its file
+    input_ids: Sequence[int]
+    answers: Sequence[tuple[int, int]]
+    row_key: int
+    prompt_key: int
+    group_key: int
+    controls: int
+    lossless: bool  # the answers' tokens spell the answers
 
 
-# --- tokens ---
+class Encoder:
+    """Turns conversations into tokens; one for each process."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, keep_controls: bool) -> None:
+        """`keep_controls`: control tokens inside content stay control tokens."""
+        self.tokenizer = tokenizer
+        self.template = template
+        self.keep_controls = keep_controls
+        self.controls = find_control_tokens(tokenizer, template)
+        vocabulary, added = tokenizer.get_vocab(), added_tokens(tokenizer)
+        self.added_ids = {vocabulary[token] for token in added if token in vocabulary}
+        self.finder = SpanFinder(template, alternatives(added)) if template else None
+
+    def encode(self, rows: Sequence[Conversation]) -> tuple[list[Encoded], list[tuple[int, str]]]:
+        """Return the sequences of some rows in their order, and (row number, what is wrong) for rows that have none."""
+        problems: list[tuple[int, str]] = []
+        found: list[tuple[Conversation, int, Rendering]] = []
+        with limited():
+            for row in rows:
+                try:
+                    count = self.controls.in_row(row)
+                    safe = self.controls.broken(row) if count and not self.keep_controls else row
+                    found += [(row, count, rendering) for rendering in self._render(safe)]
+                except RowError as error:
+                    problems.append((row.number, str(error)))
+        encoded: list[Encoded] = []
+        for templated, group in groupby(found, key=lambda entry: entry[0].templated):
+            entries = list(group)
+            sequences = self._tokenise([rendering for _, _, rendering in entries], special=not templated)
+            whole = self._lossless(entries, sequences)
+            for (row, count, rendering), (ids, answers), lossless in zip(entries, sequences, whole, strict=True):
+                if wrong := self._wrong_tokens(ids, answers, rendering, templated):
+                    problems.append((row.number, wrong))
+                else:
+                    encoded.append(Encoded(row.number, ids, answers, *_keys(row), count, lossless))
+        return encoded, problems
+
+    def _render(self, row: Conversation) -> list[Rendering]:
+        if row.templated:
+            if self.finder is None:
+                raise RowError("is a conversation, but there is no chat template")
+            return self.finder.find(row)
+        *before, answer = row.messages
+        prompt = "".join(message.content for message in before)
+        return [Rendering(prompt + answer.content, ((len(prompt), len(prompt) + len(answer.content)),))]
+
+    def _tokenise(
+        self, renderings: Sequence[Rendering], special: bool
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Return (ids, trained ranges) of texts; plain ones (`special`) get the tokenizer's own start and an end."""
+        texts = [rendering.text for rendering in renderings]
+        batch = self.tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        found = []
+        for rendering, ids, offsets in zip(renderings, batch["input_ids"], batch["offset_mapping"], strict=True):
+            end_token = self.tokenizer.eos_token_id
+            if special and ids[-1] == end_token and offsets[-1] == (0, 0):  # some tokenizers add it themselves
+                ids, offsets = ids[:-1], offsets[:-1]
+            if BREAK in rendering.text:
+                ids, offsets = _without_breaks(rendering.text, ids, offsets)
+            answers, across = _ranges(offsets, rendering.answers)
+            if across and (apart := self._apart(rendering, ids, special)):
+                ids, answers = apart
+            if special:
+                assert end_token is not None, "checked before"
+                ids = [*ids, end_token]
+                answers = [*answers[:-1], (answers[-1][0], len(ids))]
+            found.append((ids, answers))
+        return found
+
+    def _apart(
+        self, rendering: Rendering, ids: Sequence[int], special: bool
+    ) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """Tokenise the pieces of a text each alone, where a token would lie across the border of prompt and answer.
+
+        So the prompt has the tokens it has when the model answers. None where that gives another text: with a tokenizer
+        that writes a space before every text; then the token across the border counts as the answer's.
+        """
+        tokens: list[int] = []
+        answers: list[tuple[int, int]] = []
+        edges = [0, *(edge for answer in rendering.answers for edge in answer), len(rendering.text)]
+        for number, (begin, end) in enumerate(pairwise(edges)):
+            if begin < end:
+                piece = rendering.text[begin:end]
+                batch = self.tokenizer(
+                    [piece], add_special_tokens=special and not tokens, return_offsets_mapping=True, verbose=False
+                )
+                more, offsets = batch["input_ids"][0], batch["offset_mapping"][0]
+                if BREAK in piece:
+                    more, _ = _without_breaks(piece, more, offsets)
+                if number % 2:
+                    answers.append((len(tokens), len(tokens) + len(more)))
+                tokens += more
+        return (tokens, answers) if self.tokenizer.decode(tokens) == self.tokenizer.decode(ids) else None
+
+    def _lossless(
+        self,
+        entries: Sequence[tuple[Conversation, int, Rendering]],
+        sequences: Sequence[tuple[list[int], list[tuple[int, int]]]],
+    ) -> list[bool]:
+        """Return whether the trained tokens of each sequence, decoded, are its answers; white space at ends aside."""
+        pieces = [ids[begin:end] for ids, answers in sequences for begin, end in answers]
+        decoded = iter(self.tokenizer.backend_tokenizer.decode_batch(pieces, skip_special_tokens=False))
+        result = []
+        for (row, _, rendering), (_, answers) in zip(entries, sequences, strict=True):
+            said = [next(decoded) for _ in answers]
+            wanted = [rendering.text[begin:end].replace(BREAK, "") for begin, end in rendering.answers]
+            if not row.templated:
+                said[-1] = said[-1].removesuffix(self.tokenizer.decode([self.tokenizer.eos_token_id or 0]))
+            result.append([s.strip() for s in said] == [w.strip() for w in wanted])
+        return result
+
+    def _wrong_tokens(
+        self, ids: Sequence[int], answers: Sequence[tuple[int, int]], rendering: Rendering, templated: bool
+    ) -> str | None:
+        """Return what is wrong with a sequence's tokens, or None."""
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
+            return "begins with two start tokens"
+        if any(begin >= end for begin, end in answers):
+            return "has an answer of no token"
+        if BREAK in rendering.text and BREAK in self.tokenizer.decode(ids):
+            return "holds a control token that this tokenizer cannot take as text"
+        if templated and any(ids[end - 1] not in self.added_ids for _, end in answers):
+            return "has an answer whose end token falls to pieces in the tokenizer"
+        return None
 
 
-def _encode(pieces: Sequence[Segments], tokenizer: Tokenizer, special: bool) -> Iterator[tuple[list[int], list[bool]]]:
-    """Iterate over (token ids, trained?) of each sequence.
-
-    A sequence is tokenised as one text. Where a token would lie across the border of prompt and answer, the segments
-    are tokenised each alone, as the prompt is when the model answers, if that gives the same text; with a tokenizer
-    that writes a space before every text it does not, and then that token counts as the answer's.
-    """
-    encoded = tokenizer(
-        ["".join(s.text for s in segments) for segments in pieces],
-        add_special_tokens=special,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
-    for segments, ids, offsets in zip(pieces, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        borders, spans, end = set(), [], 0
-        for segment in segments:
-            begin, end = end, end + len(segment.text)
-            borders.add(begin)
-            if segment.trained:
-                spans.append((begin, end))
-        trained = [any(_overlaps(offset, span) for span in spans) for offset in offsets]
-        if any(start < border < stop for border in borders for start, stop in offsets):
-            apart: list[int] = []
-            flags: list[bool] = []
-            for number, segment in enumerate(segments):
-                encoded_alone = tokenizer([segment.text], add_special_tokens=special and number == 0, verbose=False)
-                apart += encoded_alone["input_ids"][0]
-                flags += [segment.trained] * len(encoded_alone["input_ids"][0])
-            if tokenizer.decode(apart) == tokenizer.decode(ids):
-                ids, trained = apart, flags
-        yield ids, trained
+def _without_breaks(
+    text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Leave out the tokens of every BREAK; what remains spells the text without it."""
+    kept = [
+        (token, (start, stop))
+        for token, (start, stop) in zip(ids, offsets, strict=True)
+        if start == stop or text[start:stop].strip() != BREAK
+    ]
+    return [token for token, _ in kept], [offset for _, offset in kept]
 
 
-def _overlaps(offset: tuple[int, int], span: tuple[int, int]) -> bool:
-    """Return whether a token's characters lie in a span; some tokenizers give white space an empty range."""
-    (start, stop), (begin, end) = offset, span
-    return max(start, begin) < min(stop, end) or (start == stop and begin <= start < end)
+def _ranges(
+    offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]
+) -> tuple[list[tuple[int, int]], bool]:
+    """Return the token ranges of character ranges, and whether a token lies across the edge of one."""
+    starts = [start for start, _ in offsets]
+    stops = [stop for _, stop in offsets]
+    found = []
+    across = False
+    for begin, end in answers:
+        first, last = bisect_right(stops, begin), bisect_left(starts, end)
+        while first > 0 and starts[first - 1] == stops[first - 1] == begin and begin > 0:  # white space of no width
+            first -= 1
+        if first < last:
+            across |= starts[first] < begin or stops[last - 1] > end
+        found.append((first, last))
+    return found, across
 
 
-def _sequences(rows: Sequence[Conversation], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int], list[bool]]]:
-    """Iterate over (place, token ids, trained?) of every sequence of the rows, in their order."""
-    names = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names |= set(tokenizer.all_special_tokens)
-    specials = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
-    for begin in range(0, len(rows), 512):
-        some = rows[begin : begin + 512]
-        for templated, group in groupby(some, key=lambda row: row.templated):
-            group_rows = list(group)
-            if templated:
-                pieces = [(row.where, s) for row in group_rows for s in _iter_segments(row, tokenizer, specials)]
-            else:
-                pieces = [(row.where, [Marked(m.content, m.trained) for m in row.messages]) for row in group_rows]
-            for (where, _), (ids, trained) in zip(
-                pieces, _encode([s for _, s in pieces], tokenizer, special=not templated), strict=True
-            ):
-                if not templated:
-                    assert tokenizer.eos_token_id is not None, "checked by build"
-                    if ids[-1] == tokenizer.eos_token_id:  # some tokenizers add it themselves
-                        ids, trained = ids[:-1], trained[:-1]
-                    ids, trained = [*ids, tokenizer.eos_token_id], [*trained, True]
-                yield where, ids, trained
+def _keys(row: Conversation) -> tuple[int, int, int]:
+    """Return hashes of a row, of what comes before its last answer (of the row, where nothing does), of its group."""
+    plain = [(m.role, m.content.strip(), m.extra) for m in row.messages]
+    last = max(index for index, message in enumerate(row.messages) if message.trained)
+    return _key((plain, row.tools)), _key((plain[:last] or plain, row.tools)), _key(row.group)
 
 
-def _require_tokenizer(rows: Sequence[Conversation], tokenizer: Tokenizer) -> None:
-    if any(row.templated for row in rows) and not tokenizer.chat_template:
-        where = next(row.where for row in rows if row.templated)
-        raise ModelError(
-            f"{where}: is a conversation, but the model's tokenizer has no chat template. Use the instruct version "
-            "of the model, or write the rows as prompt and completion.",
-            state=NOTHING_LOADED,
-        )
-    if any(not row.templated for row in rows) and tokenizer.eos_token_id is None:
-        raise ModelError(
-            "The model's tokenizer has no end token (eos_token), so answers could not end.", state=NOTHING_LOADED
-        )
-
-
-def build(
-    rows: Sequence[Conversation], tokenizer: Tokenizer, config: DataConfig, max_positions: int | None = None
-) -> tuple[list[Example], DataCounts]:
-    """Build the examples of a set and count what happened to its rows.
-
-    Raises DataError naming the rows that are too long (`too_long: error`), that keep no target, or that the chat
-    template cannot express.
-    """
-    _require_tokenizer(rows, tokenizer)
-    limit = min(config.max_length, max_positions or config.max_length)
-    named = "data.max_length" if limit == config.max_length else "the model's number of positions"
-    examples: list[Example] = []
-    too_long: list[str] = []
-    dropped = truncated = lost = 0
-    for where, ids, trained in _sequences(rows, tokenizer):
-        if len(ids) > limit:
-            too_long.append(f"{where}: {len(ids)} tokens, {named} is {limit}.")
-            kept = sum(trained[:limit]) if config.too_long == "truncate" else 0
-            lost += sum(trained) - kept
-            truncated += kept > 0
-            dropped += kept == 0
-            if kept == 0:
-                continue
-            ids, trained = ids[:limit], trained[:limit]
-        labels = tuple(token if target else IGNORED for token, target in zip(ids, trained, strict=True))
-        example = Example(tuple(ids), labels, where)
-        if example.targets:
-            examples.append(example)
-        else:
-            dropped += 1
-    if too_long and config.too_long == "error":
-        raise DataError(
-            f"data.too_long: {len(too_long)} of {len(rows)} rows are longer than {named}. Raise data.max_length, or "
-            "choose drop (leave them out) or truncate (cut their end).",
-            *too_long,
-            state=NOTHING_LOADED,
-        )
-    if not examples:
-        raise DataError("No row keeps a single token to train on.", state=NOTHING_LOADED)
-    lengths = sorted(map(len, examples))
-    counts = DataCounts(
-        rows=len(rows),
-        examples=len(examples),
-        tokens=sum(lengths),
-        targets=sum(example.targets for example in examples),
-        dropped=dropped,
-        truncated=truncated,
-        lost_targets=lost,
-        length_percentiles=tuple(lengths[min(len(lengths) - 1, len(lengths) * p // 100)] for p in (50, 90, 99, 100)),
-    )
-    return examples, counts
+def _key(value: Any) -> int:
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 # --- looking at an example ---

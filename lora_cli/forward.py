@@ -1,9 +1,11 @@
 """One batch through the model: the loss at its target positions, and nothing computed anywhere else."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_cli.batches import Batch
 from lora_cli.loss import LossSum, head_loss, logits_loss
@@ -44,3 +46,28 @@ def target_logits(model: LanguageModel, batch: Batch) -> Tensor:
     inputs = _inputs(model, batch)
     logits: Tensor = model.module(**inputs, logits_to_keep=batch.positions).logits[0]
     return logits
+
+
+@contextlib.contextmanager
+def embedding_noise(model: LanguageModel, alpha: float | None, batch: Batch) -> Iterator[None]:
+    """Add noise to the embeddings while the block runs (NEFTune, Jain et al. 2023, arXiv 2310.05914); none for None.
+
+    It is uniform in [-1, 1], times alpha / sqrt(L d), for each sequence of L tokens with d numbers each.
+    """
+    if alpha is None:
+        yield
+        return
+
+    def disturb(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # [1, T, d]
+        sizes = [alpha / (length * output.shape[-1]) ** 0.5 for length in batch.sequence_lengths]
+        scale = torch.repeat_interleave(
+            torch.tensor(sizes, device=output.device), torch.tensor(batch.sequence_lengths, device=output.device)
+        )
+        noise = torch.empty_like(output, dtype=torch.float32).uniform_(-1, 1)
+        return output + (noise * scale[:, None]).to(output.dtype)
+
+    handle = model.module.get_input_embeddings().register_forward_hook(disturb)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 
 from lora_cli import adapter, checkpoint, lora, run_dir, storage
+from lora_cli.adapter import Origin
 from lora_cli.batches import Step, collate, plan_epoch, steps_in_epoch
 from lora_cli.checkpoint import Stopping, TrainState
 from lora_cli.config import RunConfig
+from lora_cli.dataset import Dataset, TrainingSet
 from lora_cli.errors import AdapterError, Interrupted, TrainingStopped
 from lora_cli.evaluate import evaluate
 from lora_cli.examples import Example
-from lora_cli.forward import target_loss, token_budget
+from lora_cli.forward import embedding_noise, target_loss, token_budget
 from lora_cli.interrupt import StopRequest
 from lora_cli.loss import ZERO
 from lora_cli.model import LanguageModel
@@ -34,7 +36,7 @@ class Timetable:
 
     @classmethod
     def of(cls, examples: int, config: RunConfig) -> "Timetable":
-        """Return the timetable of a run over a number of training examples."""
+        """Return the timetable of a run that draws a number of examples an epoch."""
         per_epoch = steps_in_epoch(examples, config.train.batch_size)
         total = per_epoch * config.train.epochs
         return cls(per_epoch, min(total, config.train.max_steps or total))
@@ -53,20 +55,21 @@ class Loop:
         config: RunConfig,
         run: RunDir,
         model: LanguageModel,
-        train: Sequence[Example],
-        validation: Sequence[Example],
-        base_fingerprint: str,
+        train: TrainingSet,
+        validation: Dataset | None,
+        origin: Origin,
         stop: StopRequest,
     ) -> None:
         """Give the model a fresh adapter and an optimizer. `state` is then at step 0."""
         self.config = config
         self.run = run
         self.model = model
-        self.train = train
+        self.train = train.examples
+        self.mixture = train.mixture
         self.validation = validation
-        self.base_fingerprint = base_fingerprint
+        self.origin = origin
         self.stop = stop
-        self.timetable = Timetable.of(len(train), config)
+        self.timetable = Timetable.of(train.mixture.drawn, config)
         self.tokens = token_budget(model, config.train.micro_batch_tokens)
         torch.set_flush_denormal(True)  # lora_B starts at zero: its first products are denormal, and slow on a CPU
         lora.apply_lora(model.module, config.lora, config.seed)
@@ -98,8 +101,8 @@ class Loop:
         yield self._finish()
 
     def _plan(self, epoch: int) -> list[Step]:
-        lengths = [len(example) for example in self.train]
-        return plan_epoch(lengths, self.config.train.batch_size, self.tokens, self.config.seed, epoch)
+        lengths = self.train.lengths.tolist()
+        return plan_epoch(lengths, self.mixture, self.config.train.batch_size, self.tokens, self.config.seed, epoch)
 
     def _take_step(self, step: Step) -> StepDone:
         """Make one optimizer update: the sum of all token losses, divided once by the step's targets."""
@@ -111,7 +114,9 @@ class Loop:
         loss = ZERO
         for micro_batch, group in enumerate(examples):
             torch.manual_seed(derive_seed(self.config.seed, "dropout", number, micro_batch))
-            part = target_loss(self.model, collate(group, self.model.device))
+            batch = collate(group, self.model.device)
+            with embedding_noise(self.model, self.config.train.neftune_alpha, batch):
+                part = target_loss(self.model, batch)
             (part.total / targets).backward()
             loss = loss + part
             self._require_finite(float(part.total.detach()), "loss", number, group)
@@ -169,6 +174,7 @@ class Loop:
         """Measure validation loss and take it into early stopping; at step 0 it is the base that is measured."""
         began = time.perf_counter()
         stopping, patience = self.state.stopping, self.config.train.early_stopping.patience
+        assert self.validation is not None, "asked for by the caller"
         result = evaluate(self.model, self.validation, self.tokens)
         self._require_finite(result.mean, "validation loss", self.state.step, self.validation, applied=True)
         improved = False
@@ -198,8 +204,7 @@ class Loop:
         return Saved(self.state.step, path, is_best)
 
     def _save_adapter(self, folder: Path) -> None:
-        base = self.config.model
-        adapter.save(folder, self.model.module, self.config.lora, base.path, base.revision, self.base_fingerprint)
+        adapter.save(folder, self.model.module, self.config.lora, self.origin)
 
     def _finish(self) -> Finished:
         """Copy the best adapter, or the last one where nothing was evaluated, to where the result stands."""

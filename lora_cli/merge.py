@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_cli import data, examples, lora, model, storage, tuned
+from lora_cli import lora, model, storage, tuned
 from lora_cli.adapter import Adapter
 from lora_cli.batches import collate
 from lora_cli.errors import AdapterError, SurroundingsError, UserError
 from lora_cli.examples import Example
 from lora_cli.forward import target_logits
+from lora_cli.prepare import run_to_end, validation_of
 from lora_cli.records import MergeReport
 from lora_cli.tuned import Result
 
@@ -65,11 +66,22 @@ def _write(result: Result, skeleton: nn.Module, folder: Path) -> set[torch.dtype
         holds_weights = source.suffix in _OTHER_WEIGHTS or source.name == storage.MANIFEST
         if source.is_file() and not holds_weights and not source.name.startswith("."):
             shutil.copyfile(source, folder / source.name)
+    _write_templates(result, folder)
     if left := sorted(adapter.lora_A.keys() - done.keys()):
         raise AdapterError(
             f"{len(left)} adapted layers have no weight of their name in the base's files: {left[0]}, ..."
         )
     return set(done.values())
+
+
+def _write_templates(result: Result, folder: Path) -> None:
+    """Write the chat templates the adapter was trained with, where the base has others."""
+    own = model.read_header(result.base).tokenizer.chat_template
+    templates = result.adapter.chat_templates
+    if templates and own != result.header.tokenizer.chat_template:
+        for name, text in templates.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def _write_shard(
@@ -139,11 +151,10 @@ def _verify(result: Result, folder: Path, output: Path, dtypes: set[torch.dtype]
 
 def _probes(result: Result) -> list[Example]:
     """Return real rows of the run where they are still there, else a few sentences."""
-    if result.config is not None:
+    if result.config is not None and result.data is not None:
         try:
-            train, validation = data.read_split(result.config.data, result.config.seed)
-            rows = (validation or train)[:_PROBES]
-            return examples.build(rows, result.header.tokenizer, result.config.data, result.header.max_positions)[0]
+            found, _ = run_to_end(validation_of(result.data, result.config.seed, result.header))
+            return found[:_PROBES]
         except UserError:
             pass  # the data moved away: the comparison is as strict on any other text
     encoded = result.header.tokenizer(list(_SENTENCES))["input_ids"]

@@ -1,10 +1,11 @@
 """The base model and its tokenizer: found, checked by their headers, loaded."""
 
 import contextlib
+import copy
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,14 @@ def read_header(config: ModelConfig) -> ModelHeader:
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json), which is needed.", state=NOTHING_LOADED)
     positions = getattr(parsed.get_text_config(), "max_position_embeddings", None)
     return ModelHeader(folder, parsed, tokenizer, positions)
+
+
+def with_chat_templates(tokenizer: Tokenizer, templates: Mapping[str, str]) -> Tokenizer:
+    """Return a tokenizer with other chat templates, given by the names of the files transformers reads them from."""
+    changed = copy.copy(tokenizer)
+    named = {"default" if "/" not in name else Path(name).stem: text for name, text in templates.items()}
+    changed.chat_template = named if len(named) > 1 else next(iter(named.values()))
+    return changed
 
 
 def build_skeleton(header: ModelHeader, trust_remote_code: bool = False) -> nn.Module:

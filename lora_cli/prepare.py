@@ -1,18 +1,22 @@
-"""Everything a run needs to know before a weight is read: rows, tokenizer, examples, the layers to adapt."""
+"""Everything a run needs to know before a weight is read: data as tokens, template, the layers to adapt."""
 
 import hashlib
-import struct
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from lora_cli import examples, lora, model
-from lora_cli.config import RunConfig
-from lora_cli.data import Conversation
-from lora_cli.examples import Example
+from lora_cli import data, dataset, lora, model
+from lora_cli.chat_template import CHOICES, ChatTemplate, choose
+from lora_cli.config import DataConfig, RunConfig, SourceConfig
+from lora_cli.corpus import Corpus, make
+from lora_cli.dataset import Dataset, TrainingSet
+from lora_cli.errors import NOTHING_LOADED, DataError, ModelError
+from lora_cli.examples import Encoder
 from lora_cli.model import ModelHeader
-from lora_cli.records import DataCounts
+from lora_cli.records import DataCounts, Notice, Overlap, Preparing
+
+News = Notice | Preparing
 
 
 @dataclass(frozen=True)
@@ -20,79 +24,211 @@ class Prepared:
     """A run that is known to be possible."""
 
     header: ModelHeader
+    template: ChatTemplate | None
     skeleton: nn.Module  # on torch's meta device
     targets: Sequence[str]  # paths of the layers to adapt
-    train: Sequence[Example]
-    validation: Sequence[Example]
+    train: TrainingSet
+    validation: Dataset | None
     train_counts: DataCounts
     validation_counts: DataCounts | None
+    replay_counts: DataCounts | None
+    overlap: Overlap | None
     notices: Sequence[str]
 
+    @property
+    def templated(self) -> bool:
+        """Whether any row goes through the chat template."""
+        return any(corpus.templated for corpus in self.train.examples.corpora)
 
-def prepare(config: RunConfig, rows: tuple[Sequence[Conversation], Sequence[Conversation]]) -> Prepared:
-    """Check the training and validation rows against the tokenizer, and the targets against the model's structure.
+    def data_fingerprint(self) -> str:
+        """Return a hash of every token and target a run sees: data, tokenizer, template and split are in it."""
+        parts = [self.train.examples.fingerprint(), str(self.train.mixture)]
+        parts += [self.validation.fingerprint()] if self.validation else []
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
 
-    The rows come from `data.read_split`, which needs no torch. Raises what is wrong with any of them.
+
+class DataReader:
+    """Reads the data of one config for one model: its tokenizer, its chat template, its number of positions."""
+
+    def __init__(self, config: DataConfig, header: ModelHeader) -> None:
+        """Choose the chat template. Raises ConfigError."""
+        tokenizer = header.tokenizer
+        self.config = config
+        self.template = choose(config.chat_template, tokenizer, config.template_date, config.merge_system)
+        self.encoder = Encoder(tokenizer, self.template, keep_controls=config.allow_control_tokens is True)
+        self.max_positions = header.max_positions
+        self.limit = min(config.max_length, header.max_positions or config.max_length)
+
+    def corpora(self, source: SourceConfig) -> Generator[News, None, list[Corpus]]:
+        """Return the files of a source as tokens. Raises DataError, ModelError, SurroundingsError."""
+        found = []
+        for reader in data.readers(source, self.config):
+            templated = reader.format in data.TEMPLATED
+            if templated and self.template is None:
+                raise ModelError(
+                    f"{reader.file.name}: holds conversations, but the model's tokenizer has no chat template. Use "
+                    f"the instruct version of the model, or name one ({CHOICES}), or write the rows as prompt and "
+                    "completion.",
+                    state=NOTHING_LOADED,
+                )
+            if not templated and self.encoder.tokenizer.eos_token_id is None:
+                raise ModelError(
+                    "The model's tokenizer has no end token (eos_token), so answers could not end.",
+                    state=NOTHING_LOADED,
+                )
+            corpus = yield from make(reader, self.encoder)
+            self._require_decided(corpus, templated)
+            found.append(corpus)
+        return found
+
+    def held_out(self, source: SourceConfig) -> Generator[News, None, tuple[Dataset, DataCounts]]:
+        """Return all of a source, cut to length, and what was counted. Raises as `corpora`."""
+        corpora = yield from self.corpora(source)
+        return self.fit(dataset.whole(corpora, self.limit))
+
+    def fit(self, whole: Dataset) -> tuple[Dataset, DataCounts]:
+        """Apply `data.max_length`. Raises DataError."""
+        return dataset.fit(whole, self.config, self.max_positions)
+
+    def training_and_validation(
+        self,
+    ) -> Generator[News, None, tuple[Dataset, list[float], Dataset | None]]:
+        """Return the training sequences, the weight of each of their files, and the validation sequences, uncut."""
+        corpora: list[Corpus] = []
+        weights: list[float] = []
+        for source in self.config.sources:
+            more = yield from self.corpora(source)
+            corpora += more
+            weights += [source.weight] * len(more)
+        everything = dataset.whole(corpora, self.limit)
+        return everything, weights, (yield from self._validation(everything))
+
+    def _validation(self, everything: Dataset) -> Generator[News, None, Dataset | None]:
+        held_out = data.held_out_source(self.config)
+        if held_out is None:
+            return None
+        return dataset.whole((yield from self.corpora(held_out)), self.limit)
+
+    def _require_decided(self, corpus: Corpus, templated: bool) -> None:
+        """Raise DataError where most plain rows hold control tokens and nobody said what they are."""
+        share = float((corpus.controls > 0).mean())
+        if not templated and share > 0.5 and self.config.allow_control_tokens is None:
+            raise DataError(
+                f"{corpus.file.name}: {share:.0%} of its rows hold control tokens of the model, as rows do to which a "
+                "chat template was already applied. Set data.allow_control_tokens: true if they are meant as control "
+                "tokens, or false if they are text.",
+                state=NOTHING_LOADED,
+            )
+
+
+def run_to_end(generator: Generator[News, None, tuple[Dataset, DataCounts]]) -> tuple[Dataset, DataCounts]:
+    """Return what a generator returns; its news are not wanted."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
+
+
+def validation_of(
+    config: DataConfig, seed: int, header: ModelHeader
+) -> Generator[News, None, tuple[Dataset, DataCounts]]:
+    """Return the validation sequences of a run and what was counted; the training ones where it has none."""
+    reader = DataReader(config, header)
+    train, _, validation = yield from reader.training_and_validation()
+    if validation is None:
+        train, validation = dataset.split(train, config, seed)
+    return reader.fit(validation or train)
+
+
+def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
+    """Turn the data into tokens, and check the targets against the model's structure.
+
+    `data.require_readable` has looked at the data before, without torch. Raises what is wrong with any of them.
     """
-    train_rows, validation_rows = rows
     header = model.read_header(config.model)
-    train, train_counts = examples.build(train_rows, header.tokenizer, config.data, header.max_positions)
-    validation: list[Example] = []
-    validation_counts = None
-    if validation_rows:
-        validation, validation_counts = examples.build(
-            validation_rows, header.tokenizer, config.data, header.max_positions
-        )
     skeleton = model.build_skeleton(header, config.model.trust_remote_code)
     targets = lora.find_targets(skeleton, config.lora.target_modules)
+    reader = DataReader(config.data, header)
+    everything, weights, validation = yield from reader.training_and_validation()
+    overlap = None
+    if validation is None:
+        everything, validation = dataset.split(everything, config.data, config.seed)
+    if validation is not None:
+        overlap = dataset.find_overlap(everything, validation)
+        dataset.require_no_overlap(overlap, config.data)
+    train, train_counts = reader.fit(everything)
+    validation_counts = replay = replay_counts = None
+    if validation is not None:
+        validation, validation_counts = reader.fit(validation)
+    if (source := data.replay_source(config.data)) is not None:
+        replay, replay_counts = yield from reader.held_out(source)
+    ratio = config.data.replay.ratio if config.data.replay else 0.0
+    training_set = dataset.mix(train, weights, replay, ratio)
+    notices = [
+        *_adapter_notices(skeleton, targets, config),
+        *_data_notices("train", train_counts),
+        *(_data_notices("validation", validation_counts) if validation_counts else ()),
+        *(_data_notices("replay", replay_counts) if replay_counts else ()),
+        *_set_notices(training_set, overlap, config),
+        *_template_notices(reader.template),
+    ]
     return Prepared(
-        header,
-        skeleton,
-        targets,
-        train,
-        validation,
-        train_counts,
-        validation_counts,
-        list(_notices(skeleton, targets, config, train_counts, validation_counts)),
+        header=header,
+        template=reader.template,
+        skeleton=skeleton,
+        targets=targets,
+        train=training_set,
+        validation=validation,
+        train_counts=train_counts,
+        validation_counts=validation_counts,
+        replay_counts=replay_counts,
+        overlap=overlap,
+        notices=notices,
     )
 
 
-def _notices(
-    skeleton: nn.Module,
-    targets: Sequence[str],
-    config: RunConfig,
-    train: DataCounts,
-    validation: DataCounts | None,
-) -> Sequence[str]:
-    found = []
-    for name, counts in (("train", train), ("validation", validation)):
-        if counts and (counts.dropped or counts.truncated):
-            found.append(
-                f"{name}: {counts.dropped} sequences dropped and {counts.truncated} cut as too long; "
-                f"{counts.lost_targets} answer tokens lost."
-            )
+# --- what a user should know ---
+
+
+def _adapter_notices(skeleton: nn.Module, targets: Sequence[str], config: RunConfig) -> Iterator[str]:
     if config.lora.target_modules == "all-linear":
         stacked = [name for name, p in skeleton.named_parameters() if p.ndim == 3 and ".experts." in name]
         if stacked:
-            found.append(
-                f"The experts of this model ({len(stacked)} stacked weights) are not adapted, only its linear layers."
-            )
+            yield f"The experts of this model ({len(stacked)} stacked weights) are not adapted, only its linear layers."
     shapes = (lora.linear_shape(skeleton.get_submodule(path)) for path in targets)
     if config.lora.rank > (smallest := min(min(shape) for shape in shapes)):
-        found.append(
-            f"lora.rank {config.lora.rank} is larger than the smallest adapted layer ({smallest}); it is wasted there."
+        rank = config.lora.rank
+        yield f"lora.rank {rank} is larger than the smallest adapted layer ({smallest}); it is wasted there."
+
+
+def _data_notices(name: str, counts: DataCounts) -> Iterator[str]:
+    if counts.dropped or counts.truncated:
+        yield (
+            f"{name}: {counts.dropped} sequences dropped and {counts.truncated} cut as too long; "
+            f"{counts.lost_targets} answer tokens lost."
         )
-    if validation is None and config.train.early_stopping.patience:
-        found.append("Without validation data there is no early stopping; the last adapter is kept.")
-    return found
+    if counts.duplicates:
+        yield f"{name}: {counts.duplicates} rows stand there more than once."
+    if counts.control_tokens:
+        yield (
+            f"{name}: {counts.control_tokens} control tokens stand inside the content of {counts.control_rows} rows; "
+            "data.allow_control_tokens says whether they are taken as text (the default) or as control tokens."
+        )
+    if counts.lossy:
+        yield f"{name}: {counts.lossy} answers hold characters that the tokenizer writes differently."
 
 
-def data_fingerprint(prepared: Prepared) -> str:
-    """Return a hash of every token and target a run sees: data, tokenizer, template and split are in it."""
-    digest = hashlib.sha256()
-    for examples_of in (prepared.train, prepared.validation):
-        for example in examples_of:
-            count = len(example)
-            digest.update(struct.pack(f"<q{count}q{count}q", count, *example.input_ids, *example.labels))
-        digest.update(b"|")
-    return digest.hexdigest()[:32]
+def _set_notices(train: TrainingSet, overlap: Overlap | None, config: RunConfig) -> Iterator[str]:
+    if overlap is None and config.train.early_stopping.patience:
+        yield "Without validation data there is no early stopping; the last adapter is kept."
+    if overlap is not None and overlap.prompts:
+        yield f"{overlap.prompts} of {overlap.of} validation rows have a prompt that is trained on (allowed)."
+    if config.data.replay and (times := train.mixture.parts[-1].times) > 1:
+        yield f"{config.data.replay.path}: the replay rows are seen {times:.1f} times an epoch; more would help."
+
+
+def _template_notices(template: ChatTemplate | None) -> Iterator[str]:
+    if template is not None and template.writes_date:
+        day = f"{template.date} (data.template_date)"
+        yield f"The chat template writes today's date; it is told {day}, so that runs repeat."

@@ -21,7 +21,35 @@ class DataCounts:
     dropped: int  # examples left out because they were too long, or kept no target
     truncated: int
     lost_targets: int  # trained tokens cut away with them
+    too_long: Sequence[str]  # the first of the rows that were too long
     length_percentiles: Sequence[int]  # 50, 90, 99, 100
+    target_percentiles: Sequence[int]  # the same of the trained tokens
+    length_histogram: Sequence[int]  # sequences in equal steps of length, from 0 to the longest
+    duplicates: int  # rows that stand there already
+    control_rows: int  # rows with control tokens in their content
+    control_tokens: int
+    lossy: int  # sequences whose answers the tokenizer does not spell letter for letter
+    sources: Sequence["SourceCounts"]
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """What one file gave to a set."""
+
+    name: str
+    format: str
+    rows: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many of `of` validation rows are also trained on: whole `rows`, and rows whose `prompts` are."""
+
+    rows: int
+    prompts: int
+    of: int
+    places: Sequence[str]  # of the first three
 
 
 @dataclass(frozen=True)
@@ -95,7 +123,17 @@ class Notice:
     text: str
 
 
-Event = Started | StepDone | Evaluated | Saved | Finished | Notice
+@dataclass(frozen=True)
+class Preparing:
+    """A large file is being turned into tokens; `done` is a share."""
+
+    source: str
+    rows: int
+    done: float
+    seconds: float
+
+
+Event = Preparing | Started | StepDone | Evaluated | Saved | Finished | Notice
 
 
 @dataclass(frozen=True)
@@ -104,6 +142,14 @@ class Marked:
 
     text: str
     trained: bool
+
+
+@dataclass(frozen=True)
+class RowPreview:
+    """A sequence as the model sees it, cut where it changes between trained and not."""
+
+    row: str
+    pieces: Sequence[Marked]
 
 
 @dataclass(frozen=True)
@@ -122,10 +168,13 @@ class CheckReport:
 
     train: DataCounts
     validation: DataCounts | None
+    replay: DataCounts | None
+    overlap: Overlap | None
+    examples_per_epoch: int
     steps_per_epoch: int
     total_steps: int
-    preview_row: str
-    preview: Sequence[Marked]
+    seconds: float  # of training, roughly
+    previews: Sequence[RowPreview]
     modules: dict[str, int]  # last part of the module name -> how many are adapted
     trainable_parameters: int
     total_parameters: int

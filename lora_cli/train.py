@@ -29,25 +29,27 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
 
     Raises UserError: InputError and SurroundingsError before anything is written, TrainingStopped, Interrupted.
     """
-    rows = data.read_split(config.data, config.seed)
+    data.require_readable(config.data)
 
-    from lora_cli.prepare import data_fingerprint, prepare  # torch is imported only once config and rows are good
+    from lora_cli.prepare import prepare  # torch is imported only once config and rows are good
 
-    prepared = prepare(config, rows)
+    prepared = yield from prepare(config)
     for text in prepared.notices:
         yield Notice(text)
 
-    from lora_cli import lora, model
+    from lora_cli import adapter, lora, model
     from lora_cli.distributed import current_world, memory_error
     from lora_cli.loop import Loop
 
     run, world = run_dir.of(config), current_world()
     base_fingerprint = model.fingerprint(prepared.header.folder)
-    environment = describe_environment(str(world.device), base_fingerprint, data_fingerprint(prepared))
+    environment = describe_environment(str(world.device), base_fingerprint, prepared.data_fingerprint())
     language_model = model.load_model(prepared.header, config.model, world.device)
     with run_dir.held(run):
         run_dir.create(run, config, environment)
-        loop = Loop(config, run, language_model, prepared.train, prepared.validation, base_fingerprint, stop)
+        templates = prepared.template.files(*adapter.TEMPLATES) if prepared.template and prepared.templated else {}
+        origin = adapter.Origin(config.model.path, config.model.revision, base_fingerprint, templates)
+        loop = Loop(config, run, language_model, prepared.train, prepared.validation, origin, stop)
         yield from loop.restore()
         trainable = sum(p.numel() for p in lora.trainable(language_model.module).values())
         yield Started(

@@ -1,13 +1,13 @@
 """A base model with an adapter on top, from what RUN names: the start of every command that uses a result."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lora_cli import adapter, config_file, model, run_dir
 from lora_cli.adapter import Adapter
-from lora_cli.config import ModelConfig, RunConfig
+from lora_cli.config import DataConfig, ModelConfig, RunConfig
 from lora_cli.errors import AdapterError
 from lora_cli.model import LanguageModel, ModelHeader
 from lora_cli.run_dir import RunDir
@@ -22,6 +22,13 @@ class Result:
     header: ModelHeader
     run: RunDir | None
     config: RunConfig | None
+
+    @property
+    def data(self) -> DataConfig | None:
+        """The data settings of the run, with the chat template that is saved with the adapter."""
+        if self.config is None or not self.adapter.chat_templates:
+            return self.config.data if self.config else None
+        return self.config.data.model_copy(update={"chat_template": None})
 
 
 def find(path: Path, base: str | None = None) -> Result:
@@ -50,6 +57,8 @@ def find(path: Path, base: str | None = None) -> Result:
             f"{found}).",
             state="Nothing was written.",
         )
+    if read.chat_templates:
+        header = replace(header, tokenizer=model.with_chat_templates(header.tokenizer, read.chat_templates))
     return Result(read, section, header, run, config)
 
 

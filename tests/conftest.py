@@ -2,16 +2,25 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["LORA_CACHE"] = tempfile.mkdtemp(prefix="lora-tests-")
 
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lora_cli import data
+from lora_cli.config import DataConfig
+from lora_cli.dataset import Dataset
+from lora_cli.model import ModelHeader
+from lora_cli.prepare import DataReader, run_to_end
+from lora_cli.records import DataCounts
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -79,6 +88,27 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], st
         return folders[kind]
 
     return folder
+
+
+def read_rows(path: str, **settings: Any) -> list[data.Conversation]:
+    """The rows of a file as conversations."""
+    config = DataConfig(train=path, validation=0, **settings)
+    data.require_readable(config)
+    readers = [reader for source in config.sources for reader in data.readers(source, config)]
+    return [row for reader in readers for block in reader.file.blocks() for row in reader.read(block)[0]]
+
+
+def data_reader(config: DataConfig, tokenizer: Any = None, max_positions: int | None = None) -> DataReader:
+    """What turns the data of a config into tokens, without a model."""
+    return DataReader(config, ModelHeader(Path(), None, tokenizer or build_tokenizer(), max_positions))
+
+
+def build_examples(
+    path: str, tokenizer: Any = None, max_positions: int | None = None, **settings: Any
+) -> tuple[Dataset, DataCounts]:
+    """All rows of a file as examples, and what was counted."""
+    config = DataConfig(train=path, **settings)
+    return run_to_end(data_reader(config, tokenizer, max_positions).held_out(config.sources[0]))
 
 
 COLOURS = ("red", "blue", "green", "black", "white", "brown")

@@ -124,7 +124,7 @@ def test_check_shows_and_writes_nothing(invoke: Invoke, make_config: Callable[..
     report = json.loads(invoke("check", config, "--json")[1])
 
     assert report["total_steps"] == 16
-    assert [piece["trained"] for piece in report["preview"]] == [False, True]
+    assert [[piece["trained"] for piece in shown["pieces"]] for shown in report["previews"]] == [[False, True]] * 5
     assert report["trainable_parameters"] == sum(
         4 * (i + o) * 2 for i, o in [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
     )
@@ -158,7 +158,7 @@ def test_export_says_which_formats_exist(invoke: Invoke, tmp_path: Path):
         ({}, '{"messages": [{"role": "user", "content": "a"}]}\n', "rows.jsonl:1: this row has no answer"),
         ({"lora.target_modules": ["q_porj"]}, None, 'no linear layer is named "q_porj"; did you mean "q_proj"?'),
         ({"model.path": "./no-such-model"}, None, "model.path: there is no model folder ./no-such-model"),
-        ({"data.max_length": 8}, None, "32 of 32 rows are longer than data.max_length"),
+        ({"data.max_length": 8}, None, "32 of 32 sequences are longer than data.max_length"),
     ],
 )
 def test_wrong_input_is_exit_2_and_nothing_written(

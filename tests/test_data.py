@@ -1,12 +1,14 @@
 """Rows of every format become conversations, and every wrong row is named."""
 
 import json
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import write_rows
+from conftest import data_reader, read_rows, write_rows
 
-from lora_cli import data
+from lora_cli import dataset
 from lora_cli.config import DataConfig
 from lora_cli.errors import DataError, SurroundingsError
 
@@ -22,10 +24,10 @@ ANSWERED = {
 @pytest.mark.parametrize("name", ANSWERED)
 def test_a_format_is_recognised_by_its_content(tmp_path: Path, name: str):
     """No format has to be named, and only the answer is trained."""
-    (row,) = data.read(write_rows(tmp_path / "r.jsonl", [ANSWERED[name]]))
+    (row,) = read_rows(write_rows(tmp_path / "r.jsonl", [ANSWERED[name]]))
 
     assert [message.content.strip() for message in row.messages if message.trained] == ["Hello"]
-    assert row.where.endswith("r.jsonl:1")
+    assert row.number == 1
 
 
 def test_several_sources(tmp_path: Path):
@@ -36,7 +38,9 @@ def test_several_sources(tmp_path: Path):
     ]
     config = DataConfig.model_validate({"train": sources, "validation": 0})
 
-    assert [row.templated for row in data.read_split(config, 0)[0]] == [False, True]
+    everything, _, _ = finish(data_reader(config).training_and_validation())
+
+    assert [corpus.templated for corpus in everything.corpora] == [False, True]
 
 
 def test_roles_and_extras_are_kept(tmp_path: Path):
@@ -48,7 +52,7 @@ def test_roles_and_extras_are_kept(tmp_path: Path):
         {"role": "tool", "content": "t"},
         {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
     ]
-    (row,) = data.read(write_rows(tmp_path / "r.jsonl", [{"messages": messages, "tools": [{"name": "f"}]}]))
+    (row,) = read_rows(write_rows(tmp_path / "r.jsonl", [{"messages": messages, "tools": [{"name": "f"}]}]))
 
     assert [m.trained for m in row.messages] == [False, False, True, False, True]
     assert (row.tools[0], row.messages[4].content) == ({"name": "f"}, "a")
@@ -64,7 +68,7 @@ def test_json_csv_and_parquet(tmp_path: Path):
 
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "r.parquet"))
     for name in ("r.json", "r.csv", "r.parquet"):
-        found = [tuple(m.content for m in row.messages) for row in data.read(str(tmp_path / name))]
+        found = [tuple(m.content for m in row.messages) for row in read_rows(str(tmp_path / name))]
         assert found == [("a", "b"), ("c, d", 'e "f"\ng')], name
 
 
@@ -74,7 +78,7 @@ def test_a_folder_is_all_its_files(tmp_path: Path):
         write_rows(tmp_path / f"{name}.jsonl", [{"text": name}])
     (tmp_path / "README.md").write_text("not data")
 
-    assert [row.messages[0].content for row in data.read(str(tmp_path))] == ["a", "b"]
+    assert [row.messages[0].content for row in read_rows(str(tmp_path))] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +86,7 @@ def test_a_folder_is_all_its_files(tmp_path: Path):
     [
         ('{"text": "a"}\n{"text": "b"\n', ":2:13: this is not JSON"),
         ('{"text": "a", "text": "b"}\n', ':1: the key "text" stands twice'),
-        ('{"text": "a"}\n[1]\n', ":2: a row must be an object with keys, found list"),
+        ('{"text": "a"}\n[1]\n', ":2: this row must be an object with keys, found list"),
         ('{"mesages": []}\n', ':1: this row has the keys mesages; expected messages, or'),
         ('{"mesages": []}\n', '"mesages" looks like "messages"'),
         ('{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', ":2: this row has the keys prompt, completion; text"),
@@ -108,7 +112,7 @@ def test_a_wrong_row_is_named(tmp_path: Path, text: str, expected: str):
     path = tmp_path / "r.jsonl"
     path.write_text(text)
     with pytest.raises(DataError) as caught:
-        data.read(str(path))
+        read_rows(str(path))
 
     assert expected in caught.value.paragraph()
 
@@ -117,7 +121,7 @@ def test_all_wrong_rows_at_once(tmp_path: Path):
     """Two wrong rows are two problems."""
     rows = [{"text": "a"}, {"text": ""}, {"text": "b"}, {"text": 1}]
     with pytest.raises(DataError) as caught:
-        data.read(write_rows(tmp_path / "r.jsonl", rows))
+        read_rows(write_rows(tmp_path / "r.jsonl", rows))
 
     assert [int(p.split(":")[1]) for p in caught.value.problems] == [2, 4]
 
@@ -137,7 +141,7 @@ def test_wrong_files(tmp_path: Path):
         ("notes.txt", "expected a file that ends in"),
     ]:
         with pytest.raises(DataError) as caught:
-            data.read(str(tmp_path / name))
+            read_rows(str(tmp_path / name))
         assert expected in caught.value.paragraph()
 
 
@@ -145,25 +149,43 @@ def test_an_unreachable_hub_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     """A name that is no file is looked for on the hub, and that failing is the surroundings' fault."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises((SurroundingsError, DataError), match="somebody/some-data"):
-        data.read("somebody/some-data")
+        read_rows("somebody/some-data")
+
+
+def finish(generator: Generator[Any, None, Any]) -> Any:
+    """What a generator returns."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
+
+
+def read_split(seed: int = 0, **settings: Any) -> tuple[list[int], list[int]]:
+    """The numbers of the training and the validation rows."""
+    config = DataConfig(**settings)
+    train, _, validation = finish(data_reader(config).training_and_validation())
+    if validation is None:
+        train, validation = dataset.split(train, config, seed)
+    return train.column("numbers").tolist(), [] if validation is None else validation.column("numbers").tolist()
 
 
 def test_the_split_is_deterministic_and_whole(rows_file: str):
     """Shares and counts hold out the rows they say, the same for one seed, others for another."""
     for held_out, count in ((0.25, 10), (3, 3), (0, 0), (0.0, 0)):
-        train, validation = data.read_split(DataConfig(train=rows_file, validation=held_out), seed=0)
+        train, validation = read_split(train=rows_file, validation=held_out)
         assert (40 - count, count) == (len(train), len(validation))
-        assert len({row.where for row in [*train, *validation]}) == 40
-    split = DataConfig(train=rows_file, validation=10)
+        assert len({*train, *validation}) == 40
+    first, again, other = (read_split(seed, train=rows_file, validation=10) for seed in (0, 0, 1))
 
-    assert data.read_split(split, 0) == data.read_split(split, 0)
-    assert data.read_split(split, 0) != data.read_split(split, 1)
+    assert first == again
+    assert first != other
 
 
 def test_a_validation_file(tmp_path: Path, rows_file: str):
     """A file of its own is held out whole."""
     held_out = write_rows(tmp_path / "v.jsonl", [ANSWERED["text"]])
-    train, validation = data.read_split(DataConfig(train=rows_file, validation=held_out), seed=0)
+    train, validation = read_split(train=rows_file, validation=held_out)
 
     assert (len(train), len(validation)) == (40, 1)
 
@@ -172,4 +194,4 @@ def test_a_validation_file(tmp_path: Path, rows_file: str):
 def test_a_split_that_leaves_nothing_is_refused(rows_file: str, held_out: float):
     """Both sides need a row; the arithmetic is shown."""
     with pytest.raises(DataError, match="of 40 rows leaves"):
-        data.read_split(DataConfig(train=rows_file, validation=held_out), seed=0)
+        read_split(train=rows_file, validation=held_out)

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import transformers
-from conftest import CHATML, build_tokenizer, conversation, write_rows
+from conftest import CHATML, build_examples, build_tokenizer, conversation, write_rows
 from tokenizers import AddedToken
 
-from lora_cli import data, examples
-from lora_cli.config import DataConfig
+from lora_cli import examples
 from lora_cli.errors import DataError, ModelError
 
 TOKENIZER: Any = build_tokenizer()
@@ -24,9 +23,7 @@ FORGETS_THOUGHTS = (
 
 
 def build(tmp_path: Path, rows: list[Any], tokenizer: Any = TOKENIZER, **settings: Any) -> list[examples.Example]:
-    source = write_rows(tmp_path / "r.jsonl", rows)
-    config = DataConfig(train=source, **settings)
-    return examples.build(data.read(source), tokenizer, config)[0]
+    return list(build_examples(write_rows(tmp_path / "r.jsonl", rows), tokenizer, **settings)[0])
 
 
 def trained(example: examples.Example, tokenizer: Any = TOKENIZER) -> list[str]:
@@ -86,8 +83,8 @@ def test_a_template_that_rewrites_earlier_answers(tmp_path: Path):
     found = build(tmp_path, [{"messages": TURNS}], tokenizer)
 
     assert [trained(example) for example in found] == [
-        ["<think></think>Red.<|im_end|>"],
-        ["<think></think>Blue 🫐 sky.<|im_end|>"],
+        ["Red.<|im_end|>"],
+        ["Blue 🫐 sky.<|im_end|>"],
     ]
 
 
@@ -95,12 +92,17 @@ def test_a_template_that_rewrites_earlier_answers(tmp_path: Path):
     ("template", "expected"),
     [
         ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "writes no end token"),
-        ("{% for m in messages %}{{ m['content'][:2] }}<|im_end|>{% endfor %}", "leaves out part of the answer"),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{{ m.content[:2] }}<|im_end|>"
+            "{% endfor %}",
+            "has an answer that the chat template leaves out",
+        ),
+        ("{% for m in messages %}{{ m.content[:2] }}<|im_end|>{% endfor %}", "a user message that the chat template"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         (
             "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
             "{% if add_generation_prompt %}Thinking:{% endif %}",
-            "differently once it is answered",
+            "differently by the chat template once message 2 is answered",
         ),
     ],
 )
@@ -175,7 +177,7 @@ def test_too_long_is_an_error_that_names_the_rows(tmp_path: Path):
     with pytest.raises(DataError) as caught:
         build(tmp_path, [SHORT, LONG], max_length=50)
 
-    assert "1 of 2 rows are longer than data.max_length" in caught.value.problems[0]
+    assert "1 of 2 sequences are longer than data.max_length" in caught.value.problems[0]
     assert "r.jsonl:2:" in caught.value.problems[1]
 
 
@@ -186,8 +188,7 @@ def test_too_long_is_an_error_that_names_the_rows(tmp_path: Path):
 def test_too_long_counts_what_is_lost(tmp_path: Path, policy: Any, limit: int, kept: int, dropped: int, truncated: int):
     """Dropped and cut rows are counted with the answer tokens that went; no row without a target stays."""
     source = write_rows(tmp_path / "r.jsonl", [SHORT, LONG])
-    config = DataConfig(train=source, max_length=limit, too_long=policy)
-    found, counts = examples.build(data.read(source), TOKENIZER, config)
+    found, counts = build_examples(source, TOKENIZER, max_length=limit, too_long=policy)
 
     assert (counts.examples, counts.dropped, counts.truncated) == (kept, dropped, truncated)
     assert counts.lost_targets > 0
@@ -198,13 +199,13 @@ def test_the_models_own_limit_counts(tmp_path: Path):
     """No sequence is longer than the model has positions."""
     source = write_rows(tmp_path / "r.jsonl", [LONG])
     with pytest.raises(DataError, match="the model's number of positions"):
-        examples.build(data.read(source), TOKENIZER, DataConfig(train=source), max_positions=16)
+        build_examples(source, TOKENIZER, max_positions=16)
 
 
 def test_counts(make_rows: Callable[[int], str]):
     """Tokens and targets add up."""
     source = make_rows(30)
-    found, counts = examples.build(data.read(source), TOKENIZER, DataConfig(train=source))
+    found, counts = build_examples(source, TOKENIZER)
 
     assert counts.tokens == sum(map(len, found))
     assert counts.targets == sum(label != -100 for example in found for label in example.labels)

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import conversation
+from conftest import build_examples, conversation
 
-from lora_cli import batches, checkpoint, config_file, data, examples, lora, model, run_dir, storage
+from lora_cli import batches, checkpoint, config_file, lora, model, run_dir, storage
+from lora_cli.batches import Mixture, Part
 from lora_cli.checkpoint import Stopping
 from lora_cli.config import LoraConfig, ModelConfig, TrainConfig
 from lora_cli.errors import AdapterError, ConfigError, DataError, SurroundingsError, TrainingStopped
@@ -74,9 +75,7 @@ def test_any_split_into_micro_batches_gives_the_same_step(
     lora.apply_lora(loaded.module, LoraConfig(rank=4), seed=0)
     for _, layer in lora.lora_layers(loaded.module):
         torch.nn.init.normal_(layer.lora_B, std=0.3)
-    rows = data.read(make_rows(16))
-    found, _ = examples.build(rows, header.tokenizer, config_file.RunConfig.model_validate(
-        {"model": "x", "data": {"train": "x"}, "output_dir": "x"}).data)  # fmt: skip
+    found, _ = build_examples(make_rows(16), header.tokenizer)
     lengths = [len(example) for example in found]
     budgets = [100_000, 150, 64, 0] if loaded.layout.packed else [0]
     results = []
@@ -113,13 +112,13 @@ def test_micro_batches_hold_everything_once_within_the_budget():
 def test_the_plan_is_a_function_of_seed_and_epoch():
     """Each epoch sees every example once, in an order of its own that another seed changes."""
     plans = {
-        key: batches.plan_epoch([10] * 13, 4, 20, *key) for key in [(0, 0), (0, 1), (1, 0)]
+        key: batches.plan_epoch([10] * 13, Mixture((Part(0, 13),)), 4, 20, *key) for key in [(0, 0), (0, 1), (1, 0)]
     }  # fmt: skip
     for plan in plans.values():
         assert sorted(i for step in plan for one in step for i in one) == list(range(13))
         assert [sum(map(len, step)) for step in plan] == [4, 4, 4, 1]
 
-    assert plans[0, 0] == batches.plan_epoch([10] * 13, 4, 20, 0, 0)
+    assert plans[0, 0] == batches.plan_epoch([10] * 13, Mixture((Part(0, 13),)), 4, 20, 0, 0)
     assert len({str(plan) for plan in plans.values()}) == 3
 
 

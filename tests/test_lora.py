@@ -9,11 +9,12 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import conversation, write_rows
+from conftest import build_examples, conversation, write_rows
 
-from lora_cli import adapter, data, examples, lora, merge, model, tuned
+from lora_cli import adapter, lora, merge, model, tuned
+from lora_cli.adapter import Origin
 from lora_cli.batches import collate
-from lora_cli.config import DataConfig, LoraConfig, ModelConfig
+from lora_cli.config import LoraConfig, ModelConfig
 from lora_cli.errors import AdapterError, ModelError
 from lora_cli.forward import target_logits, target_loss
 
@@ -119,9 +120,9 @@ def test_loss_and_gradients_equal_pefts(kind: str, model_folder: Callable[[str],
     assert loaded.layout.packed == (kind != "gemma2")
     lora.apply_lora(loaded.module, LoraConfig(rank=4, alpha=8), seed=0)
     randomise(loaded.module)
-    adapter.save(tmp_path, loaded.module, LoraConfig(rank=4, alpha=8), model_folder(kind), None, "f")
+    adapter.save(tmp_path, loaded.module, LoraConfig(rank=4, alpha=8), Origin(model_folder(kind), None, "f", {}))
     source = write_rows(tmp_path / "r.jsonl", [conversation(n) for n in range(6)])
-    found, _ = examples.build(data.read(source), header.tokenizer, DataConfig(train=source))
+    found, _ = build_examples(source, header.tokenizer)
     groups = [found] if loaded.layout.packed else [[example] for example in found]
     total = 0.0
     for group in groups:
@@ -163,7 +164,7 @@ def test_peft_loads_our_adapter(
     config = LoraConfig(rank=4, alpha=8, method=method, target_modules=chosen)
     lora.apply_lora(loaded.module, config, seed=0)
     randomise(loaded.module)
-    adapter.save(tmp_path, loaded.module, config, model_folder(kind), None, "f")
+    adapter.save(tmp_path, loaded.module, config, Origin(model_folder(kind), None, "f", {}))
     base = transformers.AutoModelForCausalLM.from_pretrained(model_folder(kind))
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     adapted = {n for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
@@ -300,7 +301,7 @@ def test_an_untrained_adapter_is_not_merged(model_folder: Callable[[str], str], 
     """All lora_B zero: there is nothing to merge."""
     loaded, _ = load(model_folder("llama"))
     lora.apply_lora(loaded.module, LoraConfig(rank=4), seed=0)
-    adapter.save(tmp_path, loaded.module, LoraConfig(rank=4), model_folder("llama"), None, "f")
+    adapter.save(tmp_path, loaded.module, LoraConfig(rank=4), Origin(model_folder("llama"), None, "f", {}))
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "kept")
     import safetensors.torch
 
@@ -336,7 +337,7 @@ def test_an_adapter_of_another_base_is_refused(model_folder: Callable[[str], str
     loaded, _ = load(model_folder("llama"))
     lora.apply_lora(loaded.module, LoraConfig(rank=4), seed=0)
     (tmp_path / "b").mkdir()
-    adapter.save(tmp_path / "b", loaded.module, LoraConfig(rank=4), model_folder("llama"), None, "not this one")
+    adapter.save(tmp_path / "b", loaded.module, LoraConfig(rank=4), Origin(model_folder("llama"), None, "another", {}))
     with pytest.raises(AdapterError, match="was trained on another base"):
         tuned.find(tmp_path / "b")
 
@@ -368,7 +369,7 @@ def test_packed_sequences_do_not_see_each_other(kind: str, model_folder: Callabl
     """The logits of packed sequences are those of each alone."""
     loaded, header = load(model_folder(kind))
     source = write_rows(tmp_path / "r.jsonl", [conversation(n) for n in range(5)])
-    found, _ = examples.build(data.read(source), header.tokenizer, DataConfig(train=source))
+    found, _ = build_examples(source, header.tokenizer)
     with torch.no_grad():
         together = target_logits(loaded, collate(found, CPU))
         alone = torch.cat([target_logits(loaded, collate([example], CPU)) for example in found])

@@ -1,0 +1,246 @@
+"""Chat templates: named ones, and the model's own, each run within limits of time, memory and output.
+
+A template is a program that comes with a model. transformers renders it in Jinja's sandbox, which stops it from
+reaching the machine but not from looping or from asking for memory; the limits here do.
+"""
+
+import contextlib
+import datetime
+import json
+import re
+import resource
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from lora_cli.data import Conversation, Message, RowError
+from lora_cli.errors import NOTHING_LOADED, ConfigError
+
+SECONDS = 5.0  # a row may take to render
+MEMORY = 1 << 30  # bytes a block of rows may add to the process while it renders
+OUTPUT = 64 << 20  # characters a row may become
+
+# ChatML and Zephyr as their model cards describe them, Alpaca as its README does; the two last need nothing of a
+# vocabulary but an end token.
+NAMED = {
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "zephyr": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    ),
+    "alpaca": (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
+        "{% elif m.role == 'assistant' %}### Response:\n{{ m.content }}{{ eos_token }}\n\n"
+        "{% else %}### {{ 'Instruction' if m.role == 'user' else 'Input' }}:\n{{ m.content }}\n\n{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}### Response:\n{% endif %}"
+    ),
+}
+_TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<form>[^"'\\]*)(?P=quote)\s*\)""")
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # names that templates and data give to it
+CHOICES = f"data.chat_template: a Jinja file, or one of {', '.join(NAMED)}"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text. `generated` are the character ranges that the template marks with {% generation %}."""
+
+    text: str
+    generated: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How conversations become text. `with_tools` is the template for rows with tools, where a model has its own."""
+
+    source: str
+    with_tools: str
+    special_tokens: Mapping[str, Any]  # bos_token, eos_token, ... as a template may write them
+    date: datetime.date
+    merge_system: bool
+
+    def files(self, default: str, tool_use: str) -> dict[str, str]:
+        """Return the templates by the names they are saved under."""
+        return {default: self.source} | ({tool_use: self.with_tools} if self.with_tools != self.source else {})
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the template asks for today's date."""
+        return "strftime_now" in self.source + self.with_tools
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the template says itself which part a model generates."""
+        return re.search(r"{%-?\s*generation", self.source + self.with_tools) is not None
+
+    @cached_property
+    def _dated(self) -> str:
+        return self._with_date(self.source)
+
+    @cached_property
+    def _dated_with_tools(self) -> str:
+        return self._with_date(self.with_tools)
+
+    def _with_date(self, source: str) -> str:
+        """Return a template in which today's date is this template's date, where it is written in a fixed form."""
+        return _TODAY.sub(lambda call: json.dumps(self.date.strftime(call["form"]), ensure_ascii=False), source)
+
+    def render(self, row: Conversation, count: int, *, prompt: bool) -> Rendered:
+        """Render the first `count` messages; `prompt` adds what the model sees before it answers.
+
+        An answer without reasoning is asked for without thinking, where the template knows both ways. Raises RowError.
+        Call it within `limited()`.
+        """
+        messages = row.messages
+        if self.merge_system:
+            count -= count > 1 and messages[0].role == "system"
+            messages = _merged(messages)
+        asked = next((m for m in messages[count - (not prompt) :] if m.role == "assistant"), None)
+        try:
+            _start_clock()
+            texts, ranges = render_jinja_template(
+                conversations=[[_as_dict(message) for message in messages[:count]]],
+                tools=row.tools,
+                chat_template=self._dated_with_tools if row.tools else self._dated,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=self.marks_generation,
+                enable_thinking=asked is None or thinks(asked),
+                **self.special_tokens,
+            )
+        except TimeoutError:
+            raise RowError(f"takes the chat template more than {SECONDS:.0f} seconds to render") from None
+        except MemoryError:
+            raise RowError(f"takes the chat template more than {MEMORY >> 30} GiB of memory to render") from None
+        except Exception as error:  # a template is a program: it may fail in any way
+            hint = ""
+            if not self.merge_system and messages[0].role == "system":
+                hint = "; if it knows no system role, data.merge_system: true puts it in front of the first question"
+            raise RowError(f"is refused by the chat template: {str(error)[:200]}{hint}") from None
+        finally:
+            _stop_clock()
+        (text,) = texts
+        if len(text) > OUTPUT:
+            raise RowError(f"becomes {len(text):,} characters in the chat template; at most {OUTPUT:,} are taken")
+        return Rendered(text, tuple(ranges[0]) if ranges else ())
+
+
+def thinks(message: Message) -> bool:
+    """Return whether an answer shows its reasoning, in a field of its own or inside its content."""
+    return any(message.extra.get(name) for name in _REASONING) or "</think>" in message.content
+
+
+def reasoning_and_answer(message: Message) -> tuple[str, str]:
+    """Return the reasoning of a message and the rest of its content, wherever the reasoning stands."""
+    inside, found, rest = message.content.rpartition("</think>")
+    inside = inside.rpartition("<think>")[2]
+    return (reasoning(message) or inside).strip("\n"), (rest if found else message.content).lstrip("\n")
+
+
+def reasoning(message: Message) -> str:
+    """Return the reasoning that a message carries in a field of its own."""
+    return next((str(message.extra[name]) for name in _REASONING if message.extra.get(name)), "")
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    values = {"role": message.role, "content": message.content, **message.extra}
+    if text := reasoning(message):  # by every name: each template reads its own
+        values |= {"reasoning_content": text, "thinking": text}
+    return values
+
+
+def _merged(messages: Sequence[Message]) -> Sequence[Message]:
+    """Return messages with a leading system message put in front of the first user message."""
+    if len(messages) < 2 or messages[0].role != "system":
+        return messages
+    system, first, *rest = messages
+    return (replace(first, content=f"{system.content}\n\n{first.content}"), *rest)
+
+
+# --- choosing one ---
+
+
+def choose(setting: str | None, tokenizer: Any, date: str, merge_system: bool) -> ChatTemplate | None:
+    """Return the template that `data.chat_template` names, else the model's own; None where there is none.
+
+    Raises ConfigError.
+    """
+    own = tokenizer.chat_template
+    source = with_tools = None
+    if setting in NAMED:
+        source = NAMED[setting]
+        if setting == "chatml" and "<|im_end|>" not in tokenizer.get_vocab():
+            raise ConfigError(
+                "data.chat_template: chatml needs the token <|im_end|>, which this model's vocabulary has not: an "
+                "answer would have no end. zephyr and alpaca use the model's own end token.",
+                state=NOTHING_LOADED,
+            )
+    elif setting is not None:
+        try:
+            source = Path(setting).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"data.chat_template: {setting} is none of {', '.join(NAMED)}, and no file that can be read: {error}.",
+                state=NOTHING_LOADED,
+            ) from None
+    elif isinstance(own, dict):
+        source, with_tools = own.get("default"), own.get("tool_use")
+    else:
+        source = own
+    if not source:
+        return None
+    known = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return ChatTemplate(source, with_tools or source, known, datetime.date.fromisoformat(date), merge_system)
+
+
+# --- limits ---
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise TimeoutError
+
+
+def _start_clock(seconds: float = SECONDS) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _stop_clock() -> None:
+    _start_clock(0)
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """Run a block in which templates are rendered: each within SECONDS, all of them within MEMORY more bytes.
+
+    Time is limited in the main thread of a process, memory where the system counts it (Linux).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    in_main = threading.current_thread() is threading.main_thread()
+    used = _address_space()
+    before = signal.signal(signal.SIGALRM, _stop) if in_main else None
+    if used is not None and (soft == resource.RLIM_INFINITY or used + MEMORY < soft):
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if in_main:
+            signal.signal(signal.SIGALRM, before)
+
+
+def _address_space() -> int | None:
+    """Return the bytes of address space of this process; None where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        return None

@@ -1,0 +1,64 @@
+"""A function over many items in several processes, results in order, a bounded number of them in memory."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from lora_cli.errors import NOTHING_LOADED, SurroundingsError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_function: Callable[[Any], Any]  # of a worker process
+_PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
+
+
+def _begin(function: Callable[[Any], Any], parent: int) -> None:
+    """Prepare a worker: it leaves Ctrl-C to its parent, and does not outlive it."""
+    global _function
+    _function = function
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before this line
+            os._exit(1)
+
+
+def _call(item: Any) -> Any:
+    return _function(item)
+
+
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
+    """Iterate over `function(item)` in the order of the items; with one process, in this one.
+
+    At most two items a process are under way. Raises what the function raises, SurroundingsError when a process is
+    killed from outside.
+    """
+    if processes == 1:
+        yield from map(function, items)
+        return
+    # Forked, a worker has the tokenizer without loading it; elsewhere than on Linux that is not safe.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    executor = ProcessPoolExecutor(processes, context, _begin, (function, os.getpid()))
+    waiting: deque[Future[Any]] = deque()
+    try:
+        for item in items:
+            waiting.append(executor.submit(_call, item))
+            if len(waiting) == 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise SurroundingsError(
+            "A process that prepares the data was killed, by the system when memory runs out.", state=NOTHING_LOADED
+        ) from None
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)

@@ -68,8 +68,9 @@ def find_control_tokens(tokenizer: Any, template: ChatTemplate | None) -> Contro
 
 
 def added_tokens(tokenizer: Any) -> set[str]:
-    """Return the tokens that stand in a vocabulary as whole strings, special or not."""
-    return set(map(str, [*tokenizer.added_tokens_decoder.values(), *tokenizer.all_special_tokens]))
+    """Return the tokens that stand in a vocabulary as whole strings, special or not; not those of white space."""
+    tokens = map(str, [*tokenizer.added_tokens_decoder.values(), *tokenizer.all_special_tokens])
+    return {token for token in tokens if token.strip()}
 
 
 def _role_markers(template: ChatTemplate, added: set[str]) -> set[str]:

@@ -77,6 +77,9 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, keep_controls: bool) -> None:
         """`keep_controls`: control tokens inside content stay control tokens."""
         self.tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer  # of tokenizers: as the tokenizer's own call, without its detours
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self.template = template
         self.keep_controls = keep_controls
         self.controls = find_control_tokens(tokenizer, template)
@@ -121,11 +124,11 @@ class Encoder:
         self, renderings: Sequence[Rendering], special: bool
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Return (ids, trained ranges) of texts; plain ones (`special`) get the tokenizer's own start and an end."""
-        texts = [rendering.text for rendering in renderings]
-        batch = self.tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        batch = self._backend.encode_batch([rendering.text for rendering in renderings], add_special_tokens=special)
         found = []
-        for rendering, ids, offsets in zip(renderings, batch["input_ids"], batch["offset_mapping"], strict=True):
-            end_token = self.tokenizer.eos_token_id
+        end_token = self.tokenizer.eos_token_id
+        for rendering, encoding in zip(renderings, batch, strict=True):
+            ids, offsets = encoding.ids, encoding.offsets
             if special and ids[-1] == end_token and offsets[-1] == (0, 0):  # some tokenizers add it themselves
                 ids, offsets = ids[:-1], offsets[:-1]
             if BREAK in rendering.text:
@@ -154,12 +157,10 @@ class Encoder:
         for number, (begin, end) in enumerate(pairwise(edges)):
             if begin < end:
                 piece = rendering.text[begin:end]
-                batch = self.tokenizer(
-                    [piece], add_special_tokens=special and not tokens, return_offsets_mapping=True, verbose=False
-                )
-                more, offsets = batch["input_ids"][0], batch["offset_mapping"][0]
+                encoding = self._backend.encode(piece, add_special_tokens=special and not tokens)
+                more = encoding.ids
                 if BREAK in piece:
-                    more, _ = _without_breaks(piece, more, offsets)
+                    more, _ = _without_breaks(piece, more, encoding.offsets)
                 if number % 2:
                     answers.append((len(tokens), len(tokens) + len(more)))
                 tokens += more
@@ -172,7 +173,7 @@ class Encoder:
     ) -> list[bool]:
         """Return whether the trained tokens of each sequence, decoded, are its answers; white space at ends aside."""
         pieces = [ids[begin:end] for ids, answers in sequences for begin, end in answers]
-        decoded = iter(self.tokenizer.backend_tokenizer.decode_batch(pieces, skip_special_tokens=False))
+        decoded = iter(self._backend.decode_batch(pieces, skip_special_tokens=False))
         result = []
         for (row, _, rendering), (_, answers) in zip(entries, sequences, strict=True):
             said = [next(decoded) for _ in answers]

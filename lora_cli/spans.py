@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lora_cli.chat_template import ChatTemplate, Rendered, reasoning, reasoning_and_answer, thinks
+from lora_cli.chat_template import ChatTemplate, Rendered, reasoning_and_answer, thinks
 from lora_cli.data import Conversation, Message, RowError
 
 _PROBE = "Zx9qz"
@@ -83,7 +83,10 @@ class SpanFinder:
         """
         if message.extra or thinks(message) or not text.startswith(before):
             return None
+        opened = _OPEN_THINKING.search(before) is not None
         for frame in self._frames:
+            if opened and "</think>" not in frame.before:
+                continue
             for content in _forms(message.content):
                 answer = frame.before + content + frame.end
                 if text.startswith(answer, len(before)) and (not last or text == before + answer + frame.rest):
@@ -98,9 +101,9 @@ class SpanFinder:
         self._learn(row, index, before)
         if found := self._plain_answer(after, before, message, last=True):
             return found
+        if _OPEN_THINKING.search(before) and not (after.startswith(before) and "</think>" in after[len(before) :]):
+            return self._thought(before, after, message)
         if not after.startswith(before):
-            if _OPEN_THINKING.search(before):
-                return self._thought(before, after, message)
             return 0, self._reordered(before, after, row, index)
         tail = after[len(before) :]
         for frame in self._frames:
@@ -157,10 +160,10 @@ class SpanFinder:
         return next((run[0][:end] for end in reversed(ends) if going_on.startswith(run[0][:end])), run[0])
 
     def _thought(self, before: str, after: str, message: Message) -> tuple[int, str]:
-        """Return the answer to a prompt that opens the model's thinking, where the template forgets all thinking after.
+        """Return the answer to a prompt that opens the model's thinking, where the template does not close it after.
 
-        DeepSeek-R1's does. The model writes its reasoning, closes it, and answers; an answer without reasoning is given
-        the closed block as part of its prompt.
+        DeepSeek-R1's forgets it. The model writes its reasoning, closes it, and answers; an answer without reasoning is
+        given the closed block as part of its prompt.
         """
         thought, content = reasoning_and_answer(message)
         for frame in self._frames if not message.extra.get("tool_calls") else ():
@@ -226,11 +229,8 @@ def _require_parts(body: str, message: Message) -> None:
     calls = message.extra.get("tool_calls") or ()
     names = [str((call.get("function") or call).get("name", "")) for call in calls]
     rest = _squash(body)
-    for what, part in (
-        ("reasoning", reasoning(message)),
-        ("text", message.content),
-        *(("tool call", n) for n in names),
-    ):
+    thought, content = reasoning_and_answer(message)
+    for what, part in (("reasoning", thought), ("text", content), *(("tool call", name) for name in names)):
         wanted = _squash(part)
         place = rest.find(wanted)
         if place < 0:

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import SHARED, conversation, write_rows
+from conftest import CHATML, SHARED, conversation, write_rows
 
 from lora_cli import cli, config_file
 
@@ -129,6 +129,40 @@ def test_check_shows_and_writes_nothing(invoke: Invoke, make_config: Callable[..
         4 * (i + o) * 2 for i, o in [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
     )
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_check_shows_the_row_that_is_asked_for(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
+    """A row by its number or its place, wherever the split put it; a row that is not there is an error."""
+    config = make_config()
+    for row in ("7", f"{tmp_path / 'rows.jsonl'}:7"):
+        (shown,) = json.loads(invoke("check", config, "--row", row, "--json")[1])["previews"]
+        assert shown["row"].endswith("rows.jsonl:7")
+        assert "number 6" in "".join(piece["text"] for piece in shown["pieces"])
+    code, _, err = invoke("check", config, "--row", "41")
+
+    assert (code, "there is no such row" in err) == (2, True)
+
+
+def test_the_chat_template_goes_with_the_adapter(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
+    """Saved with the adapter and the merged model, used by eval when its file has gone; the base keeps its own."""
+    template = tmp_path / "mine.jinja"
+    template.write_text(CHATML.replace("<|im_start|>", "<|im_start|>the "))
+    config = make_config(**{"data.chat_template": str(template), "train.max_steps": 4})
+    assert invoke("train", config)[0] == 0
+    source = template.read_text()
+    template.unlink()
+    code, out, _ = invoke("eval", tmp_path / "run", "--json")
+    evaluated = json.loads(out)
+    assert invoke("merge", tmp_path / "run", "--output", tmp_path / "merged")[0] == 0
+    merged = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+
+    assert code == 0
+    assert evaluated["base"]["loss"] == pytest.approx(
+        json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["loss"], rel=1e-6
+    )
+    assert (tmp_path / "run" / "adapter" / "chat_template.jinja").read_text() == source
+    assert merged.chat_template == source
+    assert transformers.AutoTokenizer.from_pretrained(config_file.load(config).model.path).chat_template == CHATML
 
 
 def test_init_writes_a_config_that_loads(invoke: Invoke, tmp_path: Path):

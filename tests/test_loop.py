@@ -20,7 +20,7 @@ from lora_cli.batches import Mixture, Part
 from lora_cli.checkpoint import Stopping
 from lora_cli.config import LoraConfig, ModelConfig, TrainConfig
 from lora_cli.errors import AdapterError, ConfigError, DataError, SurroundingsError, TrainingStopped
-from lora_cli.forward import target_loss
+from lora_cli.forward import embedding_noise, target_loss
 from lora_cli.interrupt import StopRequest
 from lora_cli.loop import Timetable
 from lora_cli.loss import LossSum, head_loss, logits_loss
@@ -206,6 +206,41 @@ def test_without_validation_the_last_adapter_is_kept(make_config: Callable[..., 
     assert isinstance(end, Finished)
     assert (end.step, end.best_step, end.base_loss) == (3, None, None)
     assert end.adapter.is_dir()
+
+
+def test_embedding_noise_is_scaled_drawn_from_the_seed_and_gone_after(
+    model_folder: Callable[[str], str], make_rows: Callable[[int], str]
+):
+    """NEFTune: within alpha / sqrt(L d) in each packed sequence, the same for a seed; without it nothing is added."""
+    header = model.read_header(ModelConfig(path=model_folder("llama")))
+    loaded = model.load_model(header, ModelConfig(path=model_folder("llama")), CPU)
+    found, _ = build_examples(make_rows(4), header.tokenizer)
+    batch = batches.collate(found[:], CPU)
+    embed = loaded.module.get_input_embeddings()
+    plain = embed(batch.input_ids)
+    noisy = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        with embedding_noise(loaded, 5.0, batch):
+            noisy.append(embed(batch.input_ids) - plain)
+
+    assert torch.equal(*noisy)
+    assert torch.equal(embed(batch.input_ids), plain)
+    for length, part in zip(batch.sequence_lengths, noisy[0][0].split(batch.sequence_lengths), strict=True):
+        bound = 5.0 / (length * 32) ** 0.5
+        assert 0.8 * bound < float(part.abs().max()) <= bound * (1 + 1e-5)
+
+
+def test_neftune_changes_training_and_not_evaluation(make_config: Callable[..., Path], tmp_path: Path):
+    """The base's validation loss is the same to the bit; the trained adapter is another."""
+    plain = run(make_config(**{"train.max_steps": 4}))
+    noisy = run(
+        make_config(**{"train.max_steps": 4, "train.neftune_alpha": 5.0, "output_dir": str(tmp_path / "noisy")})
+    )
+    first, second = (next(e for e in events if isinstance(e, Evaluated)) for events in (plain, noisy))
+
+    assert first.loss == second.loss
+    assert [e.loss for e in plain if isinstance(e, StepDone)] != [e.loss for e in noisy if isinstance(e, StepDone)]
 
 
 def test_the_base_is_not_changed(make_config: Callable[..., Path], model_folder: Callable[[str], str]):

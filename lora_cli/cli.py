@@ -76,7 +76,7 @@ def check(
     if json:
         console.print_json(as_json(report))
     else:
-        console.show_check(report)
+        console.show_check(report, whole=row is not None)
 
 
 @app.command()

@@ -105,8 +105,10 @@ class SourceConfig(Section):
     path: Text
     weight: Annotated[Float, Field(gt=0)] = 1.0
     format: Format | None = None  # null: as data.format
-    split: Text | None = None  # of a hub data set
+    subset: Text | None = None  # of a hub data set that has several (its "config name")
+    split: Text | None = None  # of a hub data set; null: train
     fields: Fields | None = None  # null: as data.fields
+    prompt_template: PromptTemplate | None = None  # null: as data.prompt_template
 
 
 class DataConfig(Section):
@@ -159,8 +161,15 @@ class DataConfig(Section):
         return tuple(self.source(one) for one in named)
 
     def source(self, one: SourceConfig) -> SourceConfig:
-        """Return a source with `format` and `fields` of the whole data section where it has none of its own."""
-        return one.model_copy(update={"format": one.format or self.format, "fields": one.fields or self.fields})
+        """Return a source with the settings of the whole data section where it has none of its own."""
+        inherited = ("format", "fields", "prompt_template")
+        return one.model_copy(update={name: getattr(one, name) or getattr(self, name) for name in inherited})
+
+    @property
+    def group_field(self) -> str | None:
+        """The field whose values are kept on one side when rows are split off."""
+        split_off = not isinstance(self.validation, str) and self.validation != 0
+        return self.split_by if split_off and self.split_by not in ("prompt", "row") else None
 
 
 class EarlyStoppingConfig(Section):

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -33,6 +33,7 @@ from lora_cli.records import (
 out = Console(highlight=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
 Result = TypeVar("Result")
+_SHOWN_CHARACTERS = 2000  # of a row in a preview
 _QUIET_SECONDS = 5.0  # without a terminal, steps are reported no more often than this
 
 
@@ -184,8 +185,8 @@ def follow_preparation(news: Generator[Notice | Preparing, None, Result]) -> Res
             return result
 
 
-def show_check(report: CheckReport) -> None:
-    """Show what a run would do."""
+def show_check(report: CheckReport, whole: bool) -> None:
+    """Show what a run would do; rows are cut in the middle where they are long, unless `whole`."""
     sets = {"train": report.train, "validation": report.validation, "replay": report.replay}
     sets = {"train": report.train, "validation": report.validation, "replay": report.replay}
     present = {name: counts for name, counts in sets.items() if counts is not None}
@@ -214,7 +215,7 @@ def show_check(report: CheckReport) -> None:
         out.print(f"note: {notice}", markup=False, soft_wrap=True)
     for shown in report.previews:
         out.print(f"\n{shown.row}, the trained part marked:", markup=False, soft_wrap=True)
-        out.print(_marked(shown.pieces), soft_wrap=True)
+        out.print(_marked(shown.pieces, None if whole else _SHOWN_CHARACTERS), soft_wrap=True)
 
 
 def _data_table(sets: Mapping[str, DataCounts]) -> Table:
@@ -256,11 +257,23 @@ def _bars(counts: DataCounts) -> str:
     return f"0 |{bars}| {counts.length_percentiles[-1]:,} tokens"
 
 
-def _marked(pieces: Iterable[Marked]) -> Text:
+def _marked(pieces: Sequence[Marked], most: int | None) -> Text:
+    """Return a row's text with the trained part marked; of a long one the first three quarters and the end."""
     text = Text()
+    length = sum(len(piece.text) for piece in pieces)
+    cut = (0, 0) if most is None or length <= most else (most * 3 // 4, length - most // 4)
+    begin = 0
     for piece in pieces:
-        shown = piece.text if out.is_terminal or not piece.trained else f"[[{piece.text}]]"
-        text.append(shown, style="bold green" if piece.trained else "dim")
+        end = begin + len(piece.text)
+        shown = piece.text
+        if begin < cut[1] and end > cut[0]:
+            head, tail = shown[: max(0, cut[0] - begin)], shown[max(0, cut[1] - begin) :]
+            gap = f"\n... {cut[1] - cut[0]:,} characters ...\n" if begin <= cut[0] < end else ""
+            shown = head + gap + tail
+        begin = end
+        if shown:
+            marked = shown if out.is_terminal or not piece.trained else f"[[{shown}]]"
+            text.append(marked, style="bold green" if piece.trained else "dim")
     return text
 
 

@@ -218,17 +218,13 @@ TEMPLATED = ("messages", "sharegpt", "alpaca")  # always; prompt-completion wher
 
 
 def detect_format(row: Row) -> str | None:
-    """Return the first format whose keys the row has."""
-    return next((name for name, (keys, _) in _FORMATS.items() if all(key in row for key in keys)), None)
+    """Return the first format whose keys the row has; preference for pairs of answers."""
+    found = next((name for name, (keys, _) in _FORMATS.items() if all(key in row for key in keys)), None)
+    return found or ("preference" if {"chosen", "rejected"} <= row.keys() else None)
 
 
 def _explain_keys(row: Row, wanted: str | None) -> str:
     has = ", ".join(map(str, row)) or "nothing"
-    if {"chosen", "rejected"} <= row.keys():
-        return (
-            "is a preference pair (chosen, rejected), which plain training cannot use; to train on the chosen answers "
-            "alone, set format: prompt-completion and fields: {completion: chosen}"
-        )
     keys = _FORMATS[wanted][0] if wanted else [key for keys, _ in _FORMATS.values() for key in keys]
     missing = [key for key in keys if key not in row]
     guesses = [
@@ -313,18 +309,24 @@ def _fill(template: str, row: Row) -> str:
     return "".join(parts)
 
 
-def readers(source: SourceConfig, config: DataConfig) -> list[Reader]:
+def readers(source: SourceConfig, group_field: str | None = None) -> list[Reader]:
     """Return how each file of a source is read; its format is that of its first row where none is named.
 
     Raises DataError, SurroundingsError.
     """
-    group_field = None if config.split_by in ("prompt", "row") else config.split_by
     found = []
-    for file in find_files(source.path, source.split):
+    for file in find_files(source.path, source.subset, source.split):
         format = source.format if source.format not in (None, "auto") else None
-        reader = Reader(file, format, source.fields or {}, config.prompt_template, group_field)
+        reader = Reader(file, format, source.fields or {}, source.prompt_template, group_field)
         if format is None:
             reader = replace(reader, format=_format_of_first_row(reader))
+        if reader.format == "preference":
+            raise DataError(
+                f"{file.name}: holds preference pairs (chosen, rejected), on which plain training cannot be done; to "
+                "train on the chosen answers alone, set data.format: prompt-completion and data.fields: {completion: "
+                "chosen}.",
+                state=NOTHING_LOADED,
+            )
         found.append(reader)
     return found
 
@@ -342,8 +344,8 @@ def held_out_source(config: DataConfig) -> SourceConfig | None:
     held_out = config.validation
     if not isinstance(held_out, str):
         return None
-    if isinstance(config.train, str) and is_hub_id(held_out) and is_hub_id(config.train):
-        return config.source(SourceConfig(path=config.train, split=held_out))
+    if len(config.sources) == 1 and is_hub_id(held_out) and is_hub_id(config.sources[0].path):
+        return config.sources[0].model_copy(update={"split": held_out})
     return config.source(SourceConfig(path=held_out))
 
 
@@ -362,16 +364,17 @@ def require_readable(config: DataConfig) -> None:
     Raises DataError with all wrong rows found there, SurroundingsError.
     """
     problems: list[str] = []
-    for source in (*config.sources, held_out_source(config), replay_source(config)):
-        for reader in readers(source, config) if source else ():
-            size = rows = 0
-            for block in reader.file.blocks():
-                problems += reader.read(block)[1]
-                size += block.size
-                rows += len(block.items)
-                if size >= LOOKED_AT or rows >= ROWS_LOOKED_AT:
-                    break
-            if not rows:
-                problems.append(f"{reader.file.name}: has no rows.")
+    found = [reader for source in config.sources for reader in readers(source, config.group_field)]
+    others = (held_out_source(config), replay_source(config))
+    for reader in (*found, *(reader for source in others if source for reader in readers(source))):
+        size = rows = 0
+        for block in reader.file.blocks():
+            problems += reader.read(block)[1]
+            size += block.size
+            rows += len(block.items)
+            if size >= LOOKED_AT or rows >= ROWS_LOOKED_AT:
+                break
+        if not rows:
+            problems.append(f"{reader.file.name}: has no rows.")
     if problems:
         raise DataError(*problems, state=NOTHING_LOADED)

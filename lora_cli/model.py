@@ -229,6 +229,15 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+def configured_ends(header: ModelHeader) -> set[int]:
+    """Return the tokens at which generation stops, by the model's files and its tokenizer."""
+    path, found = header.folder / "generation_config.json", list[Any]()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        found += named if isinstance(named, list) else [named]
+    return {int(token) for token in [*found, header.tokenizer.eos_token_id] if token is not None}
+
+
 def end_tokens(model: LanguageModel, tokenizer: Tokenizer) -> Sequence[int]:
     """Return the tokens after which an answer is over."""
     configured = model.module.generation_config.eos_token_id

@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 from torch import nn
 
 from lora_cli import data, dataset, lora, model
@@ -12,11 +14,12 @@ from lora_cli.config import DataConfig, RunConfig, SourceConfig
 from lora_cli.corpus import Corpus, make
 from lora_cli.dataset import Dataset, TrainingSet
 from lora_cli.errors import NOTHING_LOADED, DataError, ModelError
-from lora_cli.examples import Encoder
+from lora_cli.examples import IGNORED, Encoder
 from lora_cli.model import ModelHeader
 from lora_cli.records import DataCounts, Notice, Overlap, Preparing
 
 News = Notice | Preparing
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,10 @@ class DataReader:
         self.max_positions = header.max_positions
         self.limit = min(config.max_length, header.max_positions or config.max_length)
 
-    def corpora(self, source: SourceConfig) -> Generator[News, None, list[Corpus]]:
+    def corpora(self, source: SourceConfig, group_field: str | None = None) -> Generator[News, None, list[Corpus]]:
         """Return the files of a source as tokens. Raises DataError, ModelError, SurroundingsError."""
         found = []
-        for reader in data.readers(source, self.config):
+        for reader in data.readers(source, group_field):
             templated = reader.format in data.TEMPLATED
             if templated and self.template is None:
                 raise ModelError(
@@ -97,7 +100,7 @@ class DataReader:
         corpora: list[Corpus] = []
         weights: list[float] = []
         for source in self.config.sources:
-            more = yield from self.corpora(source)
+            more = yield from self.corpora(source, self.config.group_field)
             corpora += more
             weights += [source.weight] * len(more)
         everything = dataset.whole(corpora, self.limit)
@@ -121,13 +124,14 @@ class DataReader:
             )
 
 
-def run_to_end(generator: Generator[News, None, tuple[Dataset, DataCounts]]) -> tuple[Dataset, DataCounts]:
+def run_to_end(generator: Generator[News, None, Result]) -> Result:
     """Return what a generator returns; its news are not wanted."""
     while True:
         try:
             next(generator)
         except StopIteration as end:
-            return end.value
+            result: Result = end.value
+            return result
 
 
 def validation_of(
@@ -172,6 +176,7 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
         *(_data_notices("replay", replay_counts) if replay_counts else ()),
         *_set_notices(training_set, overlap, config),
         *_template_notices(reader.template),
+        *_end_notices(train, header),
     ]
     return Prepared(
         header=header,
@@ -209,7 +214,7 @@ def _data_notices(name: str, counts: DataCounts) -> Iterator[str]:
             f"{counts.lost_targets} answer tokens lost."
         )
     if counts.duplicates:
-        yield f"{name}: {counts.duplicates} rows stand there more than once."
+        yield f"{name}: {counts.duplicates} rows repeat another row."
     if counts.control_tokens:
         yield (
             f"{name}: {counts.control_tokens} control tokens stand inside the content of {counts.control_rows} rows; "
@@ -232,3 +237,15 @@ def _template_notices(template: ChatTemplate | None) -> Iterator[str]:
     if template is not None and template.writes_date:
         day = f"{template.date} (data.template_date)"
         yield f"The chat template writes today's date; it is told {day}, so that runs repeat."
+
+
+def _end_notices(train: Dataset, header: ModelHeader) -> Iterator[str]:
+    """Say where answers end with a token at which generation does not stop."""
+    stops = model.configured_ends(header)
+    ends = {train[begin].labels[-1] for begin in np.cumsum([0, *train.sizes[:-1]]) if begin < len(train)}
+    for token in sorted(ends - stops - {IGNORED}):
+        name, known = (header.tokenizer.decode(ids) for ids in ([token], sorted(stops)))
+        yield (
+            f"Answers end with {name}, at which this model's generation does not stop by itself (it stops at "
+            f"{known or 'nothing'}): name it as eos_token_id in generation_config.json, or when you generate."
+        )

@@ -267,8 +267,8 @@ def _batches(file: DataFile) -> Iterator[pyarrow.RecordBatch]:
 # --- what a source names ---
 
 
-def find_files(source: str, split: str | None = None) -> list[DataFile]:
-    """Return the files of a source: a file, a folder, a glob, or a split of a hub data set.
+def find_files(source: str, subset: str | None = None, split: str | None = None) -> list[DataFile]:
+    """Return the files of a source: a file, a folder, a glob, or a split of (a subset of) a hub data set.
 
     Raises DataError, SurroundingsError.
     """
@@ -284,13 +284,15 @@ def find_files(source: str, split: str | None = None) -> list[DataFile]:
         if not paths:
             raise DataError(f"{source}: no file matches. Paths are read from {Path.cwd()}.", state=NOTHING_LOADED)
     elif is_hub_id(source):
-        return [_fetch(source, split or "train")]
+        return [_fetch(source, subset, split or "train")]
     else:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else f" Paths are read from {Path.cwd()}."
         raise DataError(f"{source}: no such file.{hint}", state=NOTHING_LOADED)
-    if split is not None:
-        raise DataError(f"{source}: is a file, which has no split {split!r}.", state=NOTHING_LOADED)
+    if subset or split:
+        raise DataError(
+            f"{source}: is no hub data set, so it has no subset or split ({subset or split}).", state=NOTHING_LOADED
+        )
     return [_data_file(path) for path in paths]
 
 
@@ -310,13 +312,13 @@ def _data_file(path: Path) -> DataFile:
     return file
 
 
-def _fetch(name: str, split: str) -> DataFile:
+def _fetch(name: str, subset: str | None, split: str) -> DataFile:
     """Return a split of a hub data set, downloaded where needed."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, subset, split=split)
     except FileNotFoundError as error:  # of which datasets' DatasetNotFoundError is one
         raise DataError(
             f'data: "{name}" is no file here, and no data set that the hub shows: {str(error)[:200]}',
@@ -331,7 +333,11 @@ def _fetch(name: str, split: str) -> DataFile:
         raise DataError(
             f'data: the hub data set "{name}" cannot be read: {str(error)[:300]}', state=NOTHING_LOADED
         ) from None
-    return DataFile(f"{name}[{split}]", tuple(Path(file["filename"]) for file in rows.cache_files), "arrow")
+    return DataFile(
+        f"{name}[{f'{subset}/' if subset else ''}{split}]",
+        tuple(Path(file["filename"]) for file in rows.cache_files),
+        "arrow",
+    )
 
 
 def is_hub_id(source: str) -> bool:

@@ -94,7 +94,7 @@ def read_rows(path: str, **settings: Any) -> list[data.Conversation]:
     """The rows of a file as conversations."""
     config = DataConfig(train=path, validation=0, **settings)
     data.require_readable(config)
-    readers = [reader for source in config.sources for reader in data.readers(source, config)]
+    readers = [reader for source in config.sources for reader in data.readers(source)]
     return [row for reader in readers for block in reader.file.blocks() for row in reader.read(block)[0]]
 
 

@@ -143,6 +143,17 @@ def test_check_shows_the_row_that_is_asked_for(invoke: Invoke, make_config: Call
     assert (code, "there is no such row" in err) == (2, True)
 
 
+def test_an_end_at_which_generation_does_not_stop_is_said(invoke: Invoke, make_config: Callable[..., Path]):
+    """zephyr's answers end with the tokenizer's end token: nothing to say; another end token is named."""
+    config = make_config(**{"data.chat_template": "zephyr"})
+    assert "does not stop" not in invoke("check", config)[1]
+    template = config.parent / "other.jinja"
+    template.write_text(CHATML.replace("<|im_end|>", "<|endoftext|>"))
+    out = invoke("check", make_config(**{"data.chat_template": str(template)}))[1]
+
+    assert "Answers end with <|endoftext|>, at which this model's generation does not stop" in out
+
+
 def test_the_chat_template_goes_with_the_adapter(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
     """Saved with the adapter and the merged model, used by eval when its file has gone; the base keeps its own."""
     template = tmp_path / "mine.jinja"

@@ -1,16 +1,17 @@
 """Rows of every format become conversations, and every wrong row is named."""
 
 import json
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import data_reader, read_rows, write_rows
 
-from lora_cli import dataset
+from lora_cli import data, dataset
 from lora_cli.config import DataConfig
 from lora_cli.errors import DataError, SurroundingsError
+from lora_cli.prepare import run_to_end
+from lora_cli.sources import DataFile
 
 ANSWERED = {
     "messages": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
@@ -38,7 +39,7 @@ def test_several_sources(tmp_path: Path):
     ]
     config = DataConfig.model_validate({"train": sources, "validation": 0})
 
-    everything, _, _ = finish(data_reader(config).training_and_validation())
+    everything, _, _ = run_to_end(data_reader(config).training_and_validation())
 
     assert [corpus.templated for corpus in everything.corpora] == [False, True]
 
@@ -72,6 +73,23 @@ def test_json_csv_and_parquet(tmp_path: Path):
         assert found == [("a", "b"), ("c, d", 'e "f"\ng')], name
 
 
+def test_the_files_of_a_hub_data_set(tmp_path: Path):
+    """Arrow files, as a hub data set leaves them in its cache, give their rows with their numbers."""
+    import datasets
+
+    source = write_rows(tmp_path / "r.jsonl", [ANSWERED["messages"], ANSWERED["messages"]])
+    stored = datasets.load_dataset("json", data_files=source, split="train", cache_dir=str(tmp_path / "cache"))
+    paths = tuple(Path(file["filename"]) for file in stored.cache_files)
+    file = DataFile("somebody/rows[train]", paths, "arrow")
+    found = [file.place(number) for block in file.blocks() for number, _ in block.rows()]
+    (block,) = file.blocks()
+    conversations, problems = data.Reader(file, "messages", {}, None, None).read(block)
+
+    assert found == ["somebody/rows[train]: row 1", "somebody/rows[train]: row 2"]
+    assert not problems
+    assert [message.content for message in conversations[1].messages] == ["Hi", "Hello"]
+
+
 def test_a_folder_is_all_its_files(tmp_path: Path):
     """Files of a folder are read in the order of their names; others are passed over."""
     for name in ("b", "a"):
@@ -98,7 +116,7 @@ def test_a_folder_is_all_its_files(tmp_path: Path):
         ('{"messages": [{"role": "assistant", "content": " "}]}\n', ":1: this row has an empty answer"),
         ('{"messages": [{"rol": "user", "content": "a"}]}\n', ':1: this row a message has no "role" (it has rol'),
         ('{"messages": [{"role": "assistant", "content": 3}]}\n', "must be text, found int"),
-        ('{"prompt": [], "chosen": [], "rejected": []}\n', "is a preference pair"),
+        ('{"prompt": [], "chosen": [], "rejected": []}\n', "holds preference pairs"),
         ('{"text": "x\\ud83d"}\n', ":1: this row holds half of a character"),
         ('{"prompt": [{"role": "assistant", "content": "a"}], "completion": []}\n', ':1: this row has no answer in'),
         ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "[oops"}\n', ':1: this row "tools" is'),
@@ -152,19 +170,10 @@ def test_an_unreachable_hub_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         read_rows("somebody/some-data")
 
 
-def finish(generator: Generator[Any, None, Any]) -> Any:
-    """What a generator returns."""
-    while True:
-        try:
-            next(generator)
-        except StopIteration as end:
-            return end.value
-
-
 def read_split(seed: int = 0, **settings: Any) -> tuple[list[int], list[int]]:
     """The numbers of the training and the validation rows."""
     config = DataConfig(**settings)
-    train, _, validation = finish(data_reader(config).training_and_validation())
+    train, _, validation = run_to_end(data_reader(config).training_and_validation())
     if validation is None:
         train, validation = dataset.split(train, config, seed)
     return train.column("numbers").tolist(), [] if validation is None else validation.column("numbers").tolist()

@@ -49,13 +49,7 @@ def test_weights_come_from_the_config(tmp_path: Path):
         write_rows(tmp_path / "b.jsonl", rows(7, "b")),
     ]
     config = DataConfig.model_validate({"train": sources, "validation": 0})
-    generator = data_reader(config).training_and_validation()
-    while True:
-        try:
-            next(generator)
-        except StopIteration as end:
-            train, weights, _ = end.value
-            break
+    train, weights, _ = run_to_end(data_reader(config).training_and_validation())
 
     assert [(part.count, part.times) for part in dataset.mix(train, weights, None, 0).mixture.parts] == [
         (10, 3),
@@ -226,7 +220,7 @@ def split_rows() -> Callable[..., tuple[list[Any], list[Any]]]:
 
     def split(**settings: Any) -> tuple[list[Any], list[Any]]:
         config = DataConfig(**settings)
-        everything, _ = run_to_end(data_reader(config).held_out(config.sources[0]))
+        everything, _, _ = run_to_end(data_reader(config).training_and_validation())
         train, validation = dataset.split(everything, config, seed=0)
         assert validation is not None
         return np.unique(train.column("numbers")).tolist(), np.unique(validation.column("numbers")).tolist()

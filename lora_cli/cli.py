@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from lora_cli import __version__, config_file, console, interrupt, storage
+from lora_cli import __version__, config_file, console, follower, interrupt, storage
 from lora_cli import data as data_rows
 from lora_cli.errors import ConfigError, InputError, Interrupted, UserError
 from lora_cli.records import Finished, as_json
@@ -72,7 +72,7 @@ def check(
     data_rows.require_readable(run_config.data)
     from lora_cli import check as checking
 
-    report = console.follow_preparation(checking.check(run_config, row))
+    report = follower.follow_preparation(checking.check(run_config, row))
     if json:
         console.print_json(as_json(report))
     else:
@@ -89,7 +89,7 @@ def train(config: Config, overrides: Overrides = None, json: Json = False) -> No
     already = ended is not None
     if ended is None:
         with interrupt.listening() as stop:
-            last = console.Follower().follow(training.train(run_config, stop))
+            last = follower.Follower().follow(training.train(run_config, stop))
         assert isinstance(last, Finished), "the loop ends with Finished or raises"
         ended = last
     if json:

@@ -51,6 +51,7 @@ FLOORS = [
     "export",
     "check",
     "console",
+    "follower",
     "cli",
     "__main__",
 ]
@@ -63,7 +64,7 @@ DOORS = {
     "huggingface_hub": {"model"},
     "datasets": {"sources"},
     "safetensors": {"adapter", "checkpoint", "merge", "train"},
-    "rich": {"console"},
+    "rich": {"console", "follower"},
     "typer": {"cli"},
 }
 

@@ -1,0 +1,112 @@
+"""Draws the events of a run, and of its preparation, as they come: a bar in a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Generator, Iterable
+from typing import TypeVar
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from lora_cli.console import duration, err
+from lora_cli.records import Evaluated, Event, Finished, Notice, Preparing, Saved, Started, StepDone
+
+Result = TypeVar("Result")
+_QUIET_SECONDS = 5.0  # without a terminal, steps are reported no more often than this
+
+
+class Follower:
+    """Draws the events of a run as they come."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[facts]}"),
+            console=err,
+            disable=not err.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._total = 0
+        self._seconds: list[float] = []
+        self._validation = ""
+        self._last_line = 0.0
+
+    def follow(self, events: Iterable[Event]) -> Event | None:
+        """Draw every event; return the last."""
+        last: Event | None = None
+        with self._progress:
+            for last in events:
+                self._draw(last)
+        return last
+
+    def _draw(self, event: Event) -> None:
+        match event:
+            case Preparing():
+                self._preparing(event)
+            case Notice():
+                self._say(event.text)
+            case Started():
+                self._start(event)
+            case StepDone():
+                self._step(event)
+            case Evaluated():
+                self._evaluated(event)
+            case Saved():
+                if event.is_best:
+                    self._say(f"saved {event.path} (best so far)")
+            case Finished():
+                pass
+
+    def _say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, soft_wrap=True)
+
+    def _preparing(self, event: Preparing) -> None:
+        now = time.monotonic()
+        if now - self._last_line > _QUIET_SECONDS:
+            self._last_line = now
+            left = event.seconds * (1 - event.done) / event.done if event.done else 0.0
+            self._say(f"{event.source}: {event.rows:,} rows, {event.done:.0%}, {duration(left)} left")
+
+    def _start(self, event: Started) -> None:
+        share = event.trainable_parameters / event.total_parameters
+        held_out = event.validation.examples if event.validation else 0
+        self._say(
+            f"{event.train.examples} examples ({event.train.targets:,} of {event.train.tokens:,} tokens trained), "
+            f"{held_out} held out; {event.trainable_parameters:,} parameters trained ({share:.2%}); {event.forward}."
+        )
+        self._total = event.total_steps
+        self._task = self._progress.add_task("", total=event.total_steps, completed=event.step, facts="")
+
+    def _step(self, event: StepDone) -> None:
+        self._seconds = [*self._seconds[-19:], event.seconds]
+        left = (self._total - event.step) * sum(self._seconds) / len(self._seconds)
+        speed = f"{event.tokens / event.seconds:,.0f} tok/s"
+        facts = f"loss {event.loss:.4f}{self._validation}  {speed}  {duration(left)} left"
+        if self._task is not None:
+            self._progress.update(self._task, completed=event.step, facts=facts)
+        now = time.monotonic()
+        if not err.is_terminal and (now - self._last_line > _QUIET_SECONDS or event.step in (1, self._total)):
+            self._last_line = now
+            self._say(
+                f"step {event.step}/{self._total}  epoch {event.epoch:.2f}  {facts}  lr {event.learning_rate:.2e}"
+            )
+
+    def _evaluated(self, event: Evaluated) -> None:
+        self._validation = f"  val {event.loss:.4f}"
+        what = "base model" if event.step == 0 else f"step {event.step}"
+        note = ", best so far" if event.improved else ""
+        left = f", patience {event.patience_left}" if event.patience_left is not None and event.step else ""
+        self._say(
+            f"{what}: validation loss {event.loss:.4f}, token accuracy {event.token_accuracy:.1%} "
+            f"({event.targets:,} targets){note}{left}"
+        )
+
+
+def follow_preparation(news: Generator[Notice | Preparing, None, Result]) -> Result:
+    """Draw the news of something that gets ready; return its result. Notices are part of the result's own."""
+    follower = Follower()
+    while True:
+        try:
+            follower._draw(next(news))
+        except StopIteration as end:
+            result: Result = end.value
+            return result

@@ -1,0 +1,267 @@
+"""Prove that the test of each row of docs/silent-traps.md fails when what it guards is switched off.
+
+    python scripts/prove_guards.py [ROW ...]     all rows, or some; exit 1 if anything is not proven
+
+A proof is a copy of the package with one change, the test of that row run on it, and its failure. Without a change all
+tests have to pass, and the table and the list below have to have the same rows. The libraries are imported once; each
+proof is a process forked after that, which imports its own copy of the package.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "docs" / "silent-traps.md"
+SECONDS = 120  # for one proof
+ALSO = 0  # an edit that belongs to the one above: only together do they switch the guard off
+
+# Row, file, old text, new text. Several edits of one row are several proofs.
+EDITS = [
+    # what is trained
+    (1, "dataset", "kept = dataset.targets > 0", "kept = dataset.targets >= 0"),
+    (2, "dataset", 'config.too_long == "error"', "False"),
+    (3, "dataset", "int(dataset.whole_targets.sum()) -", "int(fitting.targets.sum()) -"),
+    (4, "prepare", "min(config.max_length, header.max_positions or config.max_length)", "config.max_length"),
+    (5, "examples", "((len(prompt), len(prompt)", "((0, len(prompt)"),
+    (6, "spans", "render(row, index, prompt=True)", "render(row, index, prompt=False)"),
+    (7, "spans", "if self.template.marks_generation:", "if True:"),
+    (8, "spans", "if self.template.marks_generation:", "if False:"),
+    (9, "spans", "return between.removeprefix(closing) + answer", "return between + answer"),
+    (10, "spans", "between.startswith(closing)", "True"),
+    (11, "batches", "if label != IGNORED:", "if label not in (IGNORED, 2):"),
+    (12, "spans", "if not end:", "if False:"),
+    (ALSO, "examples", "ids[end - 1] not in self.added_ids", "False"),
+    (13, "examples", "if special and ids[-1] == end_token", "if False and ids[-1] == end_token"),
+    (14, "examples", "add_special_tokens=special)", "add_special_tokens=True)"),
+    (ALSO, "examples", "ids[0] == ids[1] == bos", "False"),
+    (15, "examples", "ids[0] == ids[1] == bos", "False"),
+    (16, "examples", "self._backend.no_truncation()", "pass"),
+    (17, "dataset", 'int((~before.column("lossless")).sum())', "0"),
+    (18, "examples", "if across and (apart", "if False and (apart"),
+    (19, "data", "return weight != 0 and train is not False", "return True"),
+    # thinking
+    (20, "spans", "return empty.end() if empty else 0", "return 0"),
+    (21, "spans", "together is not None and whole.text.startswith(before + answer)", "together is not None"),
+    (ALSO, "examples", "ids[end - 1] not in self.added_ids", "False"),
+    (22, "spans", '("reasoning", thought)', '("reasoning", "")'),
+    (23, "spans", "return 0 if thought else len(closed), answer", "return 0, answer"),
+    # chat templates
+    (24, "spans", 'message.role in ("system", "user")', 'message.role == "user"'),
+    (25, "chat_template", "messages = _merged(messages)", "pass"),
+    (26, "spans", "_require_parts(body, message)", "pass"),
+    (27, "train", "prepared.template.files(*adapter.TEMPLATES)", "{}"),
+    (28, "chat_template", "return _TODAY.sub(", "return source or _TODAY.sub("),
+    (29, "prepare", "if templated and self.template is None:", "if False:"),
+    (30, "chat_template", '"<|im_end|>" not in tokenizer.get_vocab()', "False"),
+    (31, "chat_template", "signal.setitimer(signal.ITIMER_REAL, seconds)", "pass"),
+    (32, "chat_template", "resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))", "pass"),
+    # control tokens
+    (33, "examples", "if count and not self.keep_controls", "if False"),
+    (34, "control_tokens", "_role_markers(template, added_tokens(tokenizer)) if template", "set() if template"),
+    (35, "prepare", "share > 0.5", "share > 1.5"),
+    # tools and parts
+    (36, "data", 'not isinstance(function.get("arguments"), str)', "True"),
+    (37, "data", "value = json.loads(value)", "value = list(value)"),
+    (38, "spans", '(("tool call", name)', '(("tool call", "")'),
+    (39, "chat_template", "self._dated_with_tools if row.tools", "self._dated if row.tools"),
+    (40, "data", 'isinstance(p, dict) and p.get("type") == "text"', "isinstance(p, dict)"),
+    # rows and files
+    (41, "data", 'problems.append(f"{self.file.place(number)}{row.problem}")', "pass"),
+    (42, "sources", "if len(row) != len(pairs):", "if False:"),
+    (43, "sources", ", parse_constant=_no_constant", ""),
+    (44, "data", "reader = replace(reader, format=_format_of_first_row(reader))", "pass"),
+    (45, "data", "if (close := difflib.get_close_matches(key, list(map(str, row)), n=1))", "if (close := [])"),
+    (46, "data", 'if {"chosen", "rejected"} <= row.keys()', "if False"),
+    (47, "data", "if not completion.strip():", "if False:"),
+    (48, "data", 'if not any(m.role == "assistant" for m in messages):', "if False:"),
+    (ALSO, "data", "if not any(m.trained for m in messages):", "if False:"),
+    (49, "data", "        text.encode()\n", '        text.encode("utf-8", "ignore")\n'),
+    (50, "data", "if missing := [name for name in self.fields.values()", "if missing := [name for name in ()"),
+    (ALSO, "data", "{k: row[v] for", "{k: row.get(v) for"),
+    (51, "data", "if row.get(name) is None:", "if name not in row:"),
+    (52, "sources", "line = line.removeprefix(codecs.BOM_UTF8)", "pass"),
+    (53, "sources", "if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):", "if False:"),
+    (54, "sources", "if len(set(names)) < len(names) or", "if"),
+    (54, "sources", '";" in names[0]', "False"),
+    (55, "sources", "None in row or None in row.values()", "False"),
+    (56, "sources", "csv.field_size_limit(LONGEST_LINE)", "pass"),
+    (57, "sources", "EOFError() | ", "EOFError():\n                return True\n            case "),
+    # split
+    (58, "dataset", "if not overlap.prompts or config.allow_overlap:", "if True:"),
+    (59, "dataset", "np.flatnonzero(same_row | same_prompt)", "np.flatnonzero(same_row)"),
+    (60, "dataset", 'keys = dataset.column("prompt_keys")[first]', "keys = np.arange(len(first))"),
+    (61, "dataset", 'keys = dataset.column("group_keys")[first]', "keys = np.arange(len(first))"),
+    (62, "dataset", "duplicates=len(keys) - len(np.unique(keys))", "duplicates=0"),
+    (63, "dataset", "if not 0 < count < len(first):", "if False:"),
+    # mixing, batches and order
+    (64, "dataset", "float(replay.lengths.sum())", "(tokens * len(replay) / len(train))"),
+    (65, "batches", "(epoch * some + index) % part.count", "index"),
+    (66, "attention", "x.split(sequence_lengths, dim=2)", "x.split([sum(sequence_lengths)], dim=2)"),
+    (ALSO, "layout", "packed = _agree(together, torch.cat(alone), dtype)", "packed = True"),
+    (67, "loop", "(part.total / targets).backward()", "(part.total / part.targets / len(examples)).backward()"),
+    (68, "loss", "self.targets + other.targets", "max(self.targets, other.targets)"),
+    (69, "batches", 'derive_seed(seed, "order", epoch)', 'derive_seed(seed, "order", 0)'),
+    # kept tokens, processes, resuming
+    (70, "corpus", "reader.file.digest()", "reader.file.name"),
+    (70, "corpus", "tokenizer.backend_tokenizer.to_str()", "None"),
+    (70, "corpus", "None if template is None else asdict(template)", "None"),
+    (70, "corpus", '"rows": [reader.format,', '"rows": [None,'),
+    (70, "corpus", "dict(reader.fields),", "None,"),
+    (70, "corpus", '"controls": encoder.keep_controls', '"controls": None'),
+    (71, "corpus", "(problems := storage.problems_in(folder))", "(problems := [])"),
+    (72, "parallel", "except BrokenProcessPool:", "except BrokenProcessPool:\n        return"),
+    (73, "run_dir", '("data_fingerprint", "data', '("base_fingerprint", "data'),
+]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A row of the table, its test, and the edits (file, old text, new text) that switch its guard off."""
+
+    row: int
+    test: str
+    edits: Sequence[tuple[str, str, str]]
+
+
+# --- in a process of its own ---
+
+
+class Answer:
+    """What became of each test, listened to as a plugin of pytest; a parametrised one is one test."""
+
+    def __init__(self) -> None:
+        self.code = 0  # of pytest
+        self.passed: set[str] = set()
+        self.failed: dict[str, str] = {}  # and what was said first
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        name = report.nodeid.split("[")[0]
+        if report.failed:
+            said = report.longrepr.reprcrash.message if report.when == "call" else f"broken in {report.when}"
+            self.failed.setdefault(name, said.splitlines()[0])
+        elif report.when == "call" and report.passed:
+            self.passed.add(name)
+
+
+def run_tests(folder: Path, tests: Sequence[str], sender: Any) -> None:
+    """Run tests on the package of a folder, and send an Answer."""
+    with (folder / "output.txt").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.chdir(folder)
+    (folder / "tmp").mkdir()
+    os.environ |= {"PYTHONPATH": str(folder), "TMPDIR": str(folder / "tmp"), "HF_HUB_OFFLINE": "1"}
+    sys.path.insert(0, str(folder))
+    tempfile.tempdir = None  # look for it again
+    import pytest
+
+    answer = Answer()
+    answer.code = int(pytest.main(["-p", "no:cacheprovider", *tests], plugins=[answer]))
+    files = {Path(module.__file__ or "") for name, module in sys.modules.items() if name.split(".")[0] == "lora_cli"}
+    if {file.parent for file in files} != {folder / "lora_cli"}:
+        answer.code = 99  # another copy of the package was tested
+    sender.send(answer)
+
+
+# --- all of them ---
+
+
+def copy_package(folder: Path, proof: Proof | None) -> None:
+    """Copy the package and its tests, with the edits of a proof. Raises ValueError when an edit does not fit."""
+    for name in ("lora_cli", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(ROOT / "pyproject.toml", folder / "pyproject.toml")
+    for file, old, new in proof.edits if proof else ():
+        path = folder / "lora_cli" / f"{file}.py"
+        text = path.read_text(encoding="utf-8")
+        if (count := text.count(old)) != 1:
+            raise ValueError(f"{file}.py holds {old!r} {count} times, not once")
+        path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def problem_of(proof: Proof | None, tests: Sequence[str], answer: Answer | None) -> str:
+    """Return why an answer proves nothing; "" where it does. Without a proof, every test has to pass."""
+    if answer is None:
+        return f"died, or gave no answer in {SECONDS} s"
+    if proof is None:
+        return ", ".join(sorted({*answer.failed, *(set(tests) - answer.passed)}))
+    failed = answer.code == 1 and set(answer.failed) == {proof.test} and "broken in" not in answer.failed[proof.test]
+    return "" if failed else f"did not fail: exit code {answer.code}, {answer.failed}"
+
+
+def read_proofs() -> list[Proof]:
+    """Return the proofs, each with the test that the table names. Raises SystemExit where table and list disagree."""
+    rows = re.findall(r"^\| (\d+) \|.*\| `([^`]+)` \|$", TABLE.read_text(encoding="utf-8"), re.MULTILINE)
+    tests = {int(number): test for number, test in rows}
+    proofs: list[Proof] = []
+    for row, *edit in EDITS:
+        if row == ALSO:
+            last = proofs.pop()
+            proofs.append(Proof(last.row, last.test, [*last.edits, tuple(edit)]))
+        else:
+            proofs.append(Proof(row, tests.get(row, ""), [tuple(edit)]))
+    listed = {proof.row for proof in proofs}
+    if listed != tests.keys() or len(rows) != len(tests) or sorted(tests) != list(range(1, len(tests) + 1)):
+        sys.exit(f"{TABLE.name}, misnumbered or unlike the list in the rows {sorted(listed ^ tests.keys())}")
+    return proofs
+
+
+def main(wanted: set[int]) -> int:
+    """Prove all rows, or the wanted ones; return the exit status."""
+    proofs = [proof for proof in read_proofs() if not wanted or proof.row in wanted]
+    for library in ("torch", "transformers", "datasets", "peft", "pytest"):
+        __import__(library)
+    context = multiprocessing.get_context("fork")
+    everything = sorted({proof.test for proof in proofs})
+    waiting: list[Proof | None] = [None, *proofs]
+    running: dict[Any, tuple[Proof | None, Any]] = {}
+    wrong = 0
+
+    def tell(proof: Proof | None, answer: Answer | None, problem: str) -> None:
+        name = f"{proof.row:2} {proof.test.split('::')[-1]}" if proof else f"   all {len(everything)} tests, unchanged"
+        said = answer.failed[proof.test][:70] if proof and answer and not problem else "pass"
+        print(f"{name}: {'NOT PROVEN: ' + problem if problem else said}", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="prove-guards-") as place:
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                proof = waiting.pop(0)
+                folder = Path(place) / str(len(waiting))
+                try:
+                    copy_package(folder, proof)
+                except ValueError as error:
+                    tell(proof, None, str(error))
+                    wrong += 1
+                    continue
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=run_tests, args=(folder, [proof.test] if proof else everything, sender)
+                )
+                process.start()
+                sender.close()
+                running[receiver] = proof, process
+            for receiver in connection.wait(list(running), SECONDS) or list(running):
+                proof, process = running.pop(receiver)
+                answer = None
+                with contextlib.suppress(EOFError):
+                    answer = receiver.recv() if receiver.poll() else None
+                process.kill() if answer is None else process.join()
+                problem = problem_of(proof, everything, answer)
+                tell(proof, answer, problem)
+                wrong += bool(problem)
+    print(f"{wrong} not proven" if wrong else f"{len(proofs)} guards proven")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(set(map(int, sys.argv[1:]))))

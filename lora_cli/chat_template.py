@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_cli.data import Conversation, Message, RowError
+from lora_cli.conversation import Conversation, Message, RowError, reasoning, thinks
 from lora_cli.errors import NOTHING_LOADED, ConfigError
 
 SECONDS = 5.0  # a row may take to render
@@ -47,7 +47,6 @@ NAMED = {
     ),
 }
 _TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<form>[^"'\\]*)(?P=quote)\s*\)""")
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # names that templates and data give to it
 CHOICES = f"data.chat_template: a Jinja file, or one of {', '.join(NAMED)}"
 
 
@@ -107,7 +106,7 @@ class ChatTemplate:
             messages = _merged(messages)
         asked = next((m for m in messages[count - (not prompt) :] if m.role == "assistant"), None)
         try:
-            _start_clock()
+            _start_clock(SECONDS)
             texts, ranges = render_jinja_template(
                 conversations=[[_as_dict(message) for message in messages[:count]]],
                 tools=row.tools,
@@ -132,23 +131,6 @@ class ChatTemplate:
         if len(text) > OUTPUT:
             raise RowError(f"becomes {len(text):,} characters in the chat template; at most {OUTPUT:,} are taken")
         return Rendered(text, tuple(ranges[0]) if ranges else ())
-
-
-def thinks(message: Message) -> bool:
-    """Return whether an answer shows its reasoning, in a field of its own or inside its content."""
-    return any(message.extra.get(name) for name in _REASONING) or "</think>" in message.content
-
-
-def reasoning_and_answer(message: Message) -> tuple[str, str]:
-    """Return the reasoning of a message and the rest of its content, wherever the reasoning stands."""
-    inside, found, rest = message.content.rpartition("</think>")
-    inside = inside.rpartition("<think>")[2]
-    return (reasoning(message) or inside).strip("\n"), (rest if found else message.content).lstrip("\n")
-
-
-def reasoning(message: Message) -> str:
-    """Return the reasoning that a message carries in a field of its own."""
-    return next((str(message.extra[name]) for name in _REASONING if message.extra.get(name)), "")
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
@@ -209,7 +191,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise TimeoutError
 
 
-def _start_clock(seconds: float = SECONDS) -> None:
+def _start_clock(seconds: float) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.setitimer(signal.ITIMER_REAL, seconds)
 

@@ -131,7 +131,8 @@ def _data_table(sets: Mapping[str, DataCounts]) -> Table:
 def _source_lines(name: str, counts: DataCounts) -> Iterator[str]:
     for source in counts.sources:
         form = f" ({source.format})" if source.format else ""
-        yield f"{name}: {source.name}{form}: {source.rows:,} rows, {source.examples:,} examples"
+        unread = f"; columns not read: {', '.join(source.unread)}" if source.unread else ""
+        yield f"{name}: {source.name}{form}: {source.rows:,} rows, {source.examples:,} examples{unread}"
     if counts.too_long:
         more = " ..." if counts.dropped + counts.truncated > len(counts.too_long) else ""
         yield (

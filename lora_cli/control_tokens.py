@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_cli.chat_template import ChatTemplate, limited
-from lora_cli.data import Conversation, Message, RowError
+from lora_cli.conversation import Conversation, Message, RowError
 
 BREAK = "\ue0b7"  # of Unicode's private use area
 _SENTINELS = ("Qx1q", "Qx2q", "Qx3q")

@@ -26,11 +26,11 @@ import pyarrow.ipc
 
 from lora_cli import storage
 from lora_cli.data import Reader
+from lora_cli.data_file import Block
 from lora_cli.errors import NOTHING_LOADED, AdapterError, DataError
 from lora_cli.examples import Encoded, Encoder
 from lora_cli.parallel import ordered_map
 from lora_cli.records import Notice, Preparing
-from lora_cli.sources import Block
 
 SMALL = 4 << 20  # bytes; a smaller file is neither kept nor cut for several processes
 UNUSED_DAYS = 30  # after which a kept file is deleted
@@ -48,7 +48,7 @@ _SCHEMA = pyarrow.schema(
         "prompt_key": pyarrow.uint64(),
         "group_key": pyarrow.uint64(),
         "controls": pyarrow.int32(),
-        "lossless": pyarrow.bool_(),
+        "flags": pyarrow.int32(),
     }
 )
 Columns = Mapping[str, np.ndarray]  # by the names of the schema; lists as values and lengths ("input_ids.lengths")
@@ -67,6 +67,7 @@ class Corpus:
         """
         self.file = reader.file
         self.format = reader.format
+        self.unread = reader.unread
         self.digest = digest
         self.templated = templated
         self._ids = [_lists(batch.column("input_ids")) for batch in batches]
@@ -79,7 +80,7 @@ class Corpus:
         self.prompt_keys = self._column(batches, "prompt_key", np.uint64)
         self.group_keys = self._column(batches, "group_key", np.uint64)
         self.controls = self._column(batches, "controls", np.int32)
-        self.lossless = self._column(batches, "lossless", np.bool_)
+        self.flags = self._column(batches, "flags", np.int32)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -141,7 +142,7 @@ def _columns(sequences: Sequence[Encoded]) -> Columns:
         "prompt_key": np.array([one.prompt_key for one in sequences], np.uint64),
         "group_key": np.array([one.group_key for one in sequences], np.uint64),
         "controls": np.array([one.controls for one in sequences], np.int32),
-        "lossless": np.array([one.lossless for one in sequences], np.bool_),
+        "flags": np.array([one.flags for one in sequences], np.int32),
     }
 
 

@@ -11,11 +11,11 @@ import numpy as np
 from lora_cli.batches import Mixture, Part
 from lora_cli.config import DataConfig
 from lora_cli.corpus import Corpus
+from lora_cli.data_file import DataFile
 from lora_cli.errors import NOTHING_LOADED, DataError
-from lora_cli.examples import IGNORED, Example
+from lora_cli.examples import IGNORED, Example, Flag
 from lora_cli.randomness import derive_seed
 from lora_cli.records import DataCounts, Overlap, SourceCounts
-from lora_cli.sources import DataFile
 
 _PERCENTILES = (50, 90, 99, 100)
 _BINS = 12
@@ -164,11 +164,12 @@ def _choose_groups(sizes: np.ndarray, count: int, seed: int) -> list[int]:
     return chosen or [int(sizes.argmin())]
 
 
-def find_overlap(train: Dataset, validation: Dataset) -> Overlap:
-    """Count the validation rows that also stand in the training set, and those whose prompt does."""
+def find_overlap(train: Sequence[Dataset], validation: Dataset) -> Overlap:
+    """Count the validation rows that also stand in what is trained on, and those whose prompt does."""
     first = np.flatnonzero(np.diff(validation.rows(), prepend=-1))
     same_row, same_prompt = (
-        np.isin(validation.column(name)[first], train.column(name)) for name in ("row_keys", "prompt_keys")
+        np.isin(validation.column(name)[first], np.concatenate([part.column(name) for part in train]))
+        for name in ("row_keys", "prompt_keys")
     )
     shared = np.flatnonzero(same_row | same_prompt)
     places = tuple(validation.place(int(first[index])) for index in shared[:3])
@@ -226,7 +227,7 @@ def _count(before: Dataset, after: Dataset, truncated: int, lost: int, places: S
     rows = before.rows()
     first = np.flatnonzero(np.diff(rows, prepend=-1))
     keys = before.column("row_keys")[first]
-    controls = before.column("controls")
+    controls, flags = before.column("controls"), before.column("flags")
     return DataCounts(
         rows=len(first),
         examples=len(after),
@@ -242,9 +243,13 @@ def _count(before: Dataset, after: Dataset, truncated: int, lost: int, places: S
         duplicates=len(keys) - len(np.unique(keys)),
         control_rows=int((controls[first] > 0).sum()),
         control_tokens=int(controls[first].sum()),
-        lossy=int((~before.column("lossless")).sum()),
+        lossy=int((flags & Flag.LOSSY > 0).sum()),
+        blank=int((flags & Flag.BLANK > 0)[first].sum()),
+        without_tools=int((flags & Flag.WITHOUT_TOOLS > 0)[first].sum()),
         sources=tuple(
-            SourceCounts(corpus.file.name, corpus.format or "", len(np.unique(corpus.numbers[i])), len(i))
+            SourceCounts(
+                corpus.file.name, corpus.format or "", len(np.unique(corpus.numbers[i])), len(i), corpus.unread
+            )
             for corpus, i in zip(after.corpora, after.by_corpus(), strict=True)
         ),
     )

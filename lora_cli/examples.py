@@ -3,6 +3,7 @@
 Only answers are trained, each with its end token. `spans` says where they lie in the text; here it becomes tokens.
 """
 
+import enum
 import hashlib
 import json
 from bisect import bisect_left, bisect_right
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 from lora_cli.chat_template import ChatTemplate, limited
 from lora_cli.control_tokens import BREAK, added_tokens, alternatives, find_control_tokens
-from lora_cli.data import Conversation, RowError
+from lora_cli.conversation import Conversation, RowError
 from lora_cli.records import Marked
 from lora_cli.spans import Rendering, SpanFinder
 
@@ -53,6 +54,15 @@ class Example:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
+class Flag(enum.IntFlag):
+    """What a user should know of a sequence."""
+
+    NONE = 0
+    LOSSY = 1  # the answers' tokens spell another text than the answers
+    BLANK = 2  # a question is white space
+    WITHOUT_TOOLS = 4  # the chat template leaves out the row's tools
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One sequence as tokens, whole: nothing is cut yet.
@@ -68,7 +78,7 @@ class Encoded:
     prompt_key: int
     group_key: int
     controls: int
-    lossless: bool  # the answers' tokens spell the answers
+    flags: Flag
 
 
 class Encoder:
@@ -103,12 +113,13 @@ class Encoder:
         for templated, group in groupby(found, key=lambda entry: entry[0].templated):
             entries = list(group)
             sequences = self._tokenise([rendering for _, _, rendering in entries], special=not templated)
-            whole = self._lossless(entries, sequences)
-            for (row, count, rendering), (ids, answers), lossless in zip(entries, sequences, whole, strict=True):
+            lossless = self._lossless(entries, sequences)
+            for (row, count, rendering), (ids, answers), exact in zip(entries, sequences, lossless, strict=True):
                 if wrong := self._wrong_tokens(ids, answers, rendering, templated):
                     problems.append((row.number, wrong))
                 else:
-                    encoded.append(Encoded(row.number, ids, answers, *_keys(row), count, lossless))
+                    flags = _flags(row, rendering.text) | (Flag.NONE if exact else Flag.LOSSY)
+                    encoded.append(Encoded(row.number, ids, answers, *_keys(row), count, flags))
         return encoded, problems
 
     def _render(self, row: Conversation) -> list[Rendering]:
@@ -227,6 +238,14 @@ def _ranges(
             across |= starts[first] < begin or stops[last - 1] > end
         found.append((first, last))
     return found, across
+
+
+def _flags(row: Conversation, text: str) -> Flag:
+    blank = any(not m.content.strip() and not m.extra for m in row.messages if m.role in ("user", "prompt"))
+    tools = [tool for tool in row.tools or () if isinstance(tool, dict)]
+    names = [str((tool.get("function") or tool).get("name", "")) for tool in tools]
+    left_out = any(name.replace(BREAK, "") not in text.replace(BREAK, "") for name in names)
+    return (Flag.BLANK if blank else Flag.NONE) | (Flag.WITHOUT_TOOLS if left_out else Flag.NONE)
 
 
 def _keys(row: Conversation) -> tuple[int, int, int]:

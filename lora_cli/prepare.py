@@ -158,15 +158,15 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
     overlap = None
     if validation is None:
         everything, validation = dataset.split(everything, config.data, config.seed)
-    if validation is not None:
-        overlap = dataset.find_overlap(everything, validation)
-        dataset.require_no_overlap(overlap, config.data)
-    train, train_counts = reader.fit(everything)
     validation_counts = replay = replay_counts = None
-    if validation is not None:
-        validation, validation_counts = reader.fit(validation)
     if (source := data.replay_source(config.data)) is not None:
         replay, replay_counts = yield from reader.held_out(source)
+    if validation is not None:
+        overlap = dataset.find_overlap([everything, replay] if replay else [everything], validation)
+        dataset.require_no_overlap(overlap, config.data)
+    train, train_counts = reader.fit(everything)
+    if validation is not None:
+        validation, validation_counts = reader.fit(validation)
     ratio = config.data.replay.ratio if config.data.replay else 0.0
     training_set = dataset.mix(train, weights, replay, ratio)
     notices = [
@@ -213,12 +213,22 @@ def _data_notices(name: str, counts: DataCounts) -> Iterator[str]:
             f"{name}: {counts.dropped} sequences dropped and {counts.truncated} cut as too long; "
             f"{counts.lost_targets} answer tokens lost."
         )
+    for source in counts.sources:
+        if misspelt := [column for column in source.unread if "did you mean" in column]:
+            yield f"{source.name}: a column that is not read: {', '.join(misspelt)}"
     if counts.duplicates:
         yield f"{name}: {counts.duplicates} rows repeat another row."
     if counts.control_tokens:
         yield (
             f"{name}: {counts.control_tokens} control tokens stand inside the content of {counts.control_rows} rows; "
             "data.allow_control_tokens says whether they are taken as text (the default) or as control tokens."
+        )
+    if counts.blank:
+        yield f"{name}: {counts.blank} rows have a question that is only white space."
+    if counts.without_tools:
+        yield (
+            f"{name}: the chat template leaves out the tools of {counts.without_tools} rows; the model learns to call "
+            "tools that it is not shown. Write them into the system message, or choose a template that knows tools."
         )
     if counts.lossy:
         yield f"{name}: {counts.lossy} answers hold characters that the tokenizer writes differently."

@@ -29,6 +29,8 @@ class DataCounts:
     control_rows: int  # rows with control tokens in their content
     control_tokens: int
     lossy: int  # sequences whose answers the tokenizer does not spell letter for letter
+    blank: int  # rows with a question of white space
+    without_tools: int  # rows whose tools the chat template leaves out
     sources: Sequence["SourceCounts"]
 
 
@@ -40,6 +42,7 @@ class SourceCounts:
     format: str
     rows: int
     examples: int
+    unread: Sequence[str]  # columns that nothing reads
 
 
 @dataclass(frozen=True)

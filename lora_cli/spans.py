@@ -5,12 +5,13 @@ follows it is what the model must write. It is taken only where it is the answer
 template writes around *any* answer: that is learned once by rendering a probe in the answer's place.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lora_cli.chat_template import ChatTemplate, Rendered, reasoning_and_answer, thinks
-from lora_cli.data import Conversation, Message, RowError
+from lora_cli.chat_template import ChatTemplate, Rendered
+from lora_cli.conversation import Conversation, Message, RowError, reasoning_and_answer, thinks
 
 _PROBE = "Zx9qz"
 _EMPTY_THINKING = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
@@ -212,11 +213,16 @@ def _squash(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
+def _stands_in(squashed: str, part: str) -> bool:
+    """Return whether a text stands in another, which has no white space, as it is or as JSON writes it."""
+    return _squash(part) in squashed or _squash(json.dumps(part, ensure_ascii=False)[1:-1]) in squashed
+
+
 def _require_asked(prompt: str, messages: Sequence[Message]) -> None:
     """Raise RowError where a template leaves out what was said: some drop a system message without a word."""
     for message in messages:
         said = message.content.strip()
-        if message.role in ("system", "user") and said not in prompt and _squash(said) not in _squash(prompt):
+        if message.role != "assistant" and said not in prompt and not _stands_in(_squash(prompt), said):
             way = " (data.merge_system: true puts it in front of the first question)"
             raise RowError(
                 f"has a {message.role} message that the chat template leaves out or changes: {said[:60]!r}"
@@ -226,9 +232,9 @@ def _require_asked(prompt: str, messages: Sequence[Message]) -> None:
 
 def _require_parts(body: str, message: Message) -> None:
     """Raise RowError unless a rendered answer holds its reasoning, its content and its tool calls, in this order."""
-    calls = message.extra.get("tool_calls") or ()
-    names = [str((call.get("function") or call).get("name", "")) for call in calls]
-    rest = _squash(body)
+    calls = [call.get("function") or call for call in message.extra.get("tool_calls") or ()]
+    names = [str(call.get("name", "")) for call in calls]
+    rest = whole = _squash(body)
     thought, content = reasoning_and_answer(message)
     for what, part in (("reasoning", thought), ("text", content), *(("tool call", name) for name in names)):
         wanted = _squash(part)
@@ -236,6 +242,13 @@ def _require_parts(body: str, message: Message) -> None:
         if place < 0:
             raise RowError(f"has an answer whose {what} the chat template leaves out or changes: {part[:60]!r}")
         rest = rest[place + len(wanted) :]
+    for call in calls:
+        arguments = call.get("arguments") or {}
+        given = (
+            [*arguments, *(v for v in arguments.values() if isinstance(v, str))] if isinstance(arguments, dict) else ()
+        )
+        if lost := next((part for part in given if not _stands_in(whole, part)), None):
+            raise RowError(f"has a tool call whose arguments the chat template leaves out or changes: {lost[:60]!r}")
     if rest and not message.extra:
         raise RowError(f"has an answer behind which the chat template writes more: {body[-60:]!r}")
 

@@ -25,7 +25,9 @@ FLOORS = [
     "lora",
     "attention",
     "distributed",
+    "data_file",
     "sources",
+    "conversation",
     "data",
     "chat_template",
     "control_tokens",
@@ -60,7 +62,7 @@ DOORS = {
     "yaml": {"strict_yaml"},
     "pydantic": {"config", "config_file"},
     "transformers": {"chat_template", "model", "train"},  # train only asks its version
-    "pyarrow": {"corpus", "sources"},
+    "pyarrow": {"corpus", "data_file"},
     "huggingface_hub": {"model"},
     "datasets": {"sources"},
     "safetensors": {"adapter", "checkpoint", "merge", "train"},

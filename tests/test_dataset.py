@@ -90,7 +90,7 @@ def keep_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_processes_and_keeping_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In memory, in two processes, and read back from the disk: the same sequences in the same order."""
-    monkeypatch.setattr("lora_cli.sources.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("lora_cli.data_file.BLOCK_BYTES", 2000)
     monkeypatch.setenv("LORA_CACHE", str(tmp_path / "cache"))
     path = write_rows(tmp_path / "r.jsonl", [conversation(number) for number in range(300)])
     config = DataConfig(train=path)

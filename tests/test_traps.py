@@ -358,7 +358,6 @@ def test_without_a_template_the_choices_are_named(tmp_path: Path):
 def test_a_template_that_loops_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A row that takes longer than the limit to render is an error, whatever the template does meanwhile."""
     monkeypatch.setattr(chat_template, "SECONDS", 0.05)
-    monkeypatch.setattr(chat_template._start_clock, "__defaults__", (0.05,))  # taken when it was defined
     loops = "{% for a in range(10000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match="takes the chat template more than"):
         build_chat(tmp_path, TURNS, loops + CHATML)
@@ -438,6 +437,49 @@ def test_a_dropped_tool_call_is_refused(tmp_path: Path):
         build_chat(tmp_path, [ASKED, CALLED])
 
 
+def test_dropped_arguments_of_a_tool_call_are_refused(tmp_path: Path):
+    """A template that writes a call's name and not its arguments is an error that names what is missing."""
+    with pytest.raises(DataError, match="tool call whose arguments the chat template leaves out or changes: 'colour'"):
+        build_chat(tmp_path, [ASKED, CALLED], TOOLS.replace("{{ call.function.arguments | tojson }}", "()"))
+
+
+def test_a_dropped_tool_result_is_refused(tmp_path: Path):
+    """An answer that rests on a tool's result is not trained without it, however the template encodes it."""
+    turns = [ASKED, CALLED, {"role": "tool", "content": 'the wall is "red"'}, TURNS[2]]
+    as_json = TOOLS.replace("{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}")
+    assert 'the wall is \\"red\\"' in pieces(build_chat(tmp_path, turns, as_json)[0])[2]
+    with pytest.raises(DataError, match="has a tool message that the chat template leaves out"):
+        build_chat(tmp_path, turns, TOOLS.replace("in messages %}", "in messages if m.role != 'tool' %}"))
+
+
+def test_tools_that_the_template_leaves_out_are_counted(tmp_path: Path):
+    """A row whose tools the model is not shown is counted and said; one whose tools it is shown is not."""
+    tools = [{"type": "function", "function": {"name": "varnish"}}]
+    source = write_rows(tmp_path / "r.jsonl", [{"messages": [ASKED, TURNS[2]], "tools": tools}])
+    counted = [build_examples(source, speaking(template))[1] for template in (CHATML, TOOLS)]
+
+    assert [counts.without_tools for counts in counted] == [1, 0]
+    assert "the tools of 1 rows" in next(prepare._data_notices("train", counted[0]))
+
+
+def test_a_table_puts_no_nulls_into_tool_calls(tmp_path: Path):
+    """Two calls with other arguments keep their own, though a table gives both all keys."""
+    import datasets
+
+    calls = [
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "paint", "arguments": arguments}}]}
+        for arguments in ({"colour": "red"}, {"coats": 2})
+    ]
+    rows = [{"messages": [ASKED, call]} for call in calls]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "r.parquet"))
+    found = list(build_examples(str(tmp_path / "r.parquet"), speaking(TOOLS))[0])
+
+    assert [trained(one)[0] for one in found] == [
+        f'<tool>paint{{"colour": "red"}}</tool>{END}',
+        f'<tool>paint{{"coats": 2}}</tool>{END}',
+    ]
+
+
 def test_the_template_for_tools_is_used(tmp_path: Path):
     """A model that has a second template for rows with tools gets it for these rows, and only for them."""
     rows = [{"messages": [ASKED, TURNS[2]]} | more for more in ({}, {"tools": [{"name": "paint"}]})]
@@ -486,6 +528,36 @@ def test_a_field_that_names_no_column_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r'has no column "contxt", which data\.fields names; did you mean "context"'):
         read_rows(source, fields={"input": "contxt"})
     assert contents(Path(source), fields={"input": "context"}) == [("Sum up.\n\nLong.", "Short.")]
+
+
+def test_a_system_message_beside_the_messages_is_read(tmp_path: Path):
+    """`system` of a row stands in front of its messages, whatever the format; twice is an error."""
+    for row in ({"messages": TURNS[1:3]}, {"prompt": [ASKED], "completion": [TURNS[2]]}):
+        (example,) = build(tmp_path, [row | {"system": "Be brief."}])
+        assert pieces(example)[0].startswith(f"<|im_start|>system\nBe brief.{END}")
+        assert trained(example) == [f"Red.{END}"]
+    with pytest.raises(DataError, match="has a system message twice"):
+        build(tmp_path, [{"messages": TURNS, "system": "Be brief."}])
+    with pytest.raises(DataError, match="no place in a plain prompt"):
+        build(tmp_path, [{"prompt": "a", "completion": "b", "system": "Be brief."}])
+
+
+def test_a_misspelt_optional_column_is_said(tmp_path: Path):
+    """Columns that nothing reads are listed, and one that is almost a key says which."""
+    rows = [{"instruction": "Name a colour.", "inptu": "A warm one.", "output": "Red.", "source": "x"}]
+    _, counts = build_examples(write_rows(tmp_path / "r.jsonl", rows))
+
+    assert counts.sources[0].unread == ['inptu (did you mean "input"?)', "source"]
+    assert any("inptu (did you mean" in text for text in prepare._data_notices("train", counts))
+
+
+def test_blank_questions_are_counted(tmp_path: Path):
+    """A question of white space is counted and said."""
+    rows = [{"messages": [{"role": "user", "content": " \n"}, TURNS[2]]}, {"messages": [ASKED, TURNS[2]]}]
+    _, counts = build_examples(write_rows(tmp_path / "r.jsonl", rows))
+
+    assert counts.blank == 1
+    assert "1 rows have a question that is only white space" in next(prepare._data_notices("train", counts))
 
 
 def test_a_prompt_is_not_made_of_nothing(tmp_path: Path):
@@ -559,6 +631,14 @@ def test_a_prompt_in_both_sets_is_refused(make_config: Callable[..., Path], tmp_
     """The same question with another answer is an overlap too."""
     with pytest.raises(DataError, match=r"1 of 2 validation rows have .* \(0 of them are the same row\)"):
         prepared(validated(make_config, tmp_path, "Another answer."))
+
+
+def test_a_replay_row_that_is_also_validated_is_refused(make_config: Callable[..., Path], tmp_path: Path):
+    """General rows that are trained on may not be those validation measures."""
+    general = write_rows(tmp_path / "general.jsonl", [{"text": "The sky is blue."}, {"text": "The sea is deep."}])
+    config = make_config(**{"data.validation": general, "data.replay": {"path": general, "ratio": 0.1}})
+    with pytest.raises(DataError, match="2 of 2 validation rows have a prompt that is also trained on"):
+        prepared(config)
 
 
 def test_duplicates_are_counted(make_config: Callable[..., Path], tmp_path: Path):

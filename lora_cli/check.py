@@ -10,13 +10,14 @@ from torch import nn
 
 from lora_cli import examples, lora
 from lora_cli.config import RunConfig
+from lora_cli.data_reader import News
 from lora_cli.dataset import Dataset
 from lora_cli.distributed import current_world
 from lora_cli.errors import DataError
 from lora_cli.forward import packed_tokens
 from lora_cli.loop import Timetable
 from lora_cli.model import choose_dtype
-from lora_cli.prepare import News, Prepared, prepare
+from lora_cli.prepare import Prepared, prepare
 from lora_cli.randomness import derive_seed
 from lora_cli.records import CheckReport, MemoryEstimate, RowPreview
 

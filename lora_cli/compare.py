@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_cli import examples, lora, tuned
 from lora_cli.config import DataConfig, SourceConfig
+from lora_cli.data_reader import DataReader, run_to_end, validation_of
 from lora_cli.dataset import Dataset
 from lora_cli.distributed import current_world
 from lora_cli.errors import DataError
@@ -15,7 +16,6 @@ from lora_cli.forward import token_budget
 from lora_cli.generate import greedy
 from lora_cli.loss import LossSum
 from lora_cli.model import LanguageModel, end_tokens
-from lora_cli.prepare import DataReader, run_to_end, validation_of
 from lora_cli.records import DataCounts, EvalReport, Sample, Score
 from lora_cli.tuned import Result
 

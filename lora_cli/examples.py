@@ -252,7 +252,7 @@ def _keys(row: Conversation) -> tuple[int, int, int]:
     """Return hashes of a row, of what comes before its last answer (of the row, where nothing does), of its group."""
     plain = [(m.role, m.content.strip(), m.extra) for m in row.messages]
     last = max(index for index, message in enumerate(row.messages) if message.trained)
-    return _key((plain, row.tools)), _key((plain[:last] or plain, row.tools)), _key(row.group)
+    return _key((plain, row.tools)), _key((plain[:last] or plain, row.tools)), _key(row.group) if row.group else 0
 
 
 def _key(value: Any) -> int:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from lora_cli import lora, model, storage, tuned
 from lora_cli.adapter import Adapter
 from lora_cli.batches import collate
+from lora_cli.data_reader import run_to_end, validation_of
 from lora_cli.errors import AdapterError, SurroundingsError, UserError
 from lora_cli.examples import Example
 from lora_cli.forward import target_logits
-from lora_cli.prepare import run_to_end, validation_of
 from lora_cli.records import MergeReport
 from lora_cli.tuned import Result
 

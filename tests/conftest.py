@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lora_cli import data
 from lora_cli.config import DataConfig
+from lora_cli.data_reader import DataReader, run_to_end
 from lora_cli.dataset import Dataset
 from lora_cli.model import ModelHeader
-from lora_cli.prepare import DataReader, run_to_end
 from lora_cli.records import DataCounts
 
 CHATML = (

@@ -39,6 +39,7 @@ FLOORS = [
     "dataset",
     "layout",
     "model",
+    "data_reader",
     "adapter",
     "checkpoint",
     "forward",

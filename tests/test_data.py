@@ -10,8 +10,8 @@ from conftest import data_reader, read_rows, write_rows
 from lora_cli import data, dataset
 from lora_cli.config import DataConfig
 from lora_cli.data_file import DataFile
+from lora_cli.data_reader import run_to_end
 from lora_cli.errors import DataError, SurroundingsError
-from lora_cli.prepare import run_to_end
 
 ANSWERED = {
     "messages": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},

@@ -1,0 +1,110 @@
+"""The data of a config, for one model: its sources as sequences of tokens, ready to be split, fitted and mixed."""
+
+from collections.abc import Generator
+from typing import TypeVar
+
+from lora_cli import data, dataset
+from lora_cli.chat_template import CHOICES, choose
+from lora_cli.config import DataConfig, SourceConfig
+from lora_cli.corpus import Corpus, make
+from lora_cli.dataset import Dataset
+from lora_cli.errors import NOTHING_LOADED, DataError, ModelError
+from lora_cli.examples import Encoder
+from lora_cli.model import ModelHeader
+from lora_cli.records import DataCounts, Notice, Preparing
+
+News = Notice | Preparing
+Result = TypeVar("Result")
+
+
+class DataReader:
+    """Reads the data of one config for one model: its tokenizer, its chat template, its number of positions."""
+
+    def __init__(self, config: DataConfig, header: ModelHeader) -> None:
+        """Choose the chat template. Raises ConfigError."""
+        tokenizer = header.tokenizer
+        self.config = config
+        self.template = choose(config.chat_template, tokenizer, config.template_date, config.merge_system)
+        self.encoder = Encoder(tokenizer, self.template, keep_controls=config.allow_control_tokens is True)
+        self.max_positions = header.max_positions
+        self.limit = min(config.max_length, header.max_positions or config.max_length)
+
+    def corpora(self, source: SourceConfig, group_field: str | None = None) -> Generator[News, None, list[Corpus]]:
+        """Return the files of a source as tokens. Raises DataError, ModelError, SurroundingsError."""
+        found = []
+        for reader in data.readers(source, group_field):
+            templated = reader.format in data.TEMPLATED
+            if templated and self.template is None:
+                raise ModelError(
+                    f"{reader.file.name}: holds conversations, but the model's tokenizer has no chat template. Use "
+                    f"the instruct version of the model, or name one ({CHOICES}), or write the rows as prompt and "
+                    "completion.",
+                    state=NOTHING_LOADED,
+                )
+            if not templated and self.encoder.tokenizer.eos_token_id is None:
+                raise ModelError(
+                    "The model's tokenizer has no end token (eos_token), so answers could not end.",
+                    state=NOTHING_LOADED,
+                )
+            corpus = yield from make(reader, self.encoder)
+            self._require_decided(corpus, templated)
+            found.append(corpus)
+        return found
+
+    def held_out(self, source: SourceConfig) -> Generator[News, None, tuple[Dataset, DataCounts]]:
+        """Return all of a source, cut to length, and what was counted. Raises as `corpora`."""
+        corpora = yield from self.corpora(source)
+        return self.fit(dataset.whole(corpora, self.limit))
+
+    def fit(self, whole: Dataset) -> tuple[Dataset, DataCounts]:
+        """Apply `data.max_length`. Raises DataError."""
+        return dataset.fit(whole, self.config, self.max_positions)
+
+    def training_and_validation(
+        self,
+    ) -> Generator[News, None, tuple[Dataset, list[float], Dataset | None]]:
+        """Return the training sequences, the weight of each of their files, and the validation sequences, all uncut.
+
+        The last are None where `data.validation` names no file: they are still to be split off.
+        """
+        corpora: list[Corpus] = []
+        weights: list[float] = []
+        for source in self.config.sources:
+            more = yield from self.corpora(source, self.config.group_field)
+            corpora += more
+            weights += [source.weight] * len(more)
+        held_out = data.held_out_source(self.config)
+        validation = dataset.whole((yield from self.corpora(held_out)), self.limit) if held_out else None
+        return dataset.whole(corpora, self.limit), weights, validation
+
+    def _require_decided(self, corpus: Corpus, templated: bool) -> None:
+        """Raise DataError where most plain rows hold control tokens and nobody said what they are."""
+        share = float((corpus.controls > 0).mean())
+        if not templated and share > 0.5 and self.config.allow_control_tokens is None:
+            raise DataError(
+                f"{corpus.file.name}: {share:.0%} of its rows hold control tokens of the model, as rows do to which a "
+                "chat template was already applied. Set data.allow_control_tokens: true if they are meant as control "
+                "tokens, or false if they are text.",
+                state=NOTHING_LOADED,
+            )
+
+
+def run_to_end(generator: Generator[News, None, Result]) -> Result:
+    """Return what a generator returns; its news are not wanted."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
+def validation_of(
+    config: DataConfig, seed: int, header: ModelHeader
+) -> Generator[News, None, tuple[Dataset, DataCounts]]:
+    """Return the validation sequences of a run and what was counted; the training ones where it has none."""
+    reader = DataReader(config, header)
+    train, _, validation = yield from reader.training_and_validation()
+    if validation is None:
+        train, validation = dataset.split(train, config, seed)
+    return reader.fit(validation or train)

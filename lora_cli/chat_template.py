@@ -159,7 +159,7 @@ def choose(setting: str | None, tokenizer: Any, date: str, merge_system: bool) -
     own = tokenizer.chat_template
     source = with_tools = None
     if setting in NAMED:
-        source = NAMED[setting]
+        source = ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + NAMED[setting]
         if setting == "chatml" and "<|im_end|>" not in tokenizer.get_vocab():
             raise ConfigError(
                 "data.chat_template: chatml needs the token <|im_end|>, which this model's vocabulary has not: an "
@@ -182,6 +182,12 @@ def choose(setting: str | None, tokenizer: Any, date: str, merge_system: bool) -
         return None
     known = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     return ChatTemplate(source, with_tools or source, known, datetime.date.fromisoformat(date), merge_system)
+
+
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Return whether a tokenizer begins plain text with its start token."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
 # --- limits ---

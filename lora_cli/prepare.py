@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from lora_cli import data, dataset, lora, model
-from lora_cli.chat_template import ChatTemplate
+from lora_cli.chat_template import ChatTemplate, begins_with_bos
 from lora_cli.config import RunConfig
 from lora_cli.data_reader import DataReader, News
 from lora_cli.dataset import Dataset, TrainingSet
@@ -75,7 +75,7 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
         *(_data_notices("validation", validation_counts) if validation_counts else ()),
         *(_data_notices("replay", replay_counts) if replay_counts else ()),
         *_set_notices(training_set, overlap, config),
-        *_template_notices(reader.template),
+        *_template_notices(reader.template, train, header),
         *_end_notices(train, header),
     ]
     return Prepared(
@@ -143,7 +143,13 @@ def _set_notices(train: TrainingSet, overlap: Overlap | None, config: RunConfig)
         yield f"{config.data.replay.path}: the replay rows are seen {times:.1f} times an epoch; more would help."
 
 
-def _template_notices(template: ChatTemplate | None) -> Iterator[str]:
+def _template_notices(template: ChatTemplate | None, train: Dataset, header: ModelHeader) -> Iterator[str]:
+    bos = header.tokenizer.bos_token_id
+    if train.corpora[0].templated and train[0].input_ids[0] != bos and begins_with_bos(header.tokenizer):
+        yield (
+            f"The chat template writes no {header.tokenizer.decode([bos or 0])}, with which the tokenizer begins plain "
+            "text: the model may know no text without it."
+        )
     if template is not None and template.writes_date:
         day = f"{template.date} (data.template_date)"
         yield f"The chat template writes today's date; it is told {day}, so that runs repeat."

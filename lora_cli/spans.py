@@ -57,14 +57,12 @@ class SpanFinder:
         together: list[tuple[int, int]] | None = []
         apart: list[Rendering] = []
         for index in trained:
-            before = self.template.render(row, index, prompt=True).text
-            _require_asked(before, row.messages[:index])
-            last = index == trained[-1]
-            found = self._plain_answer(whole.text, before, row.messages[index], last)
-            if found is None:
-                after = whole if last else self.template.render(row, index + 1, prompt=False)
-                found = self._answer(row, index, before, after.text)
-            skipped, answer = found
+            try:
+                before, skipped, answer = self._prompt_and_answer(row, index, whole.text, index == trained[-1])
+            except RowError as error:
+                if any(message.role == "user" for message in row.messages[:index]):
+                    raise
+                raise RowError(f"{error}; it answers no question: weight: 0 would keep it as context") from None
             span = (len(before) + skipped, len(before) + len(answer))
             apart.append(Rendering(before + answer, (span,)))
             if together is not None and whole.text.startswith(before + answer):
@@ -76,6 +74,16 @@ class SpanFinder:
         if self.template.marks_generation:
             together = _marked(whole, together, row)
         return [Rendering(whole.text[: together[-1][1]], tuple(together))]
+
+    def _prompt_and_answer(self, row: Conversation, index: int, whole: str, last: bool) -> tuple[str, int, str]:
+        """Return the prompt of an answer, how much of what follows it is prompt too, and what follows it."""
+        before = self.template.render(row, index, prompt=True).text
+        _require_asked(before, row.messages[:index])
+        found = self._plain_answer(whole, before, row.messages[index], last)
+        if found is None:
+            after = whole if last else self.template.render(row, index + 1, prompt=False).text
+            found = self._answer(row, index, before, after)
+        return before, *found
 
     def _plain_answer(self, text: str, before: str, message: Message, last: bool) -> tuple[int, str] | None:
         """Return (characters that are prompt, what follows the prompt through the end token) of a plain answer.

@@ -7,16 +7,19 @@ control tokens of its family. Conversations are random and nasty: control tokens
 import datetime
 import importlib.resources
 import json
+import os
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from conftest import build_tokenizer
 from tokenizers import AddedToken
 
 from lora_cli import data
-from lora_cli.chat_template import ChatTemplate
+from lora_cli.chat_template import ChatTemplate, choose
 from lora_cli.data import Conversation
 from lora_cli.examples import Encoded, Encoder
 
@@ -107,6 +110,10 @@ FAMILIES = {
     "Nemotron Nano 2": Family("NVIDIA-Nemotron-Nano-v2", "\n<SPECIAL_12>", "<SPECIAL_10> <SPECIAL_11> <SPECIAL_12>",
                               eos="<SPECIAL_12>"),
 }  # fmt: skip
+
+
+# Folders of real tokenizers, where scripts/try_tokenizers put them.
+REAL = [path.parent for path in sorted(Path(os.environ.get("LORA_TOKENIZERS", "nowhere")).glob("*/tokenizer.json"))]
 
 
 def encoder(family: Family) -> Encoder:
@@ -207,6 +214,26 @@ def test_the_prompt_is_what_generation_starts_from(name: str):
     assert ours.startswith(theirs)
     assert ours.removeprefix(theirs).strip() == closed
     assert list(last.input_ids[:2]).count(tokenizer.bos_token_id) <= 1
+
+
+@pytest.mark.parametrize("folder", REAL, ids=lambda folder: folder.name)
+def test_on_a_real_tokenizer(folder: Path):
+    """The same with a family's own tokenizer and template: the answers, and one end token for all of them."""
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    encode = Encoder(tokenizer, choose(None, tokenizer, "2026-01-01", False), False)
+    choose_rows, ends = random.Random(folder.name), set()
+    for _ in range(200):
+        row = conversation(choose_rows, Family("", "", ""))
+        sequences, problems = encode.encode([row])
+        answers = [message.content.strip() for message in row.messages if message.trained]
+        assert not problems
+        pieces = trained(sequences, tokenizer)
+        assert len(pieces) == len(answers)
+        if not any(one.flags for one in sequences):  # some tokenizers cannot spell every text
+            assert all(piece.strip().startswith(answer) for piece, answer in zip(pieces, answers, strict=True))
+            ends |= {piece.strip().removeprefix(a).strip() for piece, a in zip(pieces, answers, strict=True)}
+
+    assert len(ends) == 1
 
 
 def _undated(prompt: str) -> str:

@@ -122,6 +122,29 @@ def test_no_chat_template_is_said(tmp_path: Path):
         build(tmp_path, [conversation(0)], tokenizer)
 
 
+def test_a_named_template_begins_as_the_tokenizer_does(shared_model: str, tmp_path: Path):
+    """A tokenizer with a start token: one, untrained, though the named template has none of its own."""
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(shared_model)
+    (example,) = build(tmp_path, [{"messages": TURNS}], tokenizer, chat_template="zephyr")
+
+    assert example.input_ids[0] == tokenizer.bos_token_id
+    assert example.input_ids.count(tokenizer.bos_token_id) == 1
+    assert [text.strip() for text in trained(example, tokenizer)] == ["Red.</s>", "Blue 🫐 sky.</s>"]
+
+
+def test_a_conversation_that_begins_with_an_answer(tmp_path: Path):
+    """Where the template has no prompt for it, the error says how to keep it; as context it is kept."""
+    tokenizer: Any = build_tokenizer()
+    tokenizer.chat_template = "{% if messages %}<|im_start|>system\nHi.<|im_end|>\n{% endif %}" + CHATML
+    greeting = {"role": "assistant", "content": "Hello!"}
+    with pytest.raises(DataError, match="it answers no question: weight: 0 would keep it as context"):
+        build(tmp_path, [{"messages": [greeting, *TURNS[1:3]]}], tokenizer)
+    (example,) = build(tmp_path, [{"messages": [greeting | {"weight": 0}, *TURNS[1:3]]}], tokenizer)
+
+    assert "Hello!" in tokenizer.decode(example.input_ids)
+    assert trained(example) == ["Red.<|im_end|>"]
+
+
 def test_plain_prompt_and_completion(tmp_path: Path):
     """Plain rows are joined as they stand; the completion and the end token are trained."""
     (example,) = build(tmp_path, [{"prompt": "The sky is", "completion": " blue."}])

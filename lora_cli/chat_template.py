@@ -102,8 +102,8 @@ class ChatTemplate:
         """
         messages = row.messages
         if self.merge_system:
-            count -= count > 1 and messages[0].role == "system"
             messages = _merged(messages)
+            count = max(1, count - (len(row.messages) - len(messages)))
         asked = next((m for m in messages[count - (not prompt) :] if m.role == "assistant"), None)
         try:
             _start_clock(SECONDS)
@@ -142,7 +142,7 @@ def _as_dict(message: Message) -> dict[str, Any]:
 
 def _merged(messages: Sequence[Message]) -> Sequence[Message]:
     """Return messages with a leading system message put in front of the first user message."""
-    if len(messages) < 2 or messages[0].role != "system":
+    if [message.role for message in messages[:2]] != ["system", "user"]:
         return messages
     system, first, *rest = messages
     return (replace(first, content=f"{system.content}\n\n{first.content}"), *rest)

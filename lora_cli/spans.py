@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lora_cli.chat_template import ChatTemplate, Rendered
+from lora_cli.chat_template import ChatTemplate
 from lora_cli.conversation import Conversation, Message, RowError, reasoning_and_answer, thinks
 
 _PROBE = "Zx9qz"
@@ -69,11 +69,28 @@ class SpanFinder:
                 together.append(span)
             else:
                 together = None
-        if together is None:
-            return apart
+        if together is not None:
+            apart = [Rendering(whole.text[: together[-1][1]], tuple(together))]
         if self.template.marks_generation:
-            together = _marked(whole, together, row)
-        return [Rendering(whole.text[: together[-1][1]], tuple(together))]
+            return [self._as_marked(row, rendering, trained[-len(apart) + n]) for n, rendering in enumerate(apart)]
+        return apart
+
+    def _as_marked(self, row: Conversation, rendering: Rendering, last: int) -> Rendering:
+        """Return a sequence, which ends with answer `last`, with its answers as {% generation %} marks them.
+
+        Their end tokens are trained with them. Raises RowError where the marks leave out part of an answer.
+        """
+        marked = self.template.render(row, last + 1, prompt=False)
+        if not marked.text.startswith(rendering.text):
+            return rendering  # its prompt is another once it is answered; the marks are not of this text
+        messages = [message for message in row.messages[: last + 1] if message.trained][-len(rendering.answers) :]
+        answers = []
+        for (begin, end), message in zip(rendering.answers, messages, strict=True):
+            marks = [max(begin, start) for start, stop in marked.generated if start < end and stop > begin]
+            if len(marks) != 1 or _squash(message.content) not in _squash(rendering.text[marks[0] : end]):
+                raise RowError("has an answer that the chat template's {% generation %} marks do not hold")
+            answers.append((marks[0], end))
+        return replace(rendering, answers=tuple(answers))
 
     def _prompt_and_answer(self, row: Conversation, index: int, whole: str, last: bool) -> tuple[str, int, str]:
         """Return the prompt of an answer, how much of what follows it is prompt too, and what follows it."""
@@ -90,7 +107,7 @@ class SpanFinder:
 
         None where no known frame fits to the letter; `last`: nothing but the frame's rest may follow.
         """
-        if message.extra or thinks(message) or not text.startswith(before):
+        if not _is_plain(message) or not text.startswith(before):
             return None
         opened = _OPEN_THINKING.search(before) is not None
         for frame in self._frames:
@@ -105,10 +122,11 @@ class SpanFinder:
     def _answer(self, row: Conversation, index: int, before: str, after: str) -> tuple[int, str]:
         """Return the same of any answer: `after` is the conversation that ends with it."""
         message = row.messages[index]
-        if found := self._plain_answer(after, before, message, last=True):
-            return found
-        self._learn(row, index, before)
-        if found := self._plain_answer(after, before, message, last=True):
+        found = self._plain_answer(after, before, message, last=True)
+        if found is None and (_is_plain(message) or not self._frames):
+            self._learn(row, index, before)
+            found = self._plain_answer(after, before, message, last=True)
+        if found is not None:
             return found
         if _OPEN_THINKING.search(before) and not (after.startswith(before) and "</think>" in after[len(before) :]):
             return self._thought(before, after, message)
@@ -191,7 +209,7 @@ class SpanFinder:
         answer is taken from behind the last question, where both texts must go on alike.
         """
         message, question = row.messages[index], row.messages[index - 1].content.strip() if index else ""
-        for frame in self._frames if question and not message.extra else ():
+        for frame in self._frames if question and _is_plain(message) else ():
             for content in _forms(message.content):
                 answer = content + frame.end
                 head, _, behind = after.rpartition(answer + frame.rest)
@@ -203,6 +221,11 @@ class SpanFinder:
             f"is written differently by the chat template once message {index + 1} is answered, so what to train "
             f"cannot be told: ...{before[-60:]!r} before, ...{after[-60:]!r} after"
         )
+
+
+def _is_plain(message: Message) -> bool:
+    """Return whether an answer is its content and nothing else."""
+    return not message.extra.get("tool_calls") and not thinks(message)
 
 
 def _forms(content: str) -> Sequence[str]:
@@ -257,17 +280,5 @@ def _require_parts(body: str, message: Message) -> None:
         )
         if lost := next((part for part in given if not _stands_in(whole, part)), None):
             raise RowError(f"has a tool call whose arguments the chat template leaves out or changes: {lost[:60]!r}")
-    if rest and not message.extra:
+    if rest and not calls:
         raise RowError(f"has an answer behind which the chat template writes more: {body[-60:]!r}")
-
-
-def _marked(whole: Rendered, found: Sequence[tuple[int, int]], row: Conversation) -> list[tuple[int, int]]:
-    """Return the answers as {% generation %} marks them, with their end tokens. Raises RowError where they disagree."""
-    kept = []
-    answers = [message for message in row.messages if message.trained]
-    for (begin, end), message in zip(found, answers, strict=True):
-        inside = [mark for mark, stop in whole.generated if mark < end and stop > begin]
-        if len(inside) != 1 or _squash(message.content) not in _squash(whole.text[max(begin, inside[0]) : end]):
-            raise RowError("has an answer that the chat template's {% generation %} marks do not hold")
-        kept.append((max(begin, inside[0]), end))
-    return kept

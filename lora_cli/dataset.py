@@ -32,7 +32,7 @@ class Dataset(Sequence[Example]):
         self.corpora = corpora
         self.limit = limit
         self.sizes = [len(indices) for indices in chosen]
-        self._corpus = np.repeat(np.arange(len(corpora)), self.sizes)
+        self._corpus = np.repeat(np.arange(len(corpora), dtype=np.int32), self.sizes)
         self._index = np.concatenate([np.empty(0, np.int64), *chosen])
         lengths = [corpus.lengths[indices] for corpus, indices in zip(corpora, chosen, strict=True)]
         self.whole_lengths = np.concatenate([np.empty(0, np.int32), *lengths])

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_examples, conversation
+from conftest import build_examples, conversation, write_rows
 
 from lora_cli import batches, checkpoint, config_file, lora, model, run_dir, storage
 from lora_cli.batches import Mixture, Part
 from lora_cli.checkpoint import Stopping
 from lora_cli.config import LoraConfig, ModelConfig, TrainConfig
-from lora_cli.errors import AdapterError, ConfigError, DataError, SurroundingsError, TrainingStopped
+from lora_cli.errors import AdapterError, ConfigError, DataError, Interrupted, SurroundingsError, TrainingStopped
 from lora_cli.forward import embedding_noise, target_loss
 from lora_cli.interrupt import StopRequest
 from lora_cli.loop import Timetable
@@ -368,6 +368,40 @@ def test_a_stop_before_the_first_step_leaves_nothing(make_config: Callable[..., 
     assert process.returncode == 130
     assert "Traceback" not in said
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_mixture_goes_on_where_it_stopped(make_config: Callable[..., Path], tmp_path: Path):
+    """With weights, replay and noise, a run stopped in its second epoch ends with the bytes of one that was not."""
+    half = write_rows(tmp_path / "half.jsonl", [conversation(n) for n in range(100, 111)])
+    general = write_rows(
+        tmp_path / "general.jsonl", [{"text": f"The sky is {word}."} for word in ("blue", "grey", "red")]
+    )
+    settings = {
+        "data.train": [{"path": half, "weight": 0.5}, {"path": str(tmp_path / "rows.jsonl"), "weight": 1.0}],
+        "data.validation": 0,
+        "data.replay": {"path": general, "ratio": 0.2},
+        "train.neftune_alpha": 5.0,
+    }
+    straight = run(make_config(**settings))[-1]
+    config = make_config(**settings, output_dir=str(tmp_path / "stopped"))
+    steps = list[StepDone]()
+
+    def stop_in_the_second_epoch() -> None:
+        stop = StopRequest()
+        for event in train(config_file.load(config), stop):
+            steps.extend([event] if isinstance(event, StepDone) else [])
+            if steps and steps[-1].epoch > 1.3:
+                stop.signal_number = signal.SIGINT
+
+    with pytest.raises(Interrupted):
+        stop_in_the_second_epoch()
+    resumed = run(config)
+    assert isinstance(straight, Finished)
+    assert isinstance(resumed[-1], Finished)
+
+    assert steps[-1].step < resumed[-1].step == straight.step
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (straight.adapter / name).read_bytes() == (resumed[-1].adapter / name).read_bytes()
 
 
 def test_a_damaged_checkpoint_is_passed_over(whole: tuple[Path, Path]):

@@ -68,8 +68,8 @@ class Part:
 
     @property
     def drawn(self) -> int:
-        """Examples an epoch draws."""
-        return int(self.times) * self.count + round(self.times % 1 * self.count)
+        """Examples an epoch draws: a whole number, and never none."""
+        return max(1, int(self.times) * self.count + round(self.times % 1 * self.count))
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,11 @@ class ChatTemplate:
         return "strftime_now" in self.source + self.with_tools
 
     @property
+    def repeats(self) -> bool:
+        """Whether it writes the same on every day: today's date only where it can be told another."""
+        return not re.search(r"strftime_now(?!\s+is\s)", self._dated + self._dated_with_tools)
+
+    @property
     def marks_generation(self) -> bool:
         """Whether the template says itself which part a model generates."""
         return re.search(r"{%-?\s*generation", self.source + self.with_tools) is not None

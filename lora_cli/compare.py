@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_cli import examples, lora, tuned
+from lora_cli import examples, lora, run_dir, tuned
 from lora_cli.config import DataConfig, SourceConfig
 from lora_cli.data_reader import DataReader, run_to_end, validation_of
 from lora_cli.dataset import Dataset
@@ -65,8 +65,15 @@ def _held_out(result: Result, data_path: str | None) -> tuple[Dataset, DataCount
         raise DataError(f"{result.adapter.folder}: belongs to no run with validation rows; give --data FILE.")
     if result.config.data.validation == 0:
         raise DataError("The run had no validation rows (data.validation: 0); give --data FILE.")
-    validation = validation_of(result.data, result.config.seed, result.header)
-    return *run_to_end(validation), "the run's validation rows"
+    held_out, counts = run_to_end(validation_of(result.data, result.config.seed, result.header))
+    assert result.run is not None, "it has a config"
+    before = run_dir.read_environment(result.run).get("validation_fingerprint")
+    if before not in (None, held_out.fingerprint()):
+        raise DataError(
+            f"{result.run.path}: the data changed since this run, so its validation rows cannot be told from those it "
+            "was trained on. Put it back, or give --data FILE."
+        )
+    return held_out, counts, "the run's validation rows"
 
 
 def _asked(held_out: Sequence[Example], most: int) -> list[tuple[Example, tuple[int, ...], tuple[int, ...]]]:

@@ -28,7 +28,8 @@ _SHOWN_CHARACTERS = 2000  # of a row in a preview
 
 def print_json(values: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout."""
-    sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
+    text = json.dumps(values, ensure_ascii=False)
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")  # half of a character cannot be written
 
 
 def print_text(text: str) -> None:

@@ -14,6 +14,7 @@ from lora_cli.chat_template import ChatTemplate, limited
 from lora_cli.conversation import Conversation, Message, RowError
 
 BREAK = "\ue0b7"  # of Unicode's private use area
+_THINKING = re.compile("think", re.IGNORECASE)  # such marks belong to answers, which may hold them
 _SENTINELS = ("Qx1q", "Qx2q", "Qx3q")
 
 
@@ -62,6 +63,7 @@ def find_control_tokens(tokenizer: Any, template: ChatTemplate | None) -> Contro
     """Return a tokenizer's special tokens, and what the template writes around a turn, special token or not."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(map(str, tokenizer.all_special_tokens))
+    special = {token for token in special if not _THINKING.search(token)}
     return ControlTokens(
         alternatives(special | (_role_markers(template, added_tokens(tokenizer)) if template else set()))
     )
@@ -92,5 +94,4 @@ def _role_markers(template: ChatTemplate, added: set[str]) -> set[str]:
     token = alternatives(added)
     lines = [line for part in scaffold for line in part]
     pieces = {piece.strip() for line in lines for piece in (*token.split(line), *token.findall(line))}
-    # Thinking marks belong to answers, which may hold them.
-    return {piece for piece in pieces if len(piece) > 2 and not piece.isalnum() and "think" not in piece}
+    return {piece for piece in pieces if len(piece) > 2 and not piece.isalnum() and not _THINKING.search(piece)}

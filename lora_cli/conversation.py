@@ -1,9 +1,11 @@
 """What a row becomes, whatever its format: a conversation of messages; and how messages are read."""
 
-import json
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from lora_cli.data_file import parse_json
 
 Row = Mapping[str, Any]
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # names that templates and data give to it
@@ -69,6 +71,7 @@ def _require_whole_within(value: Any) -> None:
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function_call": "assistant",
           "observation": "tool", "function": "tool"}  # fmt: skip
+_KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer", "ipython")
 
 
 def _message(entry: Any, role_key: str, content_key: str) -> Message:
@@ -80,17 +83,45 @@ def _message(entry: Any, role_key: str, content_key: str) -> Message:
     known = (role_key, content_key, "weight", "train")
     extra = {k: v for k, v in entry.items() if k not in known and v is not None}
     _require_whole_within(extra)
-    if "tool_calls" in extra:
-        extra["tool_calls"] = _tool_calls(extra["tool_calls"])
     content = entry.get(content_key)
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+        content = "".join(text_of(part, "text") for part in content)
+    if role == "function_call":  # ShareGPT's: the content is the call
+        extra["tool_calls"], content = _called(content), None
+    elif "function_call" in extra:  # the older form of OpenAI's
+        extra["tool_calls"] = [{"type": "function", "function": extra.pop("function_call")}]
+    if "tool_calls" in extra:
+        extra["tool_calls"] = _tool_calls(extra["tool_calls"])
+    for name in _REASONING:
+        if name in extra and not isinstance(extra[name], str):
+            raise RowError(f'"{name}" of a {role} message must be text, found {type(extra[name]).__name__}')
     if content is None and extra:
         content = ""
     if not isinstance(content, str):
         raise RowError(f'"{content_key}" of a {role} message must be text, found {type(content).__name__}')
-    role = _ROLES.get(role, role)
+    role = _role(role)
     return Message(role, _whole(content), _is_trained(entry, role), extra)
+
+
+def _role(name: str) -> str:
+    """Return a role by the name templates know it under. Raises RowError for one that is almost a known role."""
+    role = _ROLES.get(name, name)
+    known = (*_KNOWN_ROLES, *_ROLES)
+    if role not in known and (close := difflib.get_close_matches(role.lower(), known, n=1, cutoff=0.75)):
+        raise RowError(f'has a message of the role "{name[:40]}"; did you mean "{close[0]}"?')
+    return role
+
+
+def _called(content: Any) -> list[Any]:
+    """Return the calls that a function_call message holds as JSON: one, or a list."""
+    try:
+        calls = parse_json(content) if isinstance(content, str) else content
+    except ValueError:
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise RowError('has a function_call message that is no call as JSON ({"name": ..., "arguments": ...})')
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _is_trained(entry: Row, role: str) -> bool:
@@ -121,9 +152,9 @@ def _with_arguments(function: Any) -> Any:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return function
     try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except ValueError:
-        raise RowError('"arguments" of a tool call is text that is not JSON') from None
+        arguments = parse_json(function["arguments"] or "{}")
+    except ValueError as error:
+        raise RowError(f'"arguments" of a tool call is text that is not JSON: {str(error)[:80]}') from None
     return {**function, "arguments": arguments}
 
 
@@ -154,15 +185,21 @@ def parse_tools(value: Any) -> Sequence[Any] | None:
     """Return the tools of a row: a list, or a list written as JSON text; nothing where it is empty."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
-        except ValueError:
-            raise RowError('"tools" is text that is not JSON') from None
+            value = parse_json(value)
+        except ValueError as error:
+            raise RowError(f'"tools" is text that is not JSON: {str(error)[:80]}') from None
     if not value:
         return None
     if not isinstance(value, list):
         raise RowError(f'"tools" must be a list, found {type(value).__name__}')
     _require_whole_within(value)
     return value
+
+
+def name_of(tool: Any) -> str:
+    """Return the name of a tool, or of a call of one; "" where it has none."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return str(function.get("name", "")) if isinstance(function, dict) else ""
 
 
 # --- reasoning ---

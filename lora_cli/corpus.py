@@ -16,6 +16,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -198,18 +199,19 @@ def make(reader: Reader, encoder: Encoder) -> Generator[Notice | Preparing, None
             digest.update(made.columns)
             templated += made.templated
         return Corpus(reader, batches, digest.hexdigest(), templated > 0)
-    folder = cache_folder() / _key(reader, encoder)
+    content = reader.file.digest()
+    folder = cache_folder() / _key(reader, encoder, content)
     if folder.is_dir() and (problems := storage.problems_in(folder)):
         yield Notice(f"{problems[0]}: the kept tokens are damaged; they are made again.")
         storage.remove_directory(folder)
     if not folder.is_dir():
-        yield from _keep(reader, encoder, folder)
+        yield from _keep(reader, encoder, folder, content)
     with suppress(OSError):
         os.utime(folder)  # it was used today
     return _open(reader, folder)
 
 
-def _keep(reader: Reader, encoder: Encoder, folder: Path) -> Generator[Notice | Preparing, None, None]:
+def _keep(reader: Reader, encoder: Encoder, folder: Path, content: str) -> Generator[Notice | Preparing, None, None]:
     began, name, total = time.monotonic(), reader.file.name, reader.file.size
     yield Notice(f"{name}: {total / 1e6:,.0f} MB are turned into tokens, kept in {folder} for the next time.")
     with storage.explained(folder):
@@ -230,7 +232,10 @@ def _keep(reader: Reader, encoder: Encoder, folder: Path) -> Generator[Notice | 
                     done, rows, templated = done + made.size, rows + made.rows, templated + made.templated
                     yield Preparing(name, rows, min(1.0, done / total), time.monotonic() - began)
             facts = {"data": name, "rows": rows, "templated": templated, "digest": digest.hexdigest()}
-            (temporary / _FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+            with storage.explained(folder):
+                (temporary / _FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+            if reader.file.digest() != content:
+                raise DataError(f"{name}: was changed while it was read; start again.", state=NOTHING_LOADED)
     except AdapterError:  # another process kept it in the meantime
         if not folder.is_dir():
             raise
@@ -273,17 +278,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LORA_CACHE") or Path(base) / "lora") / "tokens"
 
 
-def _key(reader: Reader, encoder: Encoder) -> str:
+def _key(reader: Reader, encoder: Encoder, content: str) -> str:
     """Return the name of a kept file: a hash of all that its tokens depend on."""
     tokenizer, template = encoder.tokenizer, encoder.template
     depends = {
         "version": _VERSION,
-        "data": reader.file.digest(),
+        "data": content,
         "kind": reader.file.kind,
         "rows": [reader.format, dict(reader.fields), reader.prompt_template, reader.group_field],
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": [tokenizer.eos_token_id, tokenizer.bos_token_id, sorted(tokenizer.all_special_tokens)],
         "template": None if template is None else asdict(template),
+        "today": None if template is None or template.repeats else str(date.today()),
         "controls": encoder.keep_controls,
         "libraries": [metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")],
     }
@@ -291,8 +297,9 @@ def _key(reader: Reader, encoder: Encoder) -> str:
 
 
 def _sweep(folder: Path) -> None:
-    """Delete what was not used for a month."""
+    """Delete what was not used for a month, and what a killed process left half-written: an hour without a change."""
     for kept in folder.iterdir():
         with suppress(OSError):
-            if time.time() - kept.stat().st_mtime > UNUSED_DAYS * 86400:
+            changed = max(path.stat().st_mtime for path in (kept, *kept.iterdir()))
+            if time.time() - changed > (3600 if storage.is_temporary(kept) else UNUSED_DAYS * 86400):
                 shutil.rmtree(kept)

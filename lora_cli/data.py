@@ -76,9 +76,14 @@ _OPTIONAL = {
 TEMPLATED = ("messages", "sharegpt", "alpaca")  # always; prompt-completion where both are lists of messages
 
 
-def detect_format(row: Row) -> str | None:
-    """Return the first format whose keys the row has; preference for pairs of answers."""
-    found = next((name for name, (keys, _) in _FORMATS.items() if all(key in row for key in keys)), None)
+def _read_by(format: str) -> frozenset[str]:
+    return frozenset((*_FORMATS[format][0], *_OPTIONAL[format]))
+
+
+def detect_format(row: Row, named: frozenset[str] = frozenset()) -> str | None:
+    """Return the first format whose keys the row has, and that reads the `named` keys; preference for pairs."""
+    fitting = [name for name in _FORMATS if named <= _read_by(name)]
+    found = next((name for name in fitting if all(key in row for key in _FORMATS[name][0])), None)
     return found or ("preference" if {"chosen", "rejected"} <= row.keys() else None)
 
 
@@ -113,12 +118,17 @@ class Reader:
     group_field: str | None
     unread: Sequence[str] = ()  # columns of the first row that nothing reads
 
+    @property
+    def named(self) -> frozenset[str]:
+        """The keys that the config fills: a format that does not read them is not meant."""
+        return frozenset(self.fields) | (frozenset({"prompt"}) if self.prompt_template else frozenset())
+
     def convert(self, row: Any, number: int) -> Conversation:
         """Return one row as a conversation. Raises RowError."""
         if not isinstance(row, dict):
             raise RowError(f"must be an object with keys, found {type(row).__name__}")
         renamed = self.renamed(row)
-        format = self.format or detect_format(renamed)
+        format = self.format or detect_format(renamed, self.named)
         if format not in _FORMATS or any(key not in renamed for key in _FORMATS[format][0]):
             raise RowError(_explain_keys(renamed, format if format in _FORMATS else None))
         conversation = _FORMATS[format][1](renamed)
@@ -181,7 +191,13 @@ def readers(source: SourceConfig, group_field: str | None = None) -> list[Reader
         format = source.format if source.format not in (None, "auto") else None
         reader = Reader(file, format, source.fields or {}, source.prompt_template, group_field)
         first = _first_row(reader)
-        reader = replace(reader, format=format or detect_format(first))
+        reader = replace(reader, format=format or detect_format(first, reader.named))
+        if reader.format in _FORMATS and (unread := sorted(reader.named - _read_by(reader.format))):
+            setting = "data.fields" if unread[0] in reader.fields else "data.prompt_template"
+            raise DataError(
+                f"{setting}: makes {unread[0]!r}, which rows of the format {reader.format} have not ({file.name}).",
+                state=NOTHING_LOADED,
+            )
         if reader.format == "preference":
             raise DataError(
                 f"{file.name}: holds preference pairs (chosen, rejected), on which plain training cannot be done; to "

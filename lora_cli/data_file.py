@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import pyarrow.parquet
 from lora_cli.errors import NOTHING_LOADED, DataError, SurroundingsError
 
 Kind = Literal["jsonl", "json", "csv", "parquet", "arrow"]
-_KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 PACKED = (".gz", ".zst")
 SUFFIXES = ", ".join(_KINDS) + f" ({' or '.join(PACKED)} behind them for compressed ones)"
 BLOCK_BYTES = 1 << 20
@@ -106,7 +107,7 @@ class explained:  # noqa: N801 - used as a function
         match error:
             case UnicodeDecodeError():
                 raise DataError(f"{self.name}: not UTF-8 text (byte {error.start}).", state=NOTHING_LOADED) from None
-            case EOFError() | gzip.BadGzipFile() | pyarrow.ArrowException():
+            case EOFError() | gzip.BadGzipFile() | zlib.error() | OverflowError() | pyarrow.ArrowException():
                 raise DataError(
                     f"{self.name}: this is not {self.kind}, or it is cut short: {str(error)[:200]}",
                     state=NOTHING_LOADED,
@@ -118,15 +119,15 @@ class explained:  # noqa: N801 - used as a function
 
 def kind_of(path: Path) -> Kind | None:
     """Return the kind of a file by its name; None for other files."""
-    name = path.with_suffix("") if path.suffix in PACKED else path
-    return _KINDS.get(name.suffix)
+    name = path.with_suffix("") if path.suffix.lower() in PACKED else path
+    return _KINDS.get(name.suffix.lower())
 
 
 # --- bytes ---
 
 
 def _open(path: Path) -> IO[bytes]:
-    match path.suffix:
+    match path.suffix.lower():
         case ".gz":
             return io.BufferedReader(gzip.open(path))
         case ".zst":
@@ -187,7 +188,7 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number that JSON knows")
 
 
-def _parse_json(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """Return a JSON value. Raises ValueError with what is wrong, json.JSONDecodeError with its place."""
     try:
         return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
@@ -197,7 +198,7 @@ def _parse_json(text: str) -> Any:
 
 def _parse_line(line: bytes) -> Any:
     try:
-        return _parse_json(line.decode().rstrip())
+        return parse_json(line.decode().rstrip())
     except UnicodeDecodeError as error:
         return Broken(f": not UTF-8 text (byte {error.start} of the line).")
     except json.JSONDecodeError as error:
@@ -210,7 +211,7 @@ def _rows_of_json(file: DataFile) -> Iterator[tuple[int, Any]]:
     with _open(file.paths[0]) as opened:
         text = opened.read().decode("utf-8-sig")
     try:
-        rows = _parse_json(text)
+        rows = parse_json(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{file.name}:{error.lineno}:{error.colno}: this is not JSON: {error.msg}.", state=NOTHING_LOADED
@@ -253,7 +254,10 @@ def _rows_of_csv(file: DataFile) -> Iterator[tuple[int, Any]]:
 def _blocks_of_tables(file: DataFile) -> Iterator[Block]:
     number = 0
     for batch in _batches(file):
-        count = batch.num_rows
+        count, names = batch.num_rows, batch.schema.names
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f'{file.name}: names the column "{twice}" twice.', state=NOTHING_LOADED)
         rows = [{key: _without_nulls(value) for key, value in row.items()} for row in batch.to_pylist()]
         yield Block(list(range(number + 1, number + count + 1)), rows, batch.nbytes)
         number += count

@@ -62,17 +62,17 @@ class DataReader:
 
     def training_and_validation(
         self,
-    ) -> Generator[News, None, tuple[Dataset, list[float], Dataset | None]]:
-        """Return the training sequences, the weight of each of their files, and the validation sequences, all uncut.
+    ) -> Generator[News, None, tuple[Dataset, list[tuple[float, int]], Dataset | None]]:
+        """Return the training sequences, each source's (weight, number of files), and the validation sequences; uncut.
 
         The last are None where `data.validation` names no file: they are still to be split off.
         """
         corpora: list[Corpus] = []
-        weights: list[float] = []
+        weights: list[tuple[float, int]] = []
         for source in self.config.sources:
             more = yield from self.corpora(source, self.config.group_field)
             corpora += more
-            weights += [source.weight] * len(more)
+            weights.append((source.weight, len(more)))
         held_out = data.held_out_source(self.config)
         validation = dataset.whole((yield from self.corpora(held_out)), self.limit) if held_out else None
         return dataset.whole(corpora, self.limit), weights, validation

@@ -277,17 +277,21 @@ class TrainingSet:
     mixture: Mixture
 
 
-def mix(train: Dataset, weights: Sequence[float], replay: Dataset | None, ratio: float) -> TrainingSet:
-    """Put sources together: each is seen `weight` times an epoch, replay often enough to be `ratio` of all tokens."""
-    parts, begin, tokens = [], 0, 0.0
-    for size, weight in zip(train.sizes, weights, strict=True):
+def mix(train: Dataset, weights: Sequence[tuple[float, int]], replay: Dataset | None, ratio: float) -> TrainingSet:
+    """Put sources together: each is seen `weight` times an epoch, replay often enough to be `ratio` of all tokens.
+
+    `weights`: of each source its weight and the number of its files.
+    """
+    parts, begin, tokens, sizes = [], 0, 0.0, iter(train.sizes)
+    for weight, files in weights:
+        size = sum(next(sizes) for _ in range(files))
         if size:
             parts.append(Part(begin, size, weight))
-            tokens += weight * float(train.lengths[begin : begin + size].sum())
+            tokens += parts[-1].drawn / size * float(train.lengths[begin : begin + size].sum())
         begin += size
     if replay is None:
         return TrainingSet(train, Mixture(tuple(parts)))
     times = tokens * ratio / (1 - ratio) / float(replay.lengths.sum())
-    parts.append(Part(begin, len(replay), max(times, 1 / len(replay))))
+    parts.append(Part(begin, len(replay), times))
     both = Dataset([*train.corpora, *replay.corpora], [*train.by_corpus(), *replay.by_corpus()], train.limit)
     return TrainingSet(both, Mixture(tuple(parts)))

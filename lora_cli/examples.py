@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from lora_cli.chat_template import ChatTemplate, limited
 from lora_cli.control_tokens import BREAK, added_tokens, alternatives, find_control_tokens
-from lora_cli.conversation import Conversation, RowError
+from lora_cli.conversation import Conversation, RowError, name_of, reasoning
 from lora_cli.records import Marked
 from lora_cli.spans import Rendering, SpanFinder
 
@@ -67,8 +67,8 @@ class Flag(enum.IntFlag):
 class Encoded:
     """One sequence as tokens, whole: nothing is cut yet.
 
-    `answers` are the trained token ranges. The keys are hashes: of the whole row, of what comes before its last answer,
-    and of the field that `data.split_by` names. `controls` counts the control tokens in the row's content.
+    `answers` are the trained token ranges. The keys are hashes: of the whole row, of what comes before its first
+    answer, and of the field that `data.split_by` names. `controls` counts the control tokens in the row's content.
     """
 
     number: int  # of the row in its file
@@ -79,6 +79,16 @@ class Encoded:
     group_key: int
     controls: int
     flags: Flag
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """One sequence of a row as text; `controls` counts the control tokens in the row's content."""
+
+    row: Conversation
+    controls: int
+    broken: bool  # they are broken by BREAK, which is not to be tokenised
+    rendering: Rendering
 
 
 class Encoder:
@@ -100,26 +110,30 @@ class Encoder:
     def encode(self, rows: Sequence[Conversation]) -> tuple[list[Encoded], list[tuple[int, str]]]:
         """Return the sequences of some rows in their order, and (row number, what is wrong) for rows that have none."""
         problems: list[tuple[int, str]] = []
-        found: list[tuple[Conversation, int, Rendering]] = []
+        found: list[_Rendered] = []
         with limited():
             for row in rows:
                 try:
                     count = self.controls.in_row(row)
-                    safe = self.controls.broken(row) if count and not self.keep_controls else row
-                    found += [(row, count, rendering) for rendering in self._render(safe)]
+                    broken = count > 0 and not self.keep_controls
+                    renderings = self._render(self.controls.broken(row) if broken else row)
+                    found += [_Rendered(row, count, broken, rendering) for rendering in renderings]
                 except RowError as error:
                     problems.append((row.number, str(error)))
+                except RecursionError:
+                    problems.append((row.number, "is nested too deeply"))
         encoded: list[Encoded] = []
-        for templated, group in groupby(found, key=lambda entry: entry[0].templated):
+        for templated, group in groupby(found, key=lambda entry: entry.row.templated):
             entries = list(group)
-            sequences = self._tokenise([rendering for _, _, rendering in entries], special=not templated)
+            sequences = self._tokenise(entries, special=not templated)
             lossless = self._lossless(entries, sequences)
-            for (row, count, rendering), (ids, answers), exact in zip(entries, sequences, lossless, strict=True):
-                if wrong := self._wrong_tokens(ids, answers, rendering, templated):
-                    problems.append((row.number, wrong))
+            for entry, (ids, answers), exact in zip(entries, sequences, lossless, strict=True):
+                number = entry.row.number
+                if wrong := self._wrong_tokens(ids, answers, entry):
+                    problems.append((number, wrong))
                 else:
-                    flags = _flags(row, rendering.text) | (Flag.NONE if exact else Flag.LOSSY)
-                    encoded.append(Encoded(row.number, ids, answers, *_keys(row), count, flags))
+                    flags = _flags(entry.row, entry.rendering.text) | (Flag.NONE if exact else Flag.LOSSY)
+                    encoded.append(Encoded(number, ids, answers, *_keys(entry.row), entry.controls, flags))
         return encoded, problems
 
     def _render(self, row: Conversation) -> list[Rendering]:
@@ -132,20 +146,16 @@ class Encoder:
         return [Rendering(prompt + answer.content, ((len(prompt), len(prompt) + len(answer.content)),))]
 
     def _tokenise(
-        self, renderings: Sequence[Rendering], special: bool
-    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        self, entries: Sequence["_Rendered"], special: bool
+    ) -> list[tuple[Sequence[int], list[tuple[int, int]]]]:
         """Return (ids, trained ranges) of texts; plain ones (`special`) get the tokenizer's own start and an end."""
-        batch = self._backend.encode_batch([rendering.text for rendering in renderings], add_special_tokens=special)
+        batch = self._backend.encode_batch([entry.rendering.text for entry in entries], add_special_tokens=special)
         found = []
         end_token = self.tokenizer.eos_token_id
-        for rendering, encoding in zip(renderings, batch, strict=True):
-            ids, offsets = encoding.ids, encoding.offsets
-            if special and ids[-1] == end_token and offsets[-1] == (0, 0):  # some tokenizers add it themselves
-                ids, offsets = ids[:-1], offsets[:-1]
-            if BREAK in rendering.text:
-                ids, offsets = _without_breaks(rendering.text, ids, offsets)
-            answers, across = _ranges(offsets, rendering.answers)
-            if across and (apart := self._apart(rendering, ids, special)):
+        for entry, encoding in zip(entries, batch, strict=True):
+            ids, offsets = self._spelt(entry.rendering.text, encoding, entry.broken)
+            answers, across = _ranges(offsets, entry.rendering.answers)
+            if across and (apart := self._apart(entry, ids, special)):
                 ids, answers = apart
             if special:
                 assert end_token is not None, "checked before"
@@ -154,8 +164,15 @@ class Encoder:
             found.append((ids, answers))
         return found
 
+    def _spelt(self, text: str, encoding: Any, broken: bool) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
+        """Return the (ids, offsets) that spell a text: without an end token that is added to it, and without BREAKs."""
+        ids, offsets = encoding.ids, encoding.offsets
+        if ids and ids[-1] == self.tokenizer.eos_token_id and offsets[-1] == (0, 0):
+            ids, offsets = ids[:-1], offsets[:-1]
+        return _without_breaks(text, ids, offsets) if broken else (ids, offsets)
+
     def _apart(
-        self, rendering: Rendering, ids: Sequence[int], special: bool
+        self, entry: "_Rendered", ids: Sequence[int], special: bool
     ) -> tuple[list[int], list[tuple[int, int]]] | None:
         """Tokenise the pieces of a text each alone, where a token would lie across the border of prompt and answer.
 
@@ -164,14 +181,12 @@ class Encoder:
         """
         tokens: list[int] = []
         answers: list[tuple[int, int]] = []
-        edges = [0, *(edge for answer in rendering.answers for edge in answer), len(rendering.text)]
+        text = entry.rendering.text
+        edges = [0, *(edge for answer in entry.rendering.answers for edge in answer), len(text)]
         for number, (begin, end) in enumerate(pairwise(edges)):
             if begin < end:
-                piece = rendering.text[begin:end]
-                encoding = self._backend.encode(piece, add_special_tokens=special and not tokens)
-                more = encoding.ids
-                if BREAK in piece:
-                    more, _ = _without_breaks(piece, more, encoding.offsets)
+                encoding = self._backend.encode(text[begin:end], add_special_tokens=special and not tokens)
+                more, _ = self._spelt(text[begin:end], encoding, entry.broken)
                 if number % 2:
                     answers.append((len(tokens), len(tokens) + len(more)))
                 tokens += more
@@ -179,33 +194,33 @@ class Encoder:
 
     def _lossless(
         self,
-        entries: Sequence[tuple[Conversation, int, Rendering]],
-        sequences: Sequence[tuple[list[int], list[tuple[int, int]]]],
+        entries: Sequence["_Rendered"],
+        sequences: Sequence[tuple[Sequence[int], list[tuple[int, int]]]],
     ) -> list[bool]:
         """Return whether the trained tokens of each sequence, decoded, are its answers; white space at ends aside."""
         pieces = [ids[begin:end] for ids, answers in sequences for begin, end in answers]
         decoded = iter(self._backend.decode_batch(pieces, skip_special_tokens=False))
         result = []
-        for (row, _, rendering), (_, answers) in zip(entries, sequences, strict=True):
+        for entry, (_, answers) in zip(entries, sequences, strict=True):
             said = [next(decoded) for _ in answers]
-            wanted = [rendering.text[begin:end].replace(BREAK, "") for begin, end in rendering.answers]
-            if not row.templated:
+            wanted = [entry.rendering.text[begin:end] for begin, end in entry.rendering.answers]
+            if entry.broken:
+                wanted = [text.replace(BREAK, "") for text in wanted]
+            if not entry.row.templated:
                 said[-1] = said[-1].removesuffix(self.tokenizer.decode([self.tokenizer.eos_token_id or 0]))
             result.append([s.strip() for s in said] == [w.strip() for w in wanted])
         return result
 
-    def _wrong_tokens(
-        self, ids: Sequence[int], answers: Sequence[tuple[int, int]], rendering: Rendering, templated: bool
-    ) -> str | None:
+    def _wrong_tokens(self, ids: Sequence[int], answers: Sequence[tuple[int, int]], entry: "_Rendered") -> str | None:
         """Return what is wrong with a sequence's tokens, or None."""
         bos = self.tokenizer.bos_token_id
         if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
             return "begins with two start tokens"
         if any(begin >= end for begin, end in answers):
             return "has an answer of no token"
-        if BREAK in rendering.text and BREAK in self.tokenizer.decode(ids):
+        if entry.broken and BREAK in self.tokenizer.decode(ids):
             return "holds a control token that this tokenizer cannot take as text"
-        if templated and any(ids[end - 1] not in self.added_ids for _, end in answers):
+        if entry.row.templated and any(ids[end - 1] not in self.added_ids for _, end in answers):
             return "has an answer whose end token falls to pieces in the tokenizer"
         return None
 
@@ -241,18 +256,21 @@ def _ranges(
 
 
 def _flags(row: Conversation, text: str) -> Flag:
-    blank = any(not m.content.strip() and not m.extra for m in row.messages if m.role in ("user", "prompt"))
-    tools = [tool for tool in row.tools or () if isinstance(tool, dict)]
-    names = [str((tool.get("function") or tool).get("name", "")) for tool in tools]
+    blank = any(not m.content.strip() for m in row.messages if m.role in ("user", "prompt"))
+    names = [name_of(tool) for tool in row.tools or ()]
     left_out = any(name.replace(BREAK, "") not in text.replace(BREAK, "") for name in names)
     return (Flag.BLANK if blank else Flag.NONE) | (Flag.WITHOUT_TOOLS if left_out else Flag.NONE)
 
 
 def _keys(row: Conversation) -> tuple[int, int, int]:
-    """Return hashes of a row, of what comes before its last answer (of the row, where nothing does), of its group."""
-    plain = [(m.role, m.content.strip(), m.extra) for m in row.messages]
-    last = max(index for index, message in enumerate(row.messages) if message.trained)
-    return _key((plain, row.tools)), _key((plain[:last] or plain, row.tools)), _key(row.group) if row.group else 0
+    """Return hashes of a row, of what comes before its first answer (of the row, where nothing does), of its group.
+
+    Two rows that ask the same for their last answer ask the same for their first. What else a message carries (an id, a
+    time) is left out.
+    """
+    plain = [(m.role, m.content.strip(), reasoning(m), m.extra.get("tool_calls")) for m in row.messages]
+    first = next((index for index, m in enumerate(row.messages) if m.role in ("assistant", "completion")), 0)
+    return _key((plain, row.tools)), _key((plain[:first] or plain, row.tools)), _key(row.group) if row.group else 0
 
 
 def _key(value: Any) -> int:

@@ -63,8 +63,12 @@ def find_folder(path: str, revision: str | None = None) -> Path:
 
     Raises ModelError when there is no such model, SurroundingsError when the hub cannot be reached.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(path).expanduser()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long for the system, or ~ of a user it does not know
+        raise ModelError(f"model.path: {path[:200]} is no path here: {error}.", state=NOTHING_LOADED) from None
+    if is_folder:
         if not (folder / "config.json").is_file():
             raise ModelError(f"model.path: {path} has no config.json, so it is no model.", state=NOTHING_LOADED)
         return folder

@@ -151,14 +151,18 @@ def _template_notices(template: ChatTemplate | None, train: Dataset, header: Mod
             "text: the model may know no text without it."
         )
     if template is not None and template.writes_date:
-        day = f"{template.date} (data.template_date)"
-        yield f"The chat template writes today's date; it is told {day}, so that runs repeat."
+        day = f"it is told {template.date} (data.template_date), so that runs repeat"
+        if not template.repeats:
+            day = "it cannot be told another, so a run cannot be continued on another day"
+        yield f"The chat template writes today's date; {day}."
 
 
 def _end_notices(train: Dataset, header: ModelHeader) -> Iterator[str]:
     """Say where answers end with a token at which generation does not stop."""
     stops = model.configured_ends(header)
-    ends = {train[begin].labels[-1] for begin in np.cumsum([0, *train.sizes[:-1]]) if begin < len(train)}
+    whole = np.flatnonzero(train.whole_lengths <= train.limit)
+    begins = np.searchsorted(whole, np.cumsum([0, *train.sizes[:-1]]))  # of each file, its first sequence that is whole
+    ends = {train[int(whole[begin])].labels[-1] for begin in begins if begin < len(whole)}
     for token in sorted(ends - stops - {IGNORED}):
         name, known = (header.tokenizer.decode(ids) for ids in ([token], sorted(stops)))
         yield (

@@ -84,7 +84,7 @@ def require_usable(run: RunDir, config: RunConfig) -> None:
 def create(run: RunDir, config: RunConfig, environment: dict[str, Any]) -> None:
     """Create the run directory, or check that an existing one saw the same base and data. Raises DataError."""
     if run.environment.exists():
-        before = json.loads(run.environment.read_text(encoding="utf-8"))
+        before = read_environment(run)
         changed = [
             f"{run.path}: the {what} changed since this run began ({before.get(key)} then, {environment[key]} now)."
             for key, what in (("base_fingerprint", "base model"), ("data_fingerprint", "data, tokenizer or template"))
@@ -98,6 +98,14 @@ def create(run: RunDir, config: RunConfig, environment: dict[str, Any]) -> None:
         storage.write_json(run.environment, environment)
     if not run.config.exists():
         storage.write_file(run.config, config_file.dump(config))
+
+
+def read_environment(run: RunDir) -> dict[str, Any]:
+    """Return environment.json, empty when there is none."""
+    if not run.environment.exists():
+        return {}
+    environment: dict[str, Any] = json.loads(run.environment.read_text(encoding="utf-8"))
+    return environment
 
 
 @contextlib.contextmanager

@@ -13,11 +13,15 @@ def find_files(source: str, subset: str | None = None, split: str | None = None)
 
     Raises DataError, SurroundingsError.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
+    try:
+        path = Path(source).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long for the system, or ~ of a user it does not know
+        raise DataError(f"{source[:200]}: is no path here: {error}.", state=NOTHING_LOADED) from None
+    if is_file:
         paths = [path]
-    elif path.is_dir():
-        paths = sorted(p for p in path.iterdir() if p.is_file() and kind_of(p) is not None)
+    elif is_folder:
+        paths = sorted(p for p in path.iterdir() if p.is_file() and kind_of(p) is not None and p.name[0] != ".")
         if not paths:
             raise DataError(f"{path}: this folder has no {SUFFIXES} file.", state=NOTHING_LOADED)
     elif glob.has_magic(source):
@@ -50,6 +54,11 @@ def _data_file(path: Path) -> DataFile:
 
 def _fetch(name: str, subset: str | None, split: str) -> DataFile:
     """Return a split of a hub data set, downloaded where needed."""
+    if set(split) & set("[+"):
+        raise DataError(
+            f"{name}: the split {split!r} is a part of one, which is not read; name a whole split (train, test, ...).",
+            state=NOTHING_LOADED,
+        )
     import datasets
 
     datasets.disable_progress_bars()

@@ -7,14 +7,15 @@ template writes around *any* answer: that is learned once by rendering a probe i
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lora_cli.chat_template import ChatTemplate
-from lora_cli.conversation import Conversation, Message, RowError, reasoning_and_answer, thinks
+from lora_cli.conversation import Conversation, Message, RowError, name_of, reasoning_and_answer, thinks
 
 _PROBE = "Zx9qz"
-_EMPTY_THINKING = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
+_EMPTY_THINKING = re.compile(r"\s*(?:<think>\s*)?</think>\s*")
 _OPEN_THINKING = re.compile(r"<think>\s*$")
 
 
@@ -244,16 +245,39 @@ def _squash(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
+def _leaves(value: Any) -> Iterator[str]:
+    """Iterate over the keys, texts and whole numbers of a tool call's arguments; the rest has several spellings."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _leaves(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, str | int) and not isinstance(value, bool):
+        yield str(value)
+
+
 def _stands_in(squashed: str, part: str) -> bool:
     """Return whether a text stands in another, which has no white space, as it is or as JSON writes it."""
     return _squash(part) in squashed or _squash(json.dumps(part, ensure_ascii=False)[1:-1]) in squashed
 
 
 def _require_asked(prompt: str, messages: Sequence[Message]) -> None:
-    """Raise RowError where a template leaves out what was said: some drop a system message without a word."""
+    """Raise RowError where a template leaves out what was said: some drop a system message without a word.
+
+    Earlier thinking may be left out; the answers and tool calls of earlier turns may not.
+    """
+    squashed = None
     for message in messages:
-        said = message.content.strip()
-        if message.role != "assistant" and said not in prompt and not _stands_in(_squash(prompt), said):
+        said = reasoning_and_answer(message)[1].strip() if message.role == "assistant" else message.content.strip()
+        names = [name for call in message.extra.get("tool_calls") or () if (name := name_of(call)) not in prompt]
+        if names:
+            raise RowError(f"has an earlier tool call ({names[0][:40]}) that the chat template leaves out")
+        if said in prompt:
+            continue
+        squashed = squashed or _squash(prompt)
+        if not _stands_in(squashed, said):
             way = " (data.merge_system: true puts it in front of the first question)"
             raise RowError(
                 f"has a {message.role} message that the chat template leaves out or changes: {said[:60]!r}"
@@ -263,8 +287,8 @@ def _require_asked(prompt: str, messages: Sequence[Message]) -> None:
 
 def _require_parts(body: str, message: Message) -> None:
     """Raise RowError unless a rendered answer holds its reasoning, its content and its tool calls, in this order."""
-    calls = [call.get("function") or call for call in message.extra.get("tool_calls") or ()]
-    names = [str(call.get("name", "")) for call in calls]
+    calls = message.extra.get("tool_calls") or ()
+    names = [name_of(call) for call in calls]
     rest = whole = _squash(body)
     thought, content = reasoning_and_answer(message)
     for what, part in (("reasoning", thought), ("text", content), *(("tool call", name) for name in names)):
@@ -274,10 +298,8 @@ def _require_parts(body: str, message: Message) -> None:
             raise RowError(f"has an answer whose {what} the chat template leaves out or changes: {part[:60]!r}")
         rest = rest[place + len(wanted) :]
     for call in calls:
-        arguments = call.get("arguments") or {}
-        given = (
-            [*arguments, *(v for v in arguments.values() if isinstance(v, str))] if isinstance(arguments, dict) else ()
-        )
+        function = call.get("function", call)
+        given = _leaves(function.get("arguments")) if isinstance(function, dict) else ()
         if lost := next((part for part in given if not _stands_in(whole, part)), None):
             raise RowError(f"has a tool call whose arguments the chat template leaves out or changes: {lost[:60]!r}")
     if rest and not calls:

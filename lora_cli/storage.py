@@ -86,7 +86,7 @@ def append_line(path: Path, line: str) -> None:
 def new_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it is hashed, synced and renamed to `path`.
 
-    On any error it is deleted. Raises AdapterError when `path` is already there.
+    On any error it is deleted. Raises AdapterError when `path` is already there, or is when it is to be renamed.
     """
     if path.exists():
         raise AdapterError(f"{path}: already exists; it is never overwritten. Delete it or name another folder.")
@@ -98,7 +98,12 @@ def new_directory(path: Path) -> Iterator[Path]:
         yield temporary
         with explained(path):
             _seal(temporary)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                raise AdapterError(f"{path}: was written by another process in the meantime.") from None
             _sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -44,6 +44,7 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
     run, world = run_dir.of(config), current_world()
     base_fingerprint = model.fingerprint(prepared.header.folder)
     environment = describe_environment(str(world.device), base_fingerprint, prepared.data_fingerprint())
+    environment["validation_fingerprint"] = prepared.validation.fingerprint() if prepared.validation else None
     language_model = model.load_model(prepared.header, config.model, world.device)
     with run_dir.held(run):
         run_dir.create(run, config, environment)

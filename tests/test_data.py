@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import data_reader, read_rows, write_rows
+from conftest import build_examples, data_reader, read_rows, write_rows
 
 from lora_cli import data, dataset
 from lora_cli.config import DataConfig
@@ -161,6 +161,32 @@ def test_wrong_files(tmp_path: Path):
         with pytest.raises(DataError) as caught:
             read_rows(str(tmp_path / name))
         assert expected in caught.value.paragraph()
+
+
+def test_what_damaged_files_and_odd_names_are(tmp_path: Path):
+    """Each is an error about the input, not a bug: a damaged archive, dates out of range, deep nesting, odd paths."""
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    packed = bytearray(gzip.compress(b'{"text": "a"}\n' * 500))
+    packed[30:40] = b"0123456789"
+    (tmp_path / "damaged.jsonl.gz").write_bytes(packed)
+    days = pyarrow.array([2**31 - 1], pyarrow.int32()).cast(pyarrow.date32())
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "day": days}), tmp_path / "late.parquet")
+    for name in ("damaged.jsonl.gz", "late.parquet"):
+        with pytest.raises(DataError, match=f"{name}: this is not"):
+            read_rows(str(tmp_path / name))
+    for name in ("x" * 300 + ".jsonl", "~nobody-of-this-name/x.jsonl"):
+        with pytest.raises(DataError, match="is no path here"):
+            read_rows(name)
+    deep: Any = "<|im_end|>"
+    for _ in range(900):
+        deep = [deep]
+    row = {"messages": [{"role": "user", "content": "a", "more": deep}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(DataError, match="is nested too deeply"):
+        build_examples(write_rows(tmp_path / "deep.jsonl", [row]))
 
 
 def test_an_unreachable_hub_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -62,7 +62,7 @@ def test_replay_is_its_share_of_all_tokens(tmp_path: Path, ratio: float):
     """General data makes up the asked share of an epoch's tokens, to a row's length."""
     train, _ = build_examples(write_rows(tmp_path / "a.jsonl", rows(200, "task")))
     replay, _ = build_examples(write_rows(tmp_path / "b.jsonl", [{"text": "The sky is blue. " * 3}] * 20))
-    mixed = dataset.mix(train, [1.0], replay, ratio)
+    mixed = dataset.mix(train, [(1.0, 1)], replay, ratio)
     drawn = mixed.mixture.draw(seed=0, epoch=0)
     lengths = mixed.examples.lengths
     general = sum(int(lengths[index]) for index in drawn if index >= len(train))

@@ -19,6 +19,22 @@ def sealed(path: Path) -> Path:
     return path
 
 
+def test_of_two_that_write_a_folder_at_once_one_is_kept(tmp_path: Path):
+    """The second finds it there when it is done, says so, and leaves nothing of its own."""
+
+    def write_twice() -> None:
+        with storage.new_directory(tmp_path / "a") as second:
+            (second / "x").write_text("second")
+            with storage.new_directory(tmp_path / "a") as first:
+                (first / "x").write_text("first")
+
+    with pytest.raises(AdapterError, match="was written by another process in the meantime"):
+        write_twice()
+
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / "x").read_text() == "first"
+
+
 def test_a_sealed_directory_is_whole(tmp_path: Path):
     """The manifest names every file, modes follow the umask, and nothing temporary stays."""
     folder = sealed(tmp_path / "x")

@@ -18,15 +18,17 @@ from conftest import CHATML, build_examples, build_tokenizer, conversation, data
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import chat_template, config_file, corpus, examples, prepare
+from lora_cli import chat_template, config_file, corpus, dataset, examples, prepare
 from lora_cli.batches import collate
+from lora_cli.compare import compare
 from lora_cli.config import DataConfig
 from lora_cli.errors import ConfigError, DataError, ModelError, SurroundingsError
 from lora_cli.examples import Example
 from lora_cli.interrupt import StopRequest
 from lora_cli.parallel import ordered_map
 from lora_cli.prepare import Prepared
-from lora_cli.records import Notice, StepDone
+from lora_cli.records import Notice, Preparing, StepDone
+from lora_cli.sources import find_files
 from lora_cli.train import train
 
 END = "<|im_end|>"
@@ -355,6 +357,18 @@ def test_without_a_template_the_choices_are_named(tmp_path: Path):
         build_chat(tmp_path, TURNS, None)
 
 
+def test_a_date_that_cannot_be_told_is_said(make_config: Callable[..., Path], tmp_path: Path):
+    """A template that asks for the day in a form of its own making is not claimed to repeat."""
+    source = tmp_path / "dated.jinja"
+    said = []
+    for call in ("strftime_now('%Y')", "strftime_now('%' ~ 'Y')"):
+        source.write_text("{% if strftime_now is defined %}{{ " + call + " }}{% endif %}" + CHATML)
+        said += prepared(make_config(**{"data.chat_template": str(source)})).notices
+
+    assert "so that runs repeat" in said[0]
+    assert "it cannot be told another, so a run cannot be continued on another day" in said[1]
+
+
 def test_a_template_that_loops_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A row that takes longer than the limit to render is an error, whatever the template does meanwhile."""
     monkeypatch.setattr(chat_template, "SECONDS", 0.05)
@@ -383,6 +397,12 @@ def test_control_tokens_in_content_are_text(tmp_path: Path):
     assert (example.input_ids.count(1), example.input_ids.count(2)) == (2, 2)
     assert pieces(example) == [f"<|im_start|>user\n{said}{END}\n<|im_start|>assistant\n", "Red." + END]
     assert (counts.control_rows, counts.control_tokens) == (1, 2)
+
+
+def test_a_private_character_of_the_row_stays(tmp_path: Path):
+    """U+E0B7, which marks control tokens inside, is kept where a row has it and no control token."""
+    (example,) = build(tmp_path, [{"prompt": "PS1:", "completion": " \ue0b6 user \ue0b7 $"}])
+    assert trained(example) == [f" \ue0b6 user \ue0b7 ${END}"]
 
 
 def test_role_markers_in_content_are_text(tmp_path: Path):
@@ -462,6 +482,27 @@ def test_tools_that_the_template_leaves_out_are_counted(tmp_path: Path):
     assert "the tools of 1 rows" in next(prepare._data_notices("train", counted[0]))
 
 
+def test_a_call_in_another_form_is_a_tool_call(tmp_path: Path):
+    """ShareGPT's function_call turn, and OpenAI's older function_call beside text, are written as tool calls are."""
+    call = {"name": "paint", "arguments": {"colour": "red"}}
+    older = {"role": "assistant", "content": "Well.", "function_call": call | {"arguments": '{"colour": "red"}'}}
+    turn = {"from": "function_call", "value": json.dumps(call)}
+    sharegpt = {"conversations": [{"from": "human", "value": "Name a colour."}, turn]}
+    for row, text in (({"messages": [ASKED, older]}, "Well."), (sharegpt, "")):
+        (example,) = build(tmp_path, [row], speaking(TOOLS))
+        assert trained(example) == [f'{text}<tool>paint{{"colour": "red"}}</tool>{END}']
+    with pytest.raises(DataError, match="a function_call message that is no call as JSON"):
+        build(tmp_path, [{"conversations": [sharegpt["conversations"][0], turn | {"value": "paint it"}]}])
+
+
+def test_an_earlier_tool_call_that_is_left_out_is_refused(tmp_path: Path):
+    """A call that is only context has to be in the prompt too, or its result would stand there unasked for."""
+    turns = [ASKED, CALLED | {"weight": 0}, {"role": "tool", "content": "done"}, TURNS[2]]
+    assert "paint" in pieces(build_chat(tmp_path, turns, TOOLS)[0])[0]
+    with pytest.raises(DataError, match=r"has an earlier tool call \(paint\) that the chat template leaves out"):
+        build_chat(tmp_path, turns)
+
+
 def test_a_table_puts_no_nulls_into_tool_calls(tmp_path: Path):
     """Two calls with other arguments keep their own, though a table gives both all keys."""
     import datasets
@@ -528,6 +569,69 @@ def test_a_field_that_names_no_column_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r'has no column "contxt", which data\.fields names; did you mean "context"'):
         read_rows(source, fields={"input": "contxt"})
     assert contents(Path(source), fields={"input": "context"}) == [("Sum up.\n\nLong.", "Short.")]
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"content": [{"type": "text", "text": None}]}, '"text" must be text, found NoneType'),
+        ({"content": [{"type": "text", "value": "lost"}]}, '"text" must be text, found NoneType'),
+        ({"content": "Red.", "thinking": True}, '"thinking" of a assistant message must be text, found bool'),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": '{"a": NaN}'}}]}, "text that is not JSON: NaN"),
+    ],
+)
+def test_what_is_no_text_is_not_trained_as_one(tmp_path: Path, message: dict[str, Any], expected: str):
+    """None, True and NaN are not written out in words."""
+    with pytest.raises(DataError) as caught:
+        build_chat(tmp_path, [ASKED, {"role": "assistant"} | message])
+
+    assert expected in caught.value.paragraph()
+
+
+def test_a_misspelt_role_is_refused(tmp_path: Path):
+    """A role that is almost one is an error, not a turn nobody is trained on; a role of one's own is kept."""
+    for role in ("assitant", "Assistant", "USER"):
+        with pytest.raises(DataError, match=f'of the role "{role}"; did you mean'):
+            build_chat(tmp_path, [*TURNS[1:3], {"role": role, "content": "Blue."}])
+    (example,) = build_chat(tmp_path, [{"role": "context", "content": "A wall."}, *TURNS[1:3]])
+    assert "<|im_start|>context\nA wall." in pieces(example)[0]
+
+
+def test_named_columns_choose_the_format(tmp_path: Path):
+    """A row that also has another format's keys is read as the one whose keys the config fills; or it is an error."""
+    row = {"messages": TURNS[1:3], "question": "Why?", "answer": " So.", "instruction": "I", "output": "O"}
+    fields = {"prompt": "question", "completion": "answer"}
+    (example,) = build(tmp_path, [row], fields=fields)
+    assert pieces(example) == ["Why?", f" So.{END}"]
+    (example,) = build(tmp_path, [row], fields={"completion": "answer"}, prompt_template="Q: {instruction}")
+    assert pieces(example) == ["Q: I", f" So.{END}"]
+    with pytest.raises(DataError, match=r"data\.fields: makes 'completion', which rows of the format alpaca have not"):
+        build(tmp_path, [row], fields=fields, format="alpaca")
+
+
+def test_a_folder_is_read_without_hidden_files_and_whatever_its_letters(tmp_path: Path):
+    """Endings count in any case, .ndjson is lines of JSON, and a hidden file is nobody's data."""
+    for name in ("a.jsonl", "B.JSONL", "c.ndjson", ".d.jsonl"):
+        write_rows(tmp_path / name, [{"text": name}])
+    assert sorted(contents(tmp_path)) == [("B.JSONL",), ("a.jsonl",), ("c.ndjson",)]
+
+
+def test_a_part_of_a_hub_split_is_refused():
+    """A slice of a split would be read whole."""
+    for split in ("train[:10]", "train+test"):
+        with pytest.raises(DataError, match="is a part of one, which is not read; name a whole split"):
+            find_files("somebody/rows", split=split)
+
+
+def test_a_table_with_a_column_twice_is_refused(tmp_path: Path):
+    """Of two columns with one name none is chosen."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table([["a"], ["first"], ["second"]], names=["prompt", "completion", "completion"])
+    pyarrow.parquet.write_table(table, tmp_path / "r.parquet")
+    with pytest.raises(DataError, match='names the column "completion" twice'):
+        contents(tmp_path / "r.parquet")
 
 
 def test_a_system_message_beside_the_messages_is_read(tmp_path: Path):
@@ -641,6 +745,25 @@ def test_a_replay_row_that_is_also_validated_is_refused(make_config: Callable[..
         prepared(config)
 
 
+def test_ids_and_later_turns_do_not_hide_the_same_prompt(make_config: Callable[..., Path], tmp_path: Path):
+    """The overlap is found though each message has an id of its own, and though the conversation goes on."""
+    held_out = write_rows(tmp_path / "v.jsonl", [{"messages": [ASKED | {"id": "v1"}, *TURNS[2:]]}])
+    same = write_rows(tmp_path / "t.jsonl", [{"messages": [ASKED | {"id": "t1"}, TURNS[2]]}, conversation(1)])
+    with pytest.raises(DataError, match="1 of 1 validation rows have a prompt that is also trained on"):
+        prepared(make_config(**{"data.train": same, "data.validation": held_out}))
+
+
+def test_eval_does_not_split_changed_data_anew(make_config: Callable[..., Path], tmp_path: Path):
+    """The run's validation rows cannot be told once its data changed: some would be rows it was trained on."""
+    config = make_config(**{"train.max_steps": 1})
+    list(train(config_file.load(config), StopRequest()))
+    assert compare(tmp_path / "run", None, None, 0).rows == 8
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(conversation(99)) + "\n" + rows.read_text())
+    with pytest.raises(DataError, match="the data changed since this run"):
+        compare(tmp_path / "run", None, None, 0)
+
+
 def test_duplicates_are_counted(make_config: Callable[..., Path], tmp_path: Path):
     """Rows that stand there again are counted and said before training."""
     rows = [conversation(n % 9) for n in range(12)]
@@ -649,6 +772,18 @@ def test_duplicates_are_counted(make_config: Callable[..., Path], tmp_path: Path
     ).notices
 
     assert any("train: 3 rows repeat another row" in text for text in notices)
+
+
+def test_a_small_weight_of_many_files_is_a_share_of_their_rows(tmp_path: Path):
+    """A tenth of forty rows is four, however many files they stand in; and no source is drawn never."""
+    for number in range(10):
+        write_rows(tmp_path / f"{number}.jsonl", [{"text": f"{number} {row}"} for row in range(4)])
+    one = write_rows(tmp_path.parent / f"{tmp_path.name}-one.jsonl", [{"text": "alone"}])
+    sources = [{"path": str(tmp_path), "weight": 0.1}, {"path": one, "weight": 0.3}]
+    config = DataConfig.model_validate({"train": sources, "validation": 0})
+    (everything, weights, _), _ = finish(data_reader(config).training_and_validation())
+
+    assert [part.drawn for part in dataset.mix(everything, weights, None, 0).mixture.parts] == [4, 1]
 
 
 # --- batches ---
@@ -758,6 +893,24 @@ def end_at_three(number: int) -> int:
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return number
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its tokens would be found under the name of other content."""
+    monkeypatch.setattr(corpus, "SMALL", 0)
+    monkeypatch.setenv("LORA_CACHE", str(tmp_path / "cache"))
+    path = Path(write_rows(tmp_path / "r.jsonl", [conversation(n) for n in range(9)]))
+    config = DataConfig(train=str(path), validation=0)
+
+    def change_it_meanwhile() -> None:
+        for news in data_reader(config).corpora(config.sources[0]):
+            if isinstance(news, Preparing):
+                path.write_text(path.read_text() + json.dumps(conversation(10)) + "\n")
+
+    with pytest.raises(DataError, match="was changed while it was read"):
+        change_it_meanwhile()
+
+    assert list(corpus.cache_folder().iterdir()) == []
 
 
 def test_a_killed_data_process_is_an_error():

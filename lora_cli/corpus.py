@@ -30,7 +30,7 @@ from lora_cli.data import Reader
 from lora_cli.data_file import Block
 from lora_cli.errors import NOTHING_LOADED, AdapterError, DataError
 from lora_cli.examples import Encoded, Encoder
-from lora_cli.parallel import ordered_map
+from lora_cli.parallel import ordered_map, usable_processors
 from lora_cli.records import Notice, Preparing
 
 SMALL = 4 << 20  # bytes; a smaller file is neither kept nor cut for several processes
@@ -262,11 +262,6 @@ def _open(reader: Reader, folder: Path) -> Corpus:
     facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
     batches = [file.get_batch(number) for number in range(file.num_record_batches)]
     return Corpus(reader, batches, str(facts["digest"]), facts["templated"] > 0)
-
-
-def usable_processors() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- keeping ---

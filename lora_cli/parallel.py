@@ -36,6 +36,11 @@ def _call(item: Any) -> Any:
     return _function(item)
 
 
+def usable_processors() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
     """Iterate over `function(item)` in the order of the items; with one process, in this one.
 

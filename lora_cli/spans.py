@@ -5,14 +5,13 @@ follows it is what the model must write. It is taken only where it is the answer
 template writes around *any* answer: that is learned once by rendering a probe in the answer's place.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from lora_cli.chat_template import ChatTemplate
-from lora_cli.conversation import Conversation, Message, RowError, name_of, reasoning_and_answer, thinks
+from lora_cli.conversation import Conversation, Message, RowError, reasoning_and_answer, thinks
+from lora_cli.fidelity import require_asked, require_parts, squash
 
 _PROBE = "Zx9qz"
 _EMPTY_THINKING = re.compile(r"\s*(?:<think>\s*)?</think>\s*")
@@ -88,7 +87,7 @@ class SpanFinder:
         answers = []
         for (begin, end), message in zip(rendering.answers, messages, strict=True):
             marks = [max(begin, start) for start, stop in marked.generated if start < end and stop > begin]
-            if len(marks) != 1 or _squash(message.content) not in _squash(rendering.text[marks[0] : end]):
+            if len(marks) != 1 or squash(message.content) not in squash(rendering.text[marks[0] : end]):
                 raise RowError("has an answer that the chat template's {% generation %} marks do not hold")
             answers.append((marks[0], end))
         return replace(rendering, answers=tuple(answers))
@@ -96,7 +95,7 @@ class SpanFinder:
     def _prompt_and_answer(self, row: Conversation, index: int, whole: str, last: bool) -> tuple[str, int, str]:
         """Return the prompt of an answer, how much of what follows it is prompt too, and what follows it."""
         before = self.template.render(row, index, prompt=True).text
-        _require_asked(before, row.messages[:index])
+        require_asked(before, row.messages[:index])
         found = self._plain_answer(whole, before, row.messages[index], last)
         if found is None:
             after = whole if last else self.template.render(row, index + 1, prompt=False).text
@@ -143,7 +142,7 @@ class SpanFinder:
             if not ends or tail[ends[-1].end() :].strip():
                 raise RowError(f"ends without an end token in the chat template: {tail[-60:]!r}")
             body, end = tail[: ends[-1].start()], ends[-1][0]
-        _require_parts(body, message)
+        require_parts(body, message)
         return 0 if thinks(message) else _empty_thinking(body), body + end
 
     # --- what a template writes around answers ---
@@ -239,68 +238,3 @@ def _empty_thinking(body: str) -> int:
     """Return the length of an empty thinking block at the start: it is the template's, not the answer's."""
     empty = _EMPTY_THINKING.match(body)
     return empty.end() if empty else 0
-
-
-def _squash(text: str) -> str:
-    return re.sub(r"\s+", "", text)
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Iterate over the keys, texts and whole numbers of a tool call's arguments; the rest has several spellings."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield str(key)
-            yield from _leaves(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _leaves(inner)
-    elif isinstance(value, str | int) and not isinstance(value, bool):
-        yield str(value)
-
-
-def _stands_in(squashed: str, part: str) -> bool:
-    """Return whether a text stands in another, which has no white space, as it is or as JSON writes it."""
-    return _squash(part) in squashed or _squash(json.dumps(part, ensure_ascii=False)[1:-1]) in squashed
-
-
-def _require_asked(prompt: str, messages: Sequence[Message]) -> None:
-    """Raise RowError where a template leaves out what was said: some drop a system message without a word.
-
-    Earlier thinking may be left out; the answers and tool calls of earlier turns may not.
-    """
-    squashed = None
-    for message in messages:
-        said = reasoning_and_answer(message)[1].strip() if message.role == "assistant" else message.content.strip()
-        names = [name for call in message.extra.get("tool_calls") or () if (name := name_of(call)) not in prompt]
-        if names:
-            raise RowError(f"has an earlier tool call ({names[0][:40]}) that the chat template leaves out")
-        if said in prompt:
-            continue
-        squashed = squashed or _squash(prompt)
-        if not _stands_in(squashed, said):
-            way = " (data.merge_system: true puts it in front of the first question)"
-            raise RowError(
-                f"has a {message.role} message that the chat template leaves out or changes: {said[:60]!r}"
-                + (way if message.role == "system" else "")
-            )
-
-
-def _require_parts(body: str, message: Message) -> None:
-    """Raise RowError unless a rendered answer holds its reasoning, its content and its tool calls, in this order."""
-    calls = message.extra.get("tool_calls") or ()
-    names = [name_of(call) for call in calls]
-    rest = whole = _squash(body)
-    thought, content = reasoning_and_answer(message)
-    for what, part in (("reasoning", thought), ("text", content), *(("tool call", name) for name in names)):
-        wanted = _squash(part)
-        place = rest.find(wanted)
-        if place < 0:
-            raise RowError(f"has an answer whose {what} the chat template leaves out or changes: {part[:60]!r}")
-        rest = rest[place + len(wanted) :]
-    for call in calls:
-        function = call.get("function", call)
-        given = _leaves(function.get("arguments")) if isinstance(function, dict) else ()
-        if lost := next((part for part in given if not _stands_in(whole, part)), None):
-            raise RowError(f"has a tool call whose arguments the chat template leaves out or changes: {lost[:60]!r}")
-    if rest and not calls:
-        raise RowError(f"has an answer behind which the chat template writes more: {body[-60:]!r}")

@@ -31,6 +31,7 @@ FLOORS = [
     "data",
     "chat_template",
     "control_tokens",
+    "fidelity",
     "spans",
     "examples",
     "parallel",

@@ -101,7 +101,12 @@ def save(folder: Path, model: nn.Module, config: LoraConfig, origin: Origin) -> 
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))  # an OSError where it fails
     (folder / BASE).write_text(json.dumps({"fingerprint": origin.base_fingerprint}) + "\n", encoding="utf-8")
-    for name, text in origin.chat_templates.items():
+    save_templates(folder, origin.chat_templates)
+
+
+def save_templates(folder: Path, templates: Mapping[str, str]) -> None:
+    """Write chat templates by their file names, into an adapter's folder or a model's."""
+    for name, text in templates.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
 

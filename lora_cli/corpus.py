@@ -94,12 +94,9 @@ class Corpus:
         """Return (ids [T], answers [n, 2]) of a sequence: token ids, and the token ranges that are trained."""
         batch = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = index - int(self._starts[batch])
-        ids, answers = (values[offsets[row] : offsets[row + 1]] for values, offsets in self._pair(batch))
+        lists = (self._ids[batch], self._answers[batch])
+        ids, answers = (values[offsets[row] : offsets[row + 1]] for values, offsets in lists)
         return ids, answers.reshape(-1, 2)
-
-    def _pair(self, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        yield self._ids[batch]
-        yield self._answers[batch]
 
     def place(self, index: int) -> str:
         """Return where the row of a sequence stands."""

@@ -95,6 +95,10 @@ class Dataset(Sequence[Example]):
         new = (np.diff(numbers, prepend=-1) != 0) | (np.diff(self._corpus, prepend=-1) != 0)
         return np.cumsum(new) - 1
 
+    def first_of_rows(self) -> np.ndarray:
+        """Return the first sequence of each row."""
+        return np.flatnonzero(np.diff(self.rows(), prepend=-1))
+
     def fingerprint(self) -> str:
         """Return a hash of every token and target of the set, and of their order."""
         digest = hashlib.sha256(str(self.limit).encode())
@@ -120,7 +124,7 @@ def split(dataset: Dataset, config: DataConfig, seed: int) -> tuple[Dataset, Dat
     held_out = config.validation
     assert not isinstance(held_out, str), "a file of its own is not split off"
     rows = dataset.rows()
-    first = np.flatnonzero(np.diff(rows, prepend=-1))  # of each row, its first sequence
+    first = dataset.first_of_rows()
     count = held_out if isinstance(held_out, int) else round(held_out * len(first))
     if held_out == 0:
         return dataset, None
@@ -166,7 +170,7 @@ def _choose_groups(sizes: np.ndarray, count: int, seed: int) -> list[int]:
 
 def find_overlap(train: Sequence[Dataset], validation: Dataset) -> Overlap:
     """Count the validation rows that also stand in what is trained on, and those whose prompt does."""
-    first = np.flatnonzero(np.diff(validation.rows(), prepend=-1))
+    first = validation.first_of_rows()
     same_row, same_prompt = (
         np.isin(validation.column(name)[first], np.concatenate([part.column(name) for part in train]))
         for name in ("row_keys", "prompt_keys")
@@ -224,8 +228,7 @@ def fit(dataset: Dataset, config: DataConfig, max_positions: int | None) -> tupl
 
 
 def _count(before: Dataset, after: Dataset, truncated: int, lost: int, places: Sequence[str]) -> DataCounts:
-    rows = before.rows()
-    first = np.flatnonzero(np.diff(rows, prepend=-1))
+    first = before.first_of_rows()
     keys = before.column("row_keys")[first]
     controls, flags = before.column("controls"), before.column("flags")
     return DataCounts(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_cli import lora, model, storage, tuned
-from lora_cli.adapter import Adapter
+from lora_cli.adapter import Adapter, save_templates
 from lora_cli.batches import collate
 from lora_cli.data_reader import run_to_end, validation_of
 from lora_cli.errors import AdapterError, SurroundingsError, UserError
@@ -77,11 +77,8 @@ def _write(result: Result, skeleton: nn.Module, folder: Path) -> set[torch.dtype
 def _write_templates(result: Result, folder: Path) -> None:
     """Write the chat templates the adapter was trained with, where the base has others."""
     own = model.read_header(result.base).tokenizer.chat_template
-    templates = result.adapter.chat_templates
-    if templates and own != result.header.tokenizer.chat_template:
-        for name, text in templates.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(text, encoding="utf-8")
+    if own != result.header.tokenizer.chat_template:
+        save_templates(folder, result.adapter.chat_templates)
 
 
 def _write_shard(

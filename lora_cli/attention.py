@@ -1,6 +1,6 @@
 """Causal attention over sequences packed one behind the other, none of them seeing another."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,14 @@ from torch import Tensor, nn
 PACKED = "lora_packed"  # its name among transformers' attention functions
 
 # What some architectures add to attention, and this function does not compute.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+_UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
+
+
+class Segment(NamedTuple):
+    """Neighbouring tokens of one sequence. `prefix` is the number of the segment that it continues, None at the start."""
+
+    length: int
+    prefix: int | None = None
 
 
 def packed_attention(
@@ -21,7 +28,8 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    sequence_lengths: list[int] | None = None,
+    softcap: float | None = None,
+    segments: tuple[Segment, ...] | None = None,
     **features: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each sequence; an attention function in the form transformers' interface asks for.
@@ -31,20 +39,40 @@ def packed_attention(
     wanted = [name for name in _UNSUPPORTED if features.get(name) is not None]
     if wanted or attention_mask is not None or dropout:
         raise NotImplementedError(f"packed attention has no {', '.join(wanted) or 'mask or dropout'}")
-    if sequence_lengths is None:
-        raise NotImplementedError("the model does not pass sequence_lengths on to its attention")
-    grouped = query.shape[1] != key.shape[1]
+    if segments is None:
+        raise NotImplementedError("the model does not pass segments on to its attention")
+    lengths = [segment.length for segment in segments]
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []
-    for q, k, v in zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), strict=True):
-        length = q.shape[2]
-        near = None
-        if sliding_window is not None and length > sliding_window:
-            distance = torch.arange(length, device=q.device)
-            distance = distance[:, None] - distance[None, :]
-            near = (distance >= 0) & (distance < sliding_window)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=near, is_causal=near is None, scale=scaling, enable_gqa=grouped
+    for segment, q, k, v in zip(segments, queries, keys, values, strict=True):
+        if segment.prefix is not None:
+            k = torch.cat([keys[segment.prefix], k], dim=2)
+            v = torch.cat([values[segment.prefix], v], dim=2)
+        visible = _visible(q.shape[2], k.shape[2], sliding_window, q.device)
+        if softcap is None:
+            grouped = query.shape[1] != key.shape[1]
+            output = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=visible, is_causal=visible is None, scale=scaling, enable_gqa=grouped
             )
-        )
+        else:
+            output = _capped(q, k, v, visible, scaling, softcap)
+        outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None  # [1, T, heads, head_dim]
+
+
+def _visible(length: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return which of the keys the last `length` positions may see, [length, keys]; None where it is all before."""
+    if length == keys and (window is None or length <= window):
+        return None
+    behind = torch.arange(keys - length, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]
+    return (behind >= 0) & (behind < (window or keys))
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scaling: float | None, softcap: float) -> Tensor:
+    """Attend with scores softcap * tanh(score / softcap), as Gemma 2 does."""
+    times = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
+    scores = torch.tanh(q @ k.transpose(2, 3) * ((scaling or q.shape[-1] ** -0.5) / softcap)) * softcap
+    if visible is None:
+        visible = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype) @ v

@@ -1,33 +1,49 @@
 """Which examples each step sees, and how they are laid out in memory.
 
-The plan is data, a pure function of (lengths, seed, epoch): steps of micro-batches of indices.
+The plan is data: an epoch is a pure function of (mixture, seed, epoch), a step's micro-batches one of its examples.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_cli.attention import Segment
 from lora_cli.examples import IGNORED, Example
 from lora_cli.randomness import derive_seed
 
-MicroBatch = tuple[int, ...]  # indices of the examples one forward sees
-Step = tuple[MicroBatch, ...]  # one optimizer update
+Step = tuple[int, ...]  # indices of the examples of one optimizer update
+Form = Literal["packed", "padded", "single"]  # sequences in one row, in several rows, or one a forward
+
+_WORTH_SHARING = 16  # tokens: sharing a shorter prefix costs attention more than it saves
+_MOST_SHARING = 64  # sequences that are tried as one group
+
+
+class Group(NamedTuple):
+    """Examples (by their number) whose first `prefix` tokens are the same and run once."""
+
+    members: tuple[int, ...]
+    prefix: int = 0
+
+
+MicroBatch = tuple[Group, ...]  # what one forward sees
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences packed one behind the other, and where their targets are.
+    """Sequences laid out for one forward, and where their targets are.
 
-    A position is a target when the token that follows it is trained; `labels` are those tokens.
+    A position is a target when the token that follows it is trained; `labels` are those tokens. A position that several
+    examples share is there once for each.
     """
 
-    input_ids: Tensor  # [1, T]
-    position_ids: Tensor  # [1, T], from 0 in each sequence
-    sequence_lengths: tuple[int, ...]  # sum T
-    positions: Tensor  # [N], indices into T
+    input_ids: Tensor  # [1, T] packed, [B, T] padded on the right
+    position_ids: Tensor  # as input_ids, from 0 in each sequence
+    segments: tuple[Segment, ...]
+    positions: Tensor  # [N], indices into B * T
     labels: Tensor  # [N]
 
     @property
@@ -35,22 +51,83 @@ class Batch:
         return len(self.labels)
 
 
-def micro_batches(indices: Sequence[int], lengths: Sequence[int], tokens: int) -> list[MicroBatch]:
-    """Pack examples into micro-batches of at most `tokens` tokens, the longest first, each into the first that fits.
+def micro_batches(examples: Sequence[Example], tokens: int, form: Form, share: bool = False) -> list[MicroBatch]:
+    """Divide examples into micro-batches of at most `tokens` tokens (padding counts), the longest first.
 
-    An example longer than the budget gets a micro-batch of its own.
+    An example longer than the budget gets a micro-batch of its own. `share` puts packed examples together that begin
+    with the same tokens.
     """
-    bins: list[list[int]] = []
+    numbers = sorted(range(len(examples)), key=lambda number: (-len(examples[number]), number))
+    if form == "single":
+        return [(Group((number,)),) for number in numbers]
+    if form == "padded":
+        rows: list[list[int]] = []
+        for number in numbers:
+            if rows and (len(rows[-1]) + 1) * len(examples[rows[-1][0]]) <= tokens:
+                rows[-1].append(number)
+            else:
+                rows.append([number])
+        return [tuple(Group((number,)) for number in row) for row in rows]
+    groups = shared_prefixes(examples, tokens) if share else [Group((number,)) for number in numbers]
+    return _first_fit(groups, examples, tokens)
+
+
+def _first_fit(groups: Sequence[Group], examples: Sequence[Example], tokens: int) -> list[MicroBatch]:
+    """Put each group, the largest first, into the first bin that has room."""
+    size = {group: size_of(group, examples) for group in groups}
+    bins: list[list[Group]] = []
     free: list[int] = []
-    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        fits = next((number for number, room in enumerate(free) if room >= lengths[index]), None)
+    for group in sorted(groups, key=lambda group: (-size[group], group)):
+        fits = next((number for number, room in enumerate(free) if room >= size[group]), None)
         if fits is None:
-            bins.append([index])
-            free.append(tokens - lengths[index])
+            bins.append([group])
+            free.append(tokens - size[group])
         else:
-            bins[fits].append(index)
-            free[fits] -= lengths[index]
+            bins[fits].append(group)
+            free[fits] -= size[group]
     return [tuple(one) for one in bins]
+
+
+def size_of(group: Group, examples: Sequence[Example]) -> int:
+    """Return the tokens that a group runs."""
+    return sum(len(examples[number]) - group.prefix for number in group.members) + group.prefix
+
+
+def shared_prefixes(examples: Sequence[Example], tokens: int) -> list[Group]:
+    """Divide examples into groups that begin alike, so that the fewest tokens are run; none runs more than `tokens`.
+
+    In the order of their tokens those that share most are neighbours, so the best division is found by going through
+    it once: the most saved up to each example, over all groups that may end there.
+    """
+    order = sorted(range(len(examples)), key=lambda number: examples[number].input_ids)
+    common = [
+        _common(examples[before].input_ids, examples[after].input_ids)
+        for before, after in zip(order, order[1:], strict=False)
+    ]
+    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # (saved, where the last group begins, its prefix) up to each place
+    for end in range(1, len(order) + 1):
+        found = (best[end - 1][0], end - 1, 0)
+        prefix, longest = tokens, len(examples[order[end - 1]])
+        for begin in range(end - 2, max(-1, end - 1 - _MOST_SHARING), -1):
+            prefix = min(prefix, common[begin])
+            longest += len(examples[order[begin]])
+            saved = (end - begin - 1) * prefix
+            if prefix < _WORTH_SHARING or longest - saved > tokens:
+                break
+            found = max(found, (best[begin][0] + saved, begin, prefix))
+        best.append(found)
+    groups, end = [], len(order)
+    while end:
+        _, begin, prefix = best[end]
+        groups.append(Group(tuple(order[begin:end]), prefix))
+        end = begin
+    return groups[::-1]
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin with alike, at least one token of each left over."""
+    most = min(len(first), len(second)) - 1
+    return next((place for place in range(most) if first[place] != second[place]), most)
 
 
 def steps_in_epoch(examples: int, batch_size: int) -> int:
@@ -96,35 +173,49 @@ class Mixture:
         return drawn
 
 
-def plan_epoch(
-    lengths: Sequence[int], mixture: Mixture, batch_size: int, tokens: int, seed: int, epoch: int
-) -> list[Step]:
+def plan_epoch(mixture: Mixture, batch_size: int, seed: int, epoch: int) -> list[Step]:
     """Plan the steps of an epoch (the first is 0): what the mixture draws, in an order of its own for each epoch."""
     order = mixture.draw(seed, epoch)
     random.Random(derive_seed(seed, "order", epoch)).shuffle(order)
-    return [
-        tuple(micro_batches(order[begin : begin + batch_size], lengths, tokens))
-        for begin in range(0, len(order), batch_size)
-    ]
+    return [tuple(order[begin : begin + batch_size]) for begin in range(0, len(order), batch_size)]
 
 
-def collate(examples: Sequence[Example], device: torch.device) -> Batch:
-    """Lay examples out one behind the other."""
+def collate(groups: MicroBatch, examples: Sequence[Example], device: torch.device, padded: bool = False) -> Batch:
+    """Lay the examples of groups out one behind the other, or (`padded`) each in a row of its own.
+
+    What stands right of a shorter row's end is seen by none of its tokens, in a causal model.
+    """
     ids: list[int] = []
-    positions_in_sequence: list[int] = []
-    targets: list[int] = []
+    places: list[int] = []
+    segments: list[Segment] = []
+    positions: list[int] = []
     labels: list[int] = []
-    for example in examples:
-        offset = len(ids)
-        ids.extend(example.input_ids)
-        positions_in_sequence.extend(range(len(example)))
-        for index, label in enumerate(example.labels[1:]):
-            if label != IGNORED:
-                targets.append(offset + index)
-                labels.append(label)
+    width = max(len(examples[number]) for group in groups for number in group.members) if padded else 0
+
+    def put(tokens: Sequence[int], first: int, prefix: int | None) -> int:
+        """Lay tokens out whose first has position `first`; return where they begin."""
+        begin = len(ids)
+        empty = max(0, width - len(tokens))
+        ids.extend((*tokens, *(0,) * empty))
+        places.extend(range(first, first + len(tokens) + empty))
+        segments.append(Segment(len(tokens), prefix))
+        return begin
+
+    for group in groups:
+        prefix = group.prefix
+        shared_at = put(examples[group.members[0]].input_ids[:prefix], 0, None) if prefix else 0
+        shared = len(segments) - 1 if prefix else None
+        for number in group.members:
+            example = examples[number]
+            begin = put(example.input_ids[prefix:], prefix, shared) - prefix
+            for index, label in enumerate(example.labels[1:]):
+                if label != IGNORED:
+                    positions.append(index + (begin if index >= prefix else shared_at))
+                    labels.append(label)
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
-    lengths = tuple(len(example) for example in examples)
-    return Batch(tensor(ids)[None], tensor(positions_in_sequence)[None], lengths, tensor(targets), tensor(labels))
+    rows = len(groups) if padded else 1
+    input_ids, position_ids = (tensor(values).view(rows, -1) for values in (ids, places))
+    return Batch(input_ids, position_ids, tuple(segments), tensor(positions), tensor(labels))

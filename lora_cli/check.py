@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 
 import torch
-from torch import nn
 
 from lora_cli import examples, lora
 from lora_cli.config import RunConfig
@@ -15,6 +14,7 @@ from lora_cli.dataset import Dataset
 from lora_cli.distributed import current_world
 from lora_cli.errors import DataError
 from lora_cli.forward import packed_tokens
+from lora_cli.layout import decoder_blocks
 from lora_cli.loop import Timetable
 from lora_cli.model import choose_dtype
 from lora_cli.prepare import Prepared, prepare
@@ -95,7 +95,7 @@ def estimate_seconds(
     operations = parameters * (4 * trained + 2 * evaluated)
     speed = _operations_a_second(choose_dtype(config.model.dtype, device), device) * _SHARE_OF_PEAK
     forwards = (trained + evaluated / 3) / packed_tokens(config.train.micro_batch_tokens, device)
-    return operations / speed + forwards * _blocks(prepared.skeleton) * _SECONDS_A_LAYER
+    return operations / speed + forwards * len(decoder_blocks(prepared.skeleton)[1]) * _SECONDS_A_LAYER
 
 
 def _operations_a_second(dtype: torch.dtype, device: torch.device) -> float:
@@ -123,13 +123,8 @@ def estimate_memory(config: RunConfig, prepared: Prepared, trainable: int, devic
     packed = packed_tokens(config.train.micro_batch_tokens, device)
     tokens = min(max(packed, longest), prepared.train_counts.tokens)
     size = 4 if device.type == "cpu" else 2
-    layers = _blocks(prepared.skeleton)
+    layers = len(decoder_blocks(prepared.skeleton)[1])
     head = 3 * 256 * int(text.vocab_size) * 4
     activations = tokens * layers * (24 * hidden + 6 * intermediate) * size + head
     adapter = 16 * trainable
     return MemoryEstimate(base, adapter, activations, base + adapter + activations)
-
-
-def _blocks(skeleton: nn.Module) -> int:
-    """Return the number of decoder blocks: the longest list of modules."""
-    return max((len(m) for m in skeleton.modules() if isinstance(m, nn.ModuleList)), default=1)

@@ -1,51 +1,68 @@
 """One batch through the model: the loss at its target positions, and nothing computed anywhere else."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lora_cli.batches import Batch
+from lora_cli import lora
+from lora_cli.batches import Batch, Form, Group, MicroBatch, collate
+from lora_cli.examples import Example
+from lora_cli.layout import only_rows
 from lora_cli.loss import LossSum, head_loss, logits_loss
 from lora_cli.model import LanguageModel
 
 
-def _inputs(model: LanguageModel, batch: Batch) -> dict[str, Any]:
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-    if model.layout.packed:
-        inputs |= {"position_ids": batch.position_ids, "sequence_lengths": list(batch.sequence_lengths)}
-    elif len(batch.sequence_lengths) != 1:
-        raise ValueError("this model takes one sequence a forward")
-    return inputs
+def form(model: LanguageModel) -> Form:
+    """Return how the sequences of one forward lie."""
+    return "packed" if model.layout.packed else "padded" if model.layout.padded else "single"
+
+
+def lay_out(model: LanguageModel, group: MicroBatch, examples: Sequence[Example]) -> Batch:
+    """Return the batch of a micro-batch, on the model's device."""
+    return collate(group, examples, model.device, padded=form(model) != "packed")
 
 
 def packed_tokens(setting: int | Literal["auto"], device: torch.device) -> int:
-    """Return how many tokens are packed into one forward where the model takes packed sequences."""
+    """Return how many tokens one forward sees."""
     if setting == "auto":
         return 8192 if device.type == "cuda" else 1024
     return setting
 
 
-def token_budget(model: LanguageModel, setting: int | Literal["auto"]) -> int:
-    """Return the tokens of one forward; 0, which gives every sequence its own, where the model packs none."""
-    return packed_tokens(setting, model.device) if model.layout.packed else 0
+def _inputs(model: LanguageModel, batch: Batch) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if model.layout.packed:
+        inputs |= {"position_ids": batch.position_ids, "segments": batch.segments}
+    return inputs
 
 
 def target_loss(model: LanguageModel, batch: Batch) -> LossSum:
     """Return the summed loss over the batch's targets."""
-    if model.layout.plain_head:
-        hidden = model.decoder(**_inputs(model, batch)).last_hidden_state[0, batch.positions]  # [N, D]
-        return head_loss(hidden, model.head.weight, model.head.bias, batch.labels)
-    return logits_loss(target_logits(model, batch), batch.labels)
+    if model.layout.head is None:
+        return logits_loss(target_logits(model, batch), batch.labels)
+    needed, place = batch.positions.unique(return_inverse=True)  # several examples may share a position
+    tail = only_rows(model.module.get_submodule(model.layout.tail), needed) if model.layout.tail else nullcontext()
+    with tail:
+        hidden = model.decoder(**_inputs(model, batch)).last_hidden_state.flatten(0, 1)[needed]
+    return head_loss(hidden[place], model.head.weight, model.head.bias, batch.labels, model.layout.head)
 
 
 def target_logits(model: LanguageModel, batch: Batch) -> Tensor:
-    """Return the logits [N, V] at the batch's target positions, by the model's own head."""
+    """Return the logits [N, V] at the target positions of a batch of one row, by the model's own head."""
     inputs = _inputs(model, batch)
     logits: Tensor = model.module(**inputs, logits_to_keep=batch.positions).logits[0]
     return logits
+
+
+def share_inputs(model: LanguageModel) -> None:
+    """Have adapted layers that read the same input computed together; which ones do is found by a short forward."""
+    some = Example((0, 1, 2), (0, 1, 2), "tokens of no row")
+    with torch.no_grad(), lora.sharing_inputs(model.module):
+        target_loss(model, lay_out(model, (Group((0,)),), [some]))
 
 
 @contextlib.contextmanager
@@ -58,13 +75,13 @@ def embedding_noise(model: LanguageModel, alpha: float | None, batch: Batch) -> 
         yield
         return
 
-    def disturb(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # [1, T, d]
-        sizes = [alpha / (length * output.shape[-1]) ** 0.5 for length in batch.sequence_lengths]
-        scale = torch.repeat_interleave(
-            torch.tensor(sizes, device=output.device), torch.tensor(batch.sequence_lengths, device=output.device)
-        )
+    lengths = torch.tensor([segment.length for segment in batch.segments], device=model.device)
+
+    def disturb(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # [1, T, d] packed, [B, T, d] padded
+        scale = alpha / (lengths * output.shape[-1]).sqrt()
+        scale = scale.repeat_interleave(lengths)[None] if len(output) == 1 else scale[:, None]
         noise = torch.empty_like(output, dtype=torch.float32).uniform_(-1, 1)
-        return output + (noise * scale[:, None]).to(output.dtype)
+        return output + (noise * scale[..., None]).to(output.dtype)
 
     handle = model.module.get_input_embeddings().register_forward_hook(disturb)
     try:

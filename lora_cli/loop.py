@@ -10,14 +10,14 @@ import torch
 
 from lora_cli import adapter, checkpoint, lora, run_dir, storage
 from lora_cli.adapter import Origin
-from lora_cli.batches import Step, collate, plan_epoch, steps_in_epoch
+from lora_cli.batches import Step, micro_batches, plan_epoch, steps_in_epoch
 from lora_cli.checkpoint import Stopping, TrainState
 from lora_cli.config import RunConfig
 from lora_cli.dataset import Dataset, TrainingSet
 from lora_cli.errors import AdapterError, Interrupted, TrainingStopped
 from lora_cli.evaluate import evaluate
 from lora_cli.examples import Example
-from lora_cli.forward import embedding_noise, target_loss, token_budget
+from lora_cli.forward import embedding_noise, form, lay_out, packed_tokens, share_inputs, target_loss
 from lora_cli.interrupt import StopRequest
 from lora_cli.loss import ZERO
 from lora_cli.model import LanguageModel
@@ -70,9 +70,10 @@ class Loop:
         self.origin = origin
         self.stop = stop
         self.timetable = Timetable.of(train.mixture.drawn, config)
-        self.tokens = token_budget(model, config.train.micro_batch_tokens)
+        self.tokens = packed_tokens(config.train.micro_batch_tokens, model.device)
         torch.set_flush_denormal(True)  # lora_B starts at zero: its first products are denormal, and slow on a CPU
         lora.apply_lora(model.module, config.lora, config.seed)
+        share_inputs(model)
         self.parameters = list(lora.trainable(model.module).values())
         optimizer = build_optimizer(self.parameters, config.train)
         self.state = TrainState(model.module, optimizer, 0, Stopping())
@@ -101,27 +102,28 @@ class Loop:
         yield self._finish()
 
     def _plan(self, epoch: int) -> list[Step]:
-        lengths = self.train.lengths.tolist()
-        return plan_epoch(lengths, self.mixture, self.config.train.batch_size, self.tokens, self.config.seed, epoch)
+        return plan_epoch(self.mixture, self.config.train.batch_size, self.config.seed, epoch)
 
     def _take_step(self, step: Step) -> StepDone:
         """Make one optimizer update: the sum of all token losses, divided once by the step's targets."""
         began = time.perf_counter()
         number = self.state.step + 1
         lora.set_dropout(self.model.module, active=True)
-        examples = [[self.train[i] for i in indices] for indices in step]
-        targets = sum(example.targets for group in examples for example in group)
+        examples = [self.train[index] for index in step]
+        targets = sum(example.targets for example in examples)
         loss = ZERO
-        for micro_batch, group in enumerate(examples):
+        share = self.config.train.neftune_alpha is None
+        for micro_batch, groups in enumerate(micro_batches(examples, self.tokens, form(self.model), share)):
             torch.manual_seed(derive_seed(self.config.seed, "dropout", number, micro_batch))
-            batch = collate(group, self.model.device)
+            batch = lay_out(self.model, groups, examples)
             with embedding_noise(self.model, self.config.train.neftune_alpha, batch):
                 part = target_loss(self.model, batch)
             (part.total / targets).backward()
             loss = loss + part
-            self._require_finite(float(part.total.detach()), "loss", number, group)
+            seen = [examples[member] for group in groups for member in group.members]
+            self._require_finite(float(part.total.detach()), "loss", number, seen)
         norm = float(clip_gradients(self.parameters, self.config.train.max_grad_norm))
-        self._require_finite(norm, "gradient norm", number, [example for group in examples for example in group])
+        self._require_finite(norm, "gradient norm", number, examples)
         rate = lr_at(number, self.timetable.total_steps, self.config.train)
         for group_of_parameters in self.state.optimizer.param_groups:
             group_of_parameters["lr"] = rate
@@ -133,7 +135,7 @@ class Loop:
             epoch=number / self.timetable.steps_per_epoch,
             loss=loss.mean,
             targets=targets,
-            tokens=sum(len(example) for group in examples for example in group),
+            tokens=sum(map(len, examples)),
             learning_rate=rate,
             grad_norm=norm,
             seconds=time.perf_counter() - began,

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import math
 import re
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_cli.config import LoraConfig
 from lora_cli.errors import ModelError
+from lora_cli.projection import Projection, project
 from lora_cli.randomness import derive_seed
 
 
@@ -34,14 +36,21 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(rank, in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=torch.float32))
         self.training = False
+        self.shared = SharedInput([self])
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        if self.gain != 0.0 and torch.is_grad_enabled():
+            return self.shared.output_of(self, x)
         output: Tensor = self.base(x)
         if self.gain == 0.0:
             return output
-        h = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        low = F.linear(h.to(self.lora_A.dtype), self.lora_A) * (self.scale * self.gain)  # [..., rank]
-        return output + F.linear(low, self.lora_B).to(output.dtype)
+        low = F.linear(x, self.lora_A.to(x.dtype)) * (self.scale * self.gain)  # [..., rank]
+        return output + F.linear(low, self.lora_B.to(x.dtype))
+
+    def projection(self) -> Projection:
+        """Return what `project` needs of this layer."""
+        weight = self.base.weight if is_conv1d(self.base) else self.base.weight.T
+        return Projection(weight, self.base.bias, self.lora_A, self.lora_B, self.scale * self.gain)
 
     def reset(self, seed: int) -> None:
         """A uniform in +-1/sqrt(in) (variance 1/(3 in), as in the paper's code), B zero: the update starts at zero."""
@@ -51,6 +60,46 @@ class LoraLinear(nn.Module):
         with torch.no_grad():
             self.lora_A.copy_(start)
             self.lora_B.zero_()
+
+
+class SharedInput:
+    """Layers that read the same tensor: all are computed when the first is asked, and each output is given out once."""
+
+    def __init__(self, layers: Sequence[LoraLinear]) -> None:
+        self.layers = layers
+        self._input: weakref.ref[Tensor] | None = None
+        self._outputs: dict[LoraLinear, Tensor] = {}
+
+    def output_of(self, layer: LoraLinear, x: Tensor) -> Tensor:
+        """Return one layer's output [..., out] for `x` [..., in]."""
+        if layer not in self._outputs or self._input is None or self._input() is not x:
+            projections = [each.projection() for each in self.layers]
+            outputs = project(x, projections, layer.dropout if layer.training else 0.0)
+            self._outputs = dict(zip(self.layers, outputs, strict=True))
+            self._input = weakref.ref(x)
+        return self._outputs.pop(layer)
+
+
+@contextlib.contextmanager
+def sharing_inputs(model: nn.Module) -> Iterator[None]:
+    """Run one forward of the model in the block; layers that are given the same tensor in it share it from then on."""
+    given: list[tuple[LoraLinear, Tensor]] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda module, inputs: given.append((module, inputs[0])))
+        for _, layer in lora_layers(model)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[int, list[LoraLinear]] = {}
+    for layer, x in given:  # which are alive, so that no two have one id
+        groups.setdefault(id(x), []).append(layer)
+    for layers in groups.values():
+        shared = SharedInput(list(dict.fromkeys(layers)))
+        for layer in layers:
+            layer.shared = shared
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """The loss as a sum that travels, and cross-entropy that never holds the logits of a whole batch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,42 +37,83 @@ class LossSum:
 ZERO = LossSum(torch.zeros((), dtype=torch.float64), 0)
 
 
+@dataclass(frozen=True)
+class HeadForm:
+    """How a model turns the output embedding's products into logits: softcap * tanh(scale * product / softcap).
+
+    Cohere multiplies by a scale, Granite divides by one, Gemma 2 caps.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
 class _HeadLoss(torch.autograd.Function):
     """Output head and cross-entropy in chunks, the gradient towards the hidden states made in the forward pass.
 
-    The head is frozen: it gets no gradient.
+    The head is frozen: it gets no gradient. One chunk of logits [C, V] exists at a time, and is turned into its own
+    gradient in place.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, form: HeadForm
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         gradient = torch.empty_like(hidden)  # [N, D]
-        for begin in range(0, len(labels), CHUNK):
-            part = slice(begin, begin + CHUNK)
-            log_probs = F.log_softmax(F.linear(hidden[part], weight, bias).float(), dim=-1)  # [C, V]
+        for part in _chunks(len(labels)):
+            logits = F.linear(hidden[part], weight, bias).float()  # [C, V]
+            if form.scale != 1.0:
+                logits.mul_(form.scale)
+            capped = None
+            if form.softcap is not None:
+                capped = logits.div_(form.softcap).tanh_()
+                logits = capped * form.softcap
             picked = labels[part, None]
-            total -= log_probs.gather(1, picked).sum(dtype=torch.float64)
-            probs = log_probs.exp_()
-            probs.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=probs.dtype))
-            torch.mm(probs.to(weight.dtype), weight, out=gradient[part])
+            largest = logits.amax(1, keepdim=True)
+            chosen = logits.gather(1, picked) - largest
+            exponentials = logits.sub_(largest).exp_()
+            sums = exponentials.sum(1, keepdim=True)
+            total += (sums.log() - chosen).sum(dtype=torch.float64)
+            exponentials.scatter_add_(1, picked, -sums)  # sums * (softmax - one-hot)
+            if capped is not None:
+                exponentials.mul_(1 - capped.square_())
+            if weight.dtype == torch.float32:  # divided behind the product, where there is less to divide
+                torch.mm(exponentials, weight, out=gradient[part])
+                gradient[part].mul_(form.scale / sums)
+            else:
+                torch.mm(exponentials.mul_(form.scale / sums).to(weight.dtype), weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_total.to(gradient.dtype), None, None, None
+        return gradient * grad_total.to(gradient.dtype), None, None, None, None
 
 
-def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> LossSum:
+def _chunks(count: int) -> Iterator[slice]:
+    """Cut `count` rows into equal chunks of at most CHUNK."""
+    size = -(-count // -(-count // CHUNK)) if count else 1
+    return (slice(begin, begin + size) for begin in range(0, count, size))
+
+
+def head_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, form: HeadForm
+) -> LossSum:
     """Return the loss of `hidden` [N, D] against `labels` [N], through a frozen output head [V, D]."""
     if hidden.requires_grad and torch.is_grad_enabled():
-        return LossSum(_HeadLoss.apply(hidden, weight, bias, labels), len(labels))
+        return LossSum(_HeadLoss.apply(hidden, weight, bias, labels, form), len(labels))
     result = ZERO
-    for begin in range(0, len(labels), CHUNK):
-        part = slice(begin, begin + CHUNK)
-        result = result + logits_loss(F.linear(hidden[part], weight, bias), labels[part])
+    for part in _chunks(len(labels)):
+        result = result + logits_loss(head_logits(hidden[part], weight, bias, form), labels[part])
     return result
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: HeadForm) -> Tensor:
+    """Return the logits [N, V] of `hidden` [N, D]."""
+    logits = F.linear(hidden, weight, bias) * form.scale
+    return logits if form.softcap is None else torch.tanh(logits / form.softcap) * form.softcap
 
 
 def logits_loss(logits: Tensor, labels: Tensor) -> LossSum:

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lora_cli import data
+from lora_cli.batches import Batch, Group, collate
 from lora_cli.config import DataConfig
 from lora_cli.data_reader import DataReader, run_to_end
 from lora_cli.dataset import Dataset
+from lora_cli.examples import Example
 from lora_cli.model import ModelHeader
 from lora_cli.records import DataCounts
 
@@ -62,8 +64,18 @@ def build_model(kind: str) -> Any:
             config = transformers.Qwen3Config(**common, **blocks, num_key_value_heads=2, head_dim=16)
         case "gpt2":
             config = transformers.GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=256)
-        case "gemma2":  # soft-capped logits and attention: the fallback layout
-            config = transformers.Gemma2Config(**common, **blocks, num_key_value_heads=2, head_dim=8)
+        case "gemma2":  # soft-capped logits and attention
+            config = transformers.Gemma2Config(**common, **blocks, num_key_value_heads=2, head_dim=8, sliding_window=12)
+        case "granite":  # logits divided by a number
+            config = transformers.GraniteConfig(**common, **blocks, num_key_value_heads=2, logits_scaling=3.0)
+        case "cohere":  # logits times a number, attention and MLP side by side
+            config = transformers.CohereConfig(**common, **blocks, num_key_value_heads=2, logit_scale=0.25)
+        case "mamba":  # a state-space model: no attention, so nothing can be packed by positions
+            config = transformers.Mamba2Config(
+                **common, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=8, n_groups=1
+            )
+        case "bloom":  # attention with a bias by distance
+            config = transformers.BloomConfig(**common, hidden_size=32, n_layer=2, n_head=4)
         case _:
             raise ValueError(kind)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -109,6 +121,11 @@ def build_examples(
     """All rows of a file as examples, and what was counted."""
     config = DataConfig(train=path, **settings)
     return run_to_end(data_reader(config, tokenizer, max_positions).held_out(config.sources[0]))
+
+
+def one_batch(examples: Sequence[Example]) -> Batch:
+    """All examples packed into one row, nothing shared."""
+    return collate(tuple(Group((number,)) for number in range(len(examples))), examples, torch.device("cpu"))
 
 
 COLOURS = ("red", "blue", "green", "black", "white", "brown")

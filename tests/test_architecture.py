@@ -22,6 +22,7 @@ FLOORS = [
     "interrupt",
     "loss",
     "optim",
+    "projection",
     "lora",
     "attention",
     "distributed",

@@ -13,17 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_examples, conversation, write_rows
+from conftest import build_examples, conversation, one_batch, write_rows
 
 from lora_cli import batches, checkpoint, config_file, lora, model, run_dir, storage
 from lora_cli.batches import Mixture, Part
 from lora_cli.checkpoint import Stopping
 from lora_cli.config import LoraConfig, ModelConfig, TrainConfig
 from lora_cli.errors import AdapterError, ConfigError, DataError, Interrupted, SurroundingsError, TrainingStopped
-from lora_cli.forward import embedding_noise, target_loss
+from lora_cli.examples import Example
+from lora_cli.forward import embedding_noise, form, lay_out, share_inputs, target_loss
 from lora_cli.interrupt import StopRequest
 from lora_cli.loop import Timetable
-from lora_cli.loss import LossSum, head_loss, logits_loss
+from lora_cli.loss import HeadForm, LossSum, head_logits, head_loss, logits_loss
 from lora_cli.optim import lr_at
 from lora_cli.records import Evaluated, Event, Finished, StepDone
 from lora_cli.run_dir import RunDir
@@ -45,12 +46,12 @@ def test_head_loss_equals_full_logits():
     torch.manual_seed(0)
     weight, bias = torch.randn(50, 16), torch.randn(50)
     labels = torch.randint(0, 50, (600,))
-    for use_bias in (None, bias):
+    for use_bias, form in ((None, HeadForm()), (bias, HeadForm()), (bias, HeadForm(0.7)), (bias, HeadForm(2.5, 3.0))):
         ours = torch.randn(600, 16, requires_grad=True)
         theirs = ours.detach().clone().requires_grad_()
-        loss = head_loss(ours, weight, use_bias, labels)
+        loss = head_loss(ours, weight, use_bias, labels, form)
         (loss.total / 7).backward()
-        reference = logits_loss(torch.nn.functional.linear(theirs, weight, use_bias), labels)
+        reference = logits_loss(head_logits(theirs, weight, use_bias, form), labels)
         (reference.total / 7).backward()
 
         assert abs(float(loss.total.detach() / reference.total.detach()) - 1) < 1e-6
@@ -64,7 +65,7 @@ def test_sums_add_and_divide_once():
     assert (whole.mean, whole.accuracy) == (1.0, 0.5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma2", "granite", "cohere", "mamba", "bloom"])
 def test_any_split_into_micro_batches_gives_the_same_step(
     kind: str, model_folder: Callable[[str], str], make_rows: Callable[[int], str]
 ):
@@ -76,24 +77,22 @@ def test_any_split_into_micro_batches_gives_the_same_step(
     for _, layer in lora.lora_layers(loaded.module):
         torch.nn.init.normal_(layer.lora_B, std=0.3)
     found, _ = build_examples(make_rows(16), header.tokenizer)
-    lengths = [len(example) for example in found]
-    budgets = [100_000, 150, 64, 0] if loaded.layout.packed else [0]
+    share_inputs(loaded)
     results = []
-    for order in (range(16), range(15, -1, -1)):
-        for tokens in budgets:
-            split = batches.micro_batches(list(order), lengths, tokens)
-            split = split if tokens else sorted(split, reverse=order.step < 0)
+    for order in (found[:], found[::-1]):
+        for tokens in (100_000, 150, 64, 0):
+            split = batches.micro_batches(order, tokens, form(loaded))
             targets = sum(example.targets for example in found)
             loaded.module.zero_grad()
             total = 0.0
-            for indices in split:
-                part = target_loss(loaded, batches.collate([found[i] for i in indices], CPU))
+            for groups in split:
+                part = target_loss(loaded, lay_out(loaded, groups, order))
                 (part.total / targets).backward()
                 total += float(part.total.detach())
             gradients = torch.cat([p.grad.flatten() for p in lora.trainable(loaded.module).values()])
             results.append((total / targets, gradients.clone(), len(split)))
 
-    assert len({count for _, _, count in results}) == len(budgets)
+    assert len({count for _, _, count in results}) == 4
     for loss, gradients, _ in results[1:]:
         assert abs(loss / results[0][0] - 1) < 1e-6
         assert (gradients - results[0][1]).norm() <= 1e-6 * results[0][1].norm()
@@ -101,24 +100,26 @@ def test_any_split_into_micro_batches_gives_the_same_step(
 
 def test_micro_batches_hold_everything_once_within_the_budget():
     """Every index once; no micro-batch over the budget unless one example alone is."""
-    lengths = [5, 90, 30, 30, 40, 10, 200, 1]
-    split = batches.micro_batches(range(8), lengths, 100)
+    examples = [Example((0,) * length, (0,) * length, "") for length in (5, 90, 30, 30, 40, 10, 200, 1)]
+    for form, count in (("packed", 4), ("padded", 5), ("single", 8)):
+        split = batches.micro_batches(examples, 100, form)
+        sizes = [[len(examples[i]) for group in one for i in group.members] for one in split]
 
-    assert sorted(index for one in split for index in one) == list(range(8))
-    assert all(sum(lengths[i] for i in one) <= 100 or len(one) == 1 for one in split)
-    assert len(split) == 4
+        assert sorted(i for one in split for group in one for i in group.members) == list(range(8))
+        assert all((len(one) * max(one) if form == "padded" else sum(one)) <= 100 or len(one) == 1 for one in sizes)
+        assert len(split) == count
 
 
 def test_the_plan_is_a_function_of_seed_and_epoch():
     """Each epoch sees every example once, in an order of its own that another seed changes."""
     plans = {
-        key: batches.plan_epoch([10] * 13, Mixture((Part(0, 13),)), 4, 20, *key) for key in [(0, 0), (0, 1), (1, 0)]
+        key: batches.plan_epoch(Mixture((Part(0, 13),)), 4, *key) for key in [(0, 0), (0, 1), (1, 0)]
     }  # fmt: skip
     for plan in plans.values():
-        assert sorted(i for step in plan for one in step for i in one) == list(range(13))
-        assert [sum(map(len, step)) for step in plan] == [4, 4, 4, 1]
+        assert sorted(i for step in plan for i in step) == list(range(13))
+        assert [len(step) for step in plan] == [4, 4, 4, 1]
 
-    assert plans[0, 0] == batches.plan_epoch([10] * 13, Mixture((Part(0, 13),)), 4, 20, 0, 0)
+    assert plans[0, 0] == batches.plan_epoch(Mixture((Part(0, 13),)), 4, 0, 0)
     assert len({str(plan) for plan in plans.values()}) == 3
 
 
@@ -215,7 +216,7 @@ def test_embedding_noise_is_scaled_drawn_from_the_seed_and_gone_after(
     header = model.read_header(ModelConfig(path=model_folder("llama")))
     loaded = model.load_model(header, ModelConfig(path=model_folder("llama")), CPU)
     found, _ = build_examples(make_rows(4), header.tokenizer)
-    batch = batches.collate(found[:], CPU)
+    batch = one_batch(found)
     embed = loaded.module.get_input_embeddings()
     plain = embed(batch.input_ids)
     noisy = []
@@ -226,7 +227,8 @@ def test_embedding_noise_is_scaled_drawn_from_the_seed_and_gone_after(
 
     assert torch.equal(*noisy)
     assert torch.equal(embed(batch.input_ids), plain)
-    for length, part in zip(batch.sequence_lengths, noisy[0][0].split(batch.sequence_lengths), strict=True):
+    lengths = [segment.length for segment in batch.segments]
+    for length, part in zip(lengths, noisy[0][0].split(lengths), strict=True):
         bound = 5.0 / (length * 32) ** 0.5
         assert 0.8 * bound < float(part.abs().max()) <= bound * (1 + 1e-5)
 

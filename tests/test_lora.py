@@ -9,14 +9,14 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import build_examples, conversation, write_rows
+from conftest import build_examples, conversation, one_batch, write_rows
 
 from lora_cli import adapter, lora, merge, model, tuned
 from lora_cli.adapter import Origin
-from lora_cli.batches import collate
+from lora_cli.batches import Group
 from lora_cli.config import LoraConfig, ModelConfig
 from lora_cli.errors import AdapterError, ModelError
-from lora_cli.forward import target_logits, target_loss
+from lora_cli.forward import lay_out, share_inputs, target_logits, target_loss
 
 KINDS = ["llama", "qwen3", "gpt2"]
 CPU = torch.device("cpu")
@@ -113,22 +113,25 @@ def test_the_start_depends_on_the_seed_and_the_layer_only(model_folder: Callable
     assert abs(float(starts[0].var()) * 3 * 32 - 1) < 0.2
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "gemma2"])
+@pytest.mark.parametrize("kind", [*KINDS, "gemma2", "granite", "cohere", "mamba", "bloom"])
 def test_loss_and_gradients_equal_pefts(kind: str, model_folder: Callable[[str], str], tmp_path: Path):
     """The summed loss and every gradient, packed and with the head at targets only, equal PEFT's one by one."""
     loaded, header = load(model_folder(kind))
-    assert loaded.layout.packed == (kind != "gemma2")
-    lora.apply_lora(loaded.module, LoraConfig(rank=4, alpha=8), seed=0)
+    assert loaded.layout.packed == (kind not in ("mamba", "bloom"))
+    assert loaded.layout.padded
+    assert loaded.layout.head is not None
+    targets: Any = ("in_proj",) if kind == "mamba" else "all-linear"  # PEFT refuses Mamba's out_proj
+    config = LoraConfig(rank=4, alpha=8, target_modules=targets)
+    lora.apply_lora(loaded.module, config, seed=0)
     randomise(loaded.module)
-    adapter.save(tmp_path, loaded.module, LoraConfig(rank=4, alpha=8), Origin(model_folder(kind), None, "f", {}))
+    adapter.save(tmp_path, loaded.module, config, Origin(model_folder(kind), None, "f", {}))
     source = write_rows(tmp_path / "r.jsonl", [conversation(n) for n in range(6)])
     found, _ = build_examples(source, header.tokenizer)
-    groups = [found] if loaded.layout.packed else [[example] for example in found]
-    total = 0.0
-    for group in groups:
-        part = target_loss(loaded, collate(group, CPU))
-        part.total.backward()
-        total += float(part.total.detach())
+    share_inputs(loaded)
+    everything = tuple(Group((number,)) for number in range(len(found)))
+    loss = target_loss(loaded, lay_out(loaded, everything, found))
+    loss.total.backward()
+    total = float(loss.total.detach())
 
     base = transformers.AutoModelForCausalLM.from_pretrained(model_folder(kind), attn_implementation="eager")
     reference = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
@@ -371,7 +374,7 @@ def test_packed_sequences_do_not_see_each_other(kind: str, model_folder: Callabl
     source = write_rows(tmp_path / "r.jsonl", [conversation(n) for n in range(5)])
     found, _ = build_examples(source, header.tokenizer)
     with torch.no_grad():
-        together = target_logits(loaded, collate(found, CPU))
-        alone = torch.cat([target_logits(loaded, collate([example], CPU)) for example in found])
+        together = target_logits(loaded, one_batch(found))
+        alone = torch.cat([target_logits(loaded, one_batch([example])) for example in found])
 
     assert torch.allclose(together, alone, atol=1e-5)

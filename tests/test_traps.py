@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHATML, build_examples, build_tokenizer, conversation, data_reader, read_rows, write_rows
+from conftest import CHATML, build_examples, build_tokenizer, conversation, data_reader, one_batch, read_rows, write_rows
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli import chat_template, config_file, corpus, dataset, examples, prepare
-from lora_cli.batches import collate
 from lora_cli.compare import compare
 from lora_cli.config import DataConfig
 from lora_cli.errors import ConfigError, DataError, ModelError, SurroundingsError
@@ -169,7 +168,7 @@ def test_a_template_that_moves_the_system_message(tmp_path: Path):
 def test_the_end_is_a_target_though_it_is_also_the_padding(tmp_path: Path):
     """In the batch a model sees, the end token of every answer is a target, where pad and end are one token."""
     tokenizer = build_tokenizer()
-    batch = collate(build(tmp_path, [{"messages": TURNS}, conversation(0)]), torch.device("cpu"))
+    batch = one_batch(build(tmp_path, [{"messages": TURNS}, conversation(0)]))
 
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert batch.labels.tolist().count(tokenizer.eos_token_id) == 3

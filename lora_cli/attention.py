@@ -19,6 +19,21 @@ class Segment(NamedTuple):
     prefix: int | None = None
 
 
+class Segments:
+    """The segments of a packed row.
+
+    An object and not a tuple: a compiled block would be compiled again for every other number of sequences.
+    """
+
+    def __init__(self, *segments: Segment) -> None:
+        self.segments = segments
+
+    @property
+    def lengths(self) -> list[int]:
+        return [segment.length for segment in self.segments]
+
+
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: Tensor,  # [1, heads, T, head_dim]
@@ -29,7 +44,7 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    segments: tuple[Segment, ...] | None = None,
+    segments: Segments | None = None,
     **features: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each sequence; an attention function in the form transformers' interface asks for.
@@ -41,10 +56,9 @@ def packed_attention(
         raise NotImplementedError(f"packed attention has no {', '.join(wanted) or 'mask or dropout'}")
     if segments is None:
         raise NotImplementedError("the model does not pass segments on to its attention")
-    lengths = [segment.length for segment in segments]
-    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    queries, keys, values = (x.split(segments.lengths, dim=2) for x in (query, key, value))
     outputs = []
-    for segment, q, k, v in zip(segments, queries, keys, values, strict=True):
+    for segment, q, k, v in zip(segments.segments, queries, keys, values, strict=True):
         if segment.prefix is not None:
             k = torch.cat([keys[segment.prefix], k], dim=2)
             v = torch.cat([values[segment.prefix], v], dim=2)

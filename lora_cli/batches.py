@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_cli.attention import Segment
+from lora_cli.attention import Segment, Segments
 from lora_cli.examples import IGNORED, Example
 from lora_cli.randomness import derive_seed
 
@@ -36,15 +36,16 @@ MicroBatch = tuple[Group, ...]  # what one forward sees
 class Batch:
     """Sequences laid out for one forward, and where their targets are.
 
-    A position is a target when the token that follows it is trained; `labels` are those tokens. A position that several
-    examples share is there once for each.
+    A position is a target when the token that follows it is trained; `labels` are those tokens. Examples that share a
+    prefix may share a position, which is then the place of several labels.
     """
 
     input_ids: Tensor  # [1, T] packed, [B, T] padded on the right
     position_ids: Tensor  # as input_ids, from 0 in each sequence
-    segments: tuple[Segment, ...]
-    positions: Tensor  # [N], indices into B * T
-    labels: Tensor  # [N]
+    segments: Segments
+    positions: Tensor  # [M], increasing indices into B * T
+    labels: Tensor  # [N], N >= M
+    places: Tensor | None  # [N], which of the positions a label belongs to; None where each has one
 
     @property
     def targets(self) -> int:
@@ -186,7 +187,7 @@ def collate(groups: MicroBatch, examples: Sequence[Example], device: torch.devic
     What stands right of a shorter row's end is seen by none of its tokens, in a causal model.
     """
     ids: list[int] = []
-    places: list[int] = []
+    in_sequence: list[int] = []
     segments: list[Segment] = []
     positions: list[int] = []
     labels: list[int] = []
@@ -197,7 +198,7 @@ def collate(groups: MicroBatch, examples: Sequence[Example], device: torch.devic
         begin = len(ids)
         empty = max(0, width - len(tokens))
         ids.extend((*tokens, *(0,) * empty))
-        places.extend(range(first, first + len(tokens) + empty))
+        in_sequence.extend(range(first, first + len(tokens) + empty))
         segments.append(Segment(len(tokens), prefix))
         return begin
 
@@ -217,5 +218,10 @@ def collate(groups: MicroBatch, examples: Sequence[Example], device: torch.devic
         return torch.tensor(values, dtype=torch.long, device=device)
 
     rows = len(groups) if padded else 1
-    input_ids, position_ids = (tensor(values).view(rows, -1) for values in (ids, places))
-    return Batch(input_ids, position_ids, tuple(segments), tensor(positions), tensor(labels))
+    input_ids, position_ids = (tensor(values).view(rows, -1) for values in (ids, in_sequence))
+    distinct = sorted(set(positions))
+    places = None
+    if len(distinct) < len(positions):
+        number_of = {position: number for number, position in enumerate(distinct)}
+        places = tensor([number_of[position] for position in positions])
+    return Batch(input_ids, position_ids, Segments(*segments), tensor(distinct), tensor(labels), places)

@@ -195,6 +195,10 @@ class TrainConfig(Section):
     micro_batch_tokens: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="tokens one forward sees"
     )
+    activation_checkpointing: Bool = Field(
+        False, description="compute activations again instead of keeping them: less memory, a third more time"
+    )
+    compile: Bool = Field(False, description="torch.compile the model's blocks: for long runs, on a GPU above all")
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     kl_to_base: Float = Field(0.0, ge=0, description="weight of KL(base || tuned), against forgetting")
     neftune_alpha: Float | None = Field(

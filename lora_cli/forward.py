@@ -44,11 +44,12 @@ def target_loss(model: LanguageModel, batch: Batch) -> LossSum:
     """Return the summed loss over the batch's targets."""
     if model.layout.head is None:
         return logits_loss(target_logits(model, batch), batch.labels)
-    needed, place = batch.positions.unique(return_inverse=True)  # several examples may share a position
-    tail = only_rows(model.module.get_submodule(model.layout.tail), needed) if model.layout.tail else nullcontext()
-    with tail:
-        hidden = model.decoder(**_inputs(model, batch)).last_hidden_state.flatten(0, 1)[needed]
-    return head_loss(hidden[place], model.head.weight, model.head.bias, batch.labels, model.layout.head)
+    rows, tail = batch.positions, model.layout.tail
+    with only_rows(model.module.get_submodule(tail), rows) if tail else nullcontext():
+        hidden = model.decoder(**_inputs(model, batch)).last_hidden_state.flatten(0, 1)[rows]  # [M, D]
+    if batch.places is not None:
+        hidden = hidden[batch.places]  # [N, D]
+    return head_loss(hidden, model.head.weight, model.head.bias, batch.labels, model.layout.head)
 
 
 def target_logits(model: LanguageModel, batch: Batch) -> Tensor:
@@ -61,7 +62,7 @@ def target_logits(model: LanguageModel, batch: Batch) -> Tensor:
 def share_inputs(model: LanguageModel) -> None:
     """Have adapted layers that read the same input computed together; which ones do is found by a short forward."""
     some = Example((0, 1, 2), (0, 1, 2), "tokens of no row")
-    with torch.no_grad(), lora.sharing_inputs(model.module):
+    with lora.sharing_inputs(model.module):
         target_loss(model, lay_out(model, (Group((0,)),), [some]))
 
 
@@ -75,7 +76,7 @@ def embedding_noise(model: LanguageModel, alpha: float | None, batch: Batch) -> 
         yield
         return
 
-    lengths = torch.tensor([segment.length for segment in batch.segments], device=model.device)
+    lengths = torch.tensor(batch.segments.lengths, device=model.device)
 
     def disturb(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # [1, T, d] packed, [B, T, d] padded
         scale = alpha / (lengths * output.shape[-1]).sqrt()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_cli.attention import PACKED, Segment
+from lora_cli.attention import PACKED, Segment, Segments
 from lora_cli.errors import ModelError
 from lora_cli.loss import HeadForm, head_logits
 
@@ -131,7 +131,7 @@ def _can_pack(module: Any, sequences: Sequence[Tensor], logits: Tensor) -> bool:
             module.set_attn_implementation(PACKED)
             positions = torch.cat([torch.arange(s.shape[1], device=module.device) for s in sequences])[None]
             first, second = (s.shape[1] for s in sequences)
-            segments = (Segment(first), Segment(2), Segment(second - 2, prefix=1))
+            segments = Segments(Segment(first), Segment(2), Segment(second - 2, prefix=1))
             together = _logits(module, torch.cat(list(sequences), 1), position_ids=positions, segments=segments)
             return _agree(together[0], logits, module.dtype)
     return False

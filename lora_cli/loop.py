@@ -11,15 +11,17 @@ import torch
 from lora_cli import adapter, checkpoint, lora, run_dir, storage
 from lora_cli.adapter import Origin
 from lora_cli.batches import Step, micro_batches, plan_epoch, steps_in_epoch
+from lora_cli.blocks import compile_blocks, recompute_activations
 from lora_cli.checkpoint import Stopping, TrainState
 from lora_cli.config import RunConfig
 from lora_cli.dataset import Dataset, TrainingSet
+from lora_cli.distributed import memory_error
 from lora_cli.errors import AdapterError, Interrupted, TrainingStopped
 from lora_cli.evaluate import evaluate
 from lora_cli.examples import Example
 from lora_cli.forward import embedding_noise, form, lay_out, packed_tokens, share_inputs, target_loss
 from lora_cli.interrupt import StopRequest
-from lora_cli.loss import ZERO
+from lora_cli.loss import ZERO, LossSum
 from lora_cli.model import LanguageModel
 from lora_cli.optim import build_optimizer, clip_gradients, lr_at
 from lora_cli.randomness import derive_seed
@@ -74,7 +76,13 @@ class Loop:
         torch.set_flush_denormal(True)  # lora_B starts at zero: its first products are denormal, and slow on a CPU
         lora.apply_lora(model.module, config.lora, config.seed)
         share_inputs(model)
+        if config.train.compile:
+            compile_blocks(model.module)
+        if config.train.activation_checkpointing:
+            recompute_activations(model.module)
         self.parameters = list(lora.trainable(model.module).values())
+        for parameter in self.parameters:  # made once: made anew in each step they would cut the memory into pieces
+            parameter.grad = torch.zeros_like(parameter)
         optimizer = build_optimizer(self.parameters, config.train)
         self.state = TrainState(model.module, optimizer, 0, Stopping())
 
@@ -97,49 +105,67 @@ class Loop:
             if self.state.step // self.timetable.steps_per_epoch != epoch:
                 epoch = self.state.step // self.timetable.steps_per_epoch
                 plan = self._plan(epoch)
-            yield self._take_step(plan[self.state.step % self.timetable.steps_per_epoch])
+            yield from self._take_step(plan[self.state.step % self.timetable.steps_per_epoch])
             yield from self._after_step()
         yield self._finish()
 
     def _plan(self, epoch: int) -> list[Step]:
         return plan_epoch(self.mixture, self.config.train.batch_size, self.config.seed, epoch)
 
-    def _take_step(self, step: Step) -> StepDone:
-        """Make one optimizer update: the sum of all token losses, divided once by the step's targets."""
+    def _take_step(self, step: Step) -> Iterator[Notice | StepDone]:
+        """Make one optimizer update."""
         began = time.perf_counter()
         number = self.state.step + 1
-        lora.set_dropout(self.model.module, active=True)
         examples = [self.train[index] for index in step]
-        targets = sum(example.targets for example in examples)
-        loss = ZERO
-        share = self.config.train.neftune_alpha is None
-        for micro_batch, groups in enumerate(micro_batches(examples, self.tokens, form(self.model), share)):
-            torch.manual_seed(derive_seed(self.config.seed, "dropout", number, micro_batch))
-            batch = lay_out(self.model, groups, examples)
-            with embedding_noise(self.model, self.config.train.neftune_alpha, batch):
-                part = target_loss(self.model, batch)
-            (part.total / targets).backward()
-            loss = loss + part
-            seen = [examples[member] for group in groups for member in group.members]
-            self._require_finite(float(part.total.detach()), "loss", number, seen)
+        while (loss := self._add_gradients(number, examples)) is None:
+            self.tokens //= 2
+            yield Notice(f"Memory ran out; step {number} is taken again with {self.tokens} tokens a forward.")
         norm = float(clip_gradients(self.parameters, self.config.train.max_grad_norm))
         self._require_finite(norm, "gradient norm", number, examples)
         rate = lr_at(number, self.timetable.total_steps, self.config.train)
         for group_of_parameters in self.state.optimizer.param_groups:
             group_of_parameters["lr"] = rate
         self.state.optimizer.step()
-        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.zero_grad(set_to_none=False)
         self.state.step = number
-        return StepDone(
+        yield StepDone(
             step=number,
             epoch=number / self.timetable.steps_per_epoch,
             loss=loss.mean,
-            targets=targets,
+            targets=loss.targets,
             tokens=sum(map(len, examples)),
             learning_rate=rate,
             grad_norm=norm,
             seconds=time.perf_counter() - began,
         )
+
+    def _add_gradients(self, number: int, examples: Sequence[Example]) -> LossSum | None:
+        """Add up the gradients of the sum of all token losses, divided once by the step's targets.
+
+        Returns None, with the gradients at zero, when memory ran out and smaller micro-batches would need less.
+        """
+        lora.set_dropout(self.model.module, active=True)
+        targets = sum(example.targets for example in examples)
+        neftune_alpha = self.config.train.neftune_alpha  # draws noise for each sequence, so nothing is shared
+        plan = micro_batches(examples, self.tokens, form(self.model), share=neftune_alpha is None)
+        loss = ZERO
+        try:
+            for micro_batch, groups in enumerate(plan):
+                torch.manual_seed(derive_seed(self.config.seed, "dropout", number, micro_batch))
+                batch = lay_out(self.model, groups, examples)
+                with embedding_noise(self.model, neftune_alpha, batch):
+                    part = target_loss(self.model, batch)
+                (part.total / targets).backward()
+                loss = loss + LossSum(part.total.detach(), part.targets)
+                seen = [examples[member] for group in groups for member in group.members]
+                self._require_finite(float(part.total.detach()), "loss", number, seen)
+        except (RuntimeError, MemoryError) as error:
+            if len(plan) == len(examples) or memory_error(error) is None:
+                raise
+        else:
+            return loss
+        self.state.optimizer.zero_grad(set_to_none=False)
+        return None
 
     def _require_finite(
         self, value: float, name: str, step: int, examples: Sequence[Example], applied: bool = False

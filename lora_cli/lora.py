@@ -70,6 +70,7 @@ class SharedInput:
         self._input: weakref.ref[Tensor] | None = None
         self._outputs: dict[LoraLinear, Tensor] = {}
 
+    @torch.compiler.disable
     def output_of(self, layer: LoraLinear, x: Tensor) -> Tensor:
         """Return one layer's output [..., out] for `x` [..., in]."""
         if layer not in self._outputs or self._input is None or self._input() is not x:

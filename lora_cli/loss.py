@@ -98,9 +98,7 @@ def _chunks(count: int) -> Iterator[slice]:
     return (slice(begin, begin + size) for begin in range(0, count, size))
 
 
-def head_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, form: HeadForm
-) -> LossSum:
+def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, form: HeadForm) -> LossSum:
     """Return the loss of `hidden` [N, D] against `labels` [N], through a frozen output head [V, D]."""
     if hidden.requires_grad and torch.is_grad_enabled():
         return LossSum(_HeadLoss.apply(hidden, weight, bias, labels, form), len(labels))

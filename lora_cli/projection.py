@@ -4,6 +4,7 @@ y = x W + scale * (x A^T) B^T. Autograd would keep x twice and add whole outputs
 base's output, the layers' A are one product, x is kept once, and W (frozen) gets no gradient.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,10 +29,13 @@ class _Project(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scales: Sequence[float], dropout: float, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        weights, biases, As, Bs = (tensors[kind :: 4] for kind in range(4))
+        weights, biases, As, Bs = (tensors[kind::4] for kind in range(4))
         inputs = x.reshape(-1, x.shape[-1])  # [T, in]
-        keep = draw_mask(inputs, dropout) if dropout else None
-        seen = inputs if keep is None else inputs * keep
+        seen, dropped = inputs, None
+        if dropout:
+            dropped = draw_dropped(inputs, dropout)
+            seen = inputs.clone()
+            seen.view(-1).index_fill_(0, dropped, 0.0)
         A = torch.cat([each.to(x.dtype) for each in As])  # [all ranks, in]
         low = seen @ A.T  # [T, all ranks]
         ranks = [len(each) for each in As]
@@ -40,13 +44,13 @@ class _Project(torch.autograd.Function):
             part.mul_(scale / (1 - dropout))
             output = torch.mm(inputs, weight) if bias is None else torch.addmm(bias, inputs, weight)
             outputs.append(output.addmm_(part, B.to(x.dtype).T).view(*x.shape[:-1], -1))
-        ctx.save_for_backward(seen, keep, low, A, *weights, *Bs)
+        ctx.save_for_backward(seen, dropped, low, A, *weights, *Bs)
         ctx.scales, ctx.dropout, ctx.ranks = scales, dropout, ranks
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        seen, keep, low, A, *rest = ctx.saved_tensors
+        seen, dropped, low, A, *rest = ctx.saved_tensors
         weights, Bs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         grad_x, grad_low, grad_Bs = None, [], []
         for weight, B, scale, part, grad in zip(
@@ -61,27 +65,28 @@ class _Project(torch.autograd.Function):
         together = torch.cat(grad_low, dim=1)  # [T, all ranks]
         grad_As = (together.T @ seen).to(Bs[0].dtype).split(ctx.ranks)
         if grad_x is not None:
-            if keep is None:
+            if dropped is None:
                 grad_x.addmm_(together, A)
             else:
-                grad_x.addcmul_(together @ A, keep.to(grad_x.dtype))
+                update = together @ A
+                update.view(-1).index_fill_(0, dropped, 0.0)
+                grad_x.add_(update)
             grad_x = grad_x.view(*grad_outputs[0].shape[:-1], -1)
         flat = (gradient for A_B in zip(grad_As, grad_Bs, strict=True) for gradient in (None, None, *A_B))
         return (grad_x, None, None, *flat)
 
 
-def draw_mask(x: Tensor, dropout: float) -> Tensor:
-    """Return booleans in x's shape, each false with a chance of `dropout` rounded to 1/65536.
+def draw_dropped(x: Tensor, dropout: float) -> Tensor:
+    """Return which elements of x, counted in one row, are dropped: each with a chance of `dropout`.
 
-    Sixteen random bits an element, four from one draw of the generator: drawing a float each takes five times as long.
+    A number for each element takes five times as long to draw as one for each that is dropped. Drawing k of n again and
+    again from all leaves an element out with a chance of exp(-k/n).
     """
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    threshold = round(dropout * 65536) - 32768
-    return bits.view(torch.int16)[: x.numel()].view(x.shape) >= threshold
+    draws = round(-x.numel() * math.log1p(-dropout))
+    return torch.randint(x.numel(), (draws,), device=x.device)
 
 
 def project(x: Tensor, layers: Sequence[Projection], dropout: float = 0.0) -> tuple[Tensor, ...]:
     """Return the outputs [..., out] of layers that read `x` [..., in]; one dropout mask is drawn for all of them."""
     tensors = [tensor for layer in layers for tensor in layer[:4]]
     return _Project.apply(x, [layer.scale for layer in layers], dropout, *tensors)
-

@@ -1,6 +1,8 @@
 # Sourced by the other scripts: a virtual environment with lora in it, made once and again when its inputs change.
 #
-#   setup_venv FOLDER GROUP...     an editable install with these dependency groups; afterwards $python is set
+#   setup_venv FOLDER NAME...      an editable install with these dependency groups, or extras as '.[bench]'; afterwards
+#                                  $python is set
+#   choose_torch                   sets $which, uv's options for the torch of this machine; after setup_venv
 #
 # Which torch: with an NVIDIA GPU the registry's default; else a CPU build, where pip's find-links folder holds one
 # (constraints-cpu.txt); else uv's own choice for this machine.
@@ -22,7 +24,22 @@ setup_venv() {
     [ -x "$python" ] || python3 -m venv "$venv"
     "$python" -m pip install --quiet --disable-pip-version-check uv
 
-    local links which=()
+    choose_torch
+    local name target=. groups=()
+    for name in "$@"; do
+        case $name in
+            .\[*) target=$name ;;
+            *) groups+=(--group "$name") ;;
+        esac
+    done
+    "$venv/bin/uv" pip install --quiet --python "$python" ${which[@]+"${which[@]}"} \
+        --editable "$target" ${groups[@]+"${groups[@]}"}
+    echo "$stamp" >"$venv/.stamp"
+}
+
+choose_torch() {
+    local links
+    which=()
     links=$("$python" -m pip config get global.find-links 2>/dev/null || true)
     if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
         echo "torch: the default build, for the GPU that is here" >&2
@@ -34,8 +51,4 @@ setup_venv() {
         echo "torch: the CPU build" >&2
         which=(--torch-backend cpu)
     fi
-    local groups=()
-    for group in "$@"; do groups+=(--group "$group"); done
-    "$venv/bin/uv" pip install --quiet --python "$python" ${which[@]+"${which[@]}"} --editable . "${groups[@]}"
-    echo "$stamp" >"$venv/.stamp"
 }

@@ -1,7 +1,7 @@
 """Measure the preparation of data: memory, the second start, and tokens a second beside TRL's on the same file.
 
     python scripts/bench_data.py scale MODEL [--rows 1000000]   `lora check` twice on short rows; their memory
-    python scripts/bench_data.py peer MODEL [--rows 50000]      pairs of preparation, ours and TRL's (needs trl)
+    python scripts/bench_data.py peer MODEL [--rows 50000]      pairs of preparation, ours and TRL's (needs .[bench])
 
 MODEL is the folder of a model with a chat template, such as models/SmolLM2-135M-Instruct. TRL runs with one process and
 with as many as there are processors; its better run of each pair counts.

@@ -132,7 +132,7 @@ EDITS = [
     (84, "dataset", "float(replay.lengths.sum())", "(tokens * len(replay) / len(train))"),
     (85, "batches", "(epoch * some + index) % part.count", "index"),
     (86, "batches", "return max(1, int", "return max(0, int"),
-    (87, "attention", "x.split(lengths, dim=2)", "x.split([sum(lengths)], dim=2)"),
+    (87, "attention", "x.split(segments.lengths, dim=2)", "x.split([sum(segments.lengths)], dim=2)"),
     (ALSO, "layout", "packed = _agree(together, torch.cat(alone), dtype)", "packed = True"),
     (88, "loop", "(part.total / targets).backward()", "(part.total / part.targets / len(examples)).backward()"),
     (89, "loss", "self.targets + other.targets", "max(self.targets, other.targets)"),

@@ -227,7 +227,7 @@ def test_embedding_noise_is_scaled_drawn_from_the_seed_and_gone_after(
 
     assert torch.equal(*noisy)
     assert torch.equal(embed(batch.input_ids), plain)
-    lengths = [segment.length for segment in batch.segments]
+    lengths = batch.segments.lengths
     for length, part in zip(lengths, noisy[0][0].split(lengths), strict=True):
         bound = 5.0 / (length * 32) ** 0.5
         assert 0.8 * bound < float(part.abs().max()) <= bound * (1 + 1e-5)

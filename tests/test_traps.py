@@ -14,7 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHATML, build_examples, build_tokenizer, conversation, data_reader, one_batch, read_rows, write_rows
+from conftest import (
+    CHATML,
+    build_examples,
+    build_tokenizer,
+    conversation,
+    data_reader,
+    one_batch,
+    read_rows,
+    write_rows,
+)
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 

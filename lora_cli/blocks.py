@@ -1,0 +1,35 @@
+"""What is done to the decoder's blocks before training: recomputing their activations, compiling them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_cli.layout import decoder_blocks
+
+
+def recompute_activations(module: nn.Module) -> None:
+    """Keep only each block's input in a forward with gradients, and run the block again in the backward pass.
+
+    Dropout draws the same again. (Chen et al. 2016, arXiv 1604.06174.) The last block is left as it is: its activations
+    would be computed again at once, so nothing would be saved.
+    """
+    _, blocks = decoder_blocks(module)
+    for block in list(blocks)[:-1]:
+        block.forward = functools.partial(_recomputed, block.forward)
+
+
+def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    return checkpoint(forward, *inputs, use_reentrant=False, **options)
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Compile each block when it first runs; one compilation serves all blocks and all lengths."""
+    _, blocks = decoder_blocks(module)
+    for block in list(blocks)[1:-1]:
+        block.compile(dynamic=True)

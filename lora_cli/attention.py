@@ -13,7 +13,7 @@ _UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
 
 
 class Segment(NamedTuple):
-    """Neighbouring tokens of one sequence. `prefix` is the number of the segment that it continues, None at the start."""
+    """Neighbouring tokens of one sequence. `prefix` is the number of the segment they continue, None at the start."""
 
     length: int
     prefix: int | None = None
@@ -56,6 +56,8 @@ def packed_attention(
         raise NotImplementedError(f"packed attention has no {', '.join(wanted) or 'mask or dropout'}")
     if segments is None:
         raise NotImplementedError("the model does not pass segments on to its attention")
+    if query.is_meta:
+        return _WhatIsKept.apply(query, key, value), None
     queries, keys, values = (x.split(segments.lengths, dim=2) for x in (query, key, value))
     outputs = []
     for segment, q, k, v in zip(segments.segments, queries, keys, values, strict=True):
@@ -90,3 +92,17 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scaling: fl
     if visible is None:
         visible = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
     return scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+class _WhatIsKept(torch.autograd.Function):
+    """Attention on the meta device, where a fused kernel is not chosen: it keeps what that one would."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output)
+        return output.transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        raise NotImplementedError("there is nothing to go back to on the meta device")

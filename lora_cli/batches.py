@@ -3,6 +3,7 @@
 The plan is data: an epoch is a pure function of (mixture, seed, epoch), a step's micro-batches one of its examples.
 """
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,8 +103,7 @@ def shared_prefixes(examples: Sequence[Example], tokens: int) -> list[Group]:
     """
     order = sorted(range(len(examples)), key=lambda number: examples[number].input_ids)
     common = [
-        _common(examples[before].input_ids, examples[after].input_ids)
-        for before, after in zip(order, order[1:], strict=False)
+        _common(examples[before].input_ids, examples[after].input_ids) for before, after in itertools.pairwise(order)
     ]
     best: list[tuple[int, int, int]] = [(0, 0, 0)]  # (saved, where the last group begins, its prefix) up to each place
     for end in range(1, len(order) + 1):

@@ -13,13 +13,13 @@ from lora_cli.data_reader import News
 from lora_cli.dataset import Dataset
 from lora_cli.distributed import current_world
 from lora_cli.errors import DataError
-from lora_cli.forward import packed_tokens
 from lora_cli.layout import decoder_blocks
 from lora_cli.loop import Timetable
+from lora_cli.memory import estimate_memory
 from lora_cli.model import choose_dtype
 from lora_cli.prepare import Prepared, prepare
 from lora_cli.randomness import derive_seed
-from lora_cli.records import CheckReport, MemoryEstimate, RowPreview
+from lora_cli.records import CheckReport, RowPreview
 
 _SHOWN = 5  # rows, chosen at random
 _SHARE_OF_PEAK = 0.5  # of matrix products that a training step reaches
@@ -38,6 +38,7 @@ def check(config: RunConfig, row: str | None = None) -> Generator[News, None, Ch
     trainable = sum(config.lora.rank * (inputs + outputs) for inputs, outputs in shapes)
     total = sum(p.numel() for p in prepared.skeleton.parameters())
     device = current_world().device
+    memory = estimate_memory(prepared.header, config, int(train.examples.lengths.max()), device)
     shown = _some_rows(train.examples, config.seed) if row is None else _named_row(prepared, row)
     return CheckReport(
         train=prepared.train_counts,
@@ -47,12 +48,12 @@ def check(config: RunConfig, row: str | None = None) -> Generator[News, None, Ch
         examples_per_epoch=train.mixture.drawn,
         steps_per_epoch=timetable.steps_per_epoch,
         total_steps=timetable.total_steps,
-        seconds=estimate_seconds(prepared, timetable, total + trainable, config, device),
+        seconds=estimate_seconds(prepared, timetable, total + trainable, config, device, memory.tokens),
         previews=[RowPreview(example.where, examples.preview(example, prepared.header.tokenizer)) for example in shown],
         modules=dict(Counter(path.rsplit(".", 1)[-1] for path in prepared.targets)),
         trainable_parameters=trainable,
         total_parameters=total + trainable,
-        memory=estimate_memory(config, prepared, trainable, device),
+        memory=memory,
         notices=prepared.notices,
     )
 
@@ -80,7 +81,7 @@ def _named_row(prepared: Prepared, row: str) -> list[examples.Example]:
 
 
 def estimate_seconds(
-    prepared: Prepared, timetable: Timetable, parameters: int, config: RunConfig, device: torch.device
+    prepared: Prepared, timetable: Timetable, parameters: int, config: RunConfig, device: torch.device, tokens: int
 ) -> float:
     """Estimate how long training takes; rough, from the speed of a matrix product here, measured for a moment.
 
@@ -94,7 +95,7 @@ def estimate_seconds(
     evaluated = passes * prepared.validation_counts.tokens if prepared.validation_counts else 0
     operations = parameters * (4 * trained + 2 * evaluated)
     speed = _operations_a_second(choose_dtype(config.model.dtype, device), device) * _SHARE_OF_PEAK
-    forwards = (trained + evaluated / 3) / packed_tokens(config.train.micro_batch_tokens, device)
+    forwards = (trained + evaluated / 3) / tokens
     return operations / speed + forwards * len(decoder_blocks(prepared.skeleton)[1]) * _SECONDS_A_LAYER
 
 
@@ -107,24 +108,3 @@ def _operations_a_second(dtype: torch.dtype, device: torch.device) -> float:
         torch.mm(a, a)[0, 0].item()
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
-
-
-def estimate_memory(config: RunConfig, prepared: Prepared, trainable: int, device: torch.device) -> MemoryEstimate:
-    """Estimate the bytes training takes on a device; rough: right to about a third for dense decoders.
-
-    Activations are what autograd keeps of one micro-batch: about 24 hidden and 6 intermediate vectors a layer and
-    token (measured on SmolLM2-135M), and three copies of a chunk of logits.
-    """
-    base = sum(p.numel() for p in prepared.skeleton.parameters()) * choose_dtype(config.model.dtype, device).itemsize
-    text = prepared.header.config.get_text_config()
-    hidden = int(text.hidden_size)
-    intermediate = int(getattr(text, "intermediate_size", None) or 4 * hidden)
-    longest = prepared.train_counts.length_percentiles[-1]
-    packed = packed_tokens(config.train.micro_batch_tokens, device)
-    tokens = min(max(packed, longest), prepared.train_counts.tokens)
-    size = 4 if device.type == "cpu" else 2
-    layers = len(decoder_blocks(prepared.skeleton)[1])
-    head = 3 * 256 * int(text.vocab_size) * 4
-    activations = tokens * layers * (24 * hidden + 6 * intermediate) * size + head
-    adapter = 16 * trainable
-    return MemoryEstimate(base, adapter, activations, base + adapter + activations)

@@ -12,9 +12,9 @@ from lora_cli.distributed import current_world
 from lora_cli.errors import DataError
 from lora_cli.evaluate import evaluate
 from lora_cli.examples import Example, Tokenizer
-from lora_cli.forward import packed_tokens
 from lora_cli.generate import greedy
 from lora_cli.loss import LossSum
+from lora_cli.memory import tokens_worth_it
 from lora_cli.model import LanguageModel, end_tokens
 from lora_cli.records import DataCounts, EvalReport, Sample, Score
 from lora_cli.tuned import Result
@@ -29,7 +29,7 @@ def compare(path: Path, data_path: str | None, base: str | None, most_answers: i
     result = tuned.find(path, base)
     held_out, counts, name = _held_out(result, data_path)
     loaded = tuned.load(result, current_world().device)
-    tokens = packed_tokens("auto", loaded.device)
+    tokens = tokens_worth_it(loaded.device)
     tokenizer = result.header.tokenizer
 
     asked = _asked(held_out, most_answers)

@@ -227,10 +227,10 @@ def commented(model: str, train: str, output_dir: str) -> str:
             value = getattr(section, name)
             if isinstance(value, Section):
                 comment = (type(value).__doc__ or "").strip().rstrip(".").lower()
-                lines.append(f"{indent}{name}:".ljust(32) + f"# {comment}")
+                lines.append(f"{indent}{name}:".ljust(34) + f" # {comment}")
                 write(value, indent + "  ")
             else:
-                lines.append(f"{indent}{name}: {dump_inline(value)}".ljust(32) + f"# {field.description}")
+                lines.append(f"{indent}{name}: {dump_inline(value)}".ljust(34) + f" # {field.description}")
 
     write(config, "")
     return "\n".join(lines) + "\n"

@@ -102,6 +102,7 @@ def show_check(report: CheckReport, whole: bool) -> None:
     )
     memory = report.memory
     parts = f"base {_gb(memory.base)}, adapter {_gb(memory.adapter)}, activations {_gb(memory.activations)}"
+    parts += f"; {memory.tokens} tokens a forward"
     out.print(f"memory: about {_gb(memory.total)} ({parts})", markup=False)
     for notice in report.notices:
         out.print(f"note: {notice}", markup=False, soft_wrap=True)

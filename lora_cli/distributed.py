@@ -1,7 +1,9 @@
 """Where this process runs. One process, for now; what is said here is the only knowledge of devices and ranks."""
 
+import contextlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -25,6 +27,21 @@ def memory_error(error: BaseException) -> SurroundingsError | None:
             state="The step was not applied; the same command continues from the last checkpoint.",
         )
     return None
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that this process can still take on a device; None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    with contextlib.suppress(OSError, ValueError):  # a container's limit
+        most, taken = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, most - taken)
+    return free
 
 
 def current_world() -> World:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,6 @@ def form(model: LanguageModel) -> Form:
 def lay_out(model: LanguageModel, group: MicroBatch, examples: Sequence[Example]) -> Batch:
     """Return the batch of a micro-batch, on the model's device."""
     return collate(group, examples, model.device, padded=form(model) != "packed")
-
-
-def packed_tokens(setting: int | Literal["auto"], device: torch.device) -> int:
-    """Return how many tokens one forward sees."""
-    if setting == "auto":
-        return 8192 if device.type == "cuda" else 1024
-    return setting
 
 
 def _inputs(model: LanguageModel, batch: Batch) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from lora_cli.loss import HeadForm, head_logits
 class Layout:
     """How forward passes are laid out.
 
-    `packed`: several sequences in one row, none seeing another; `padded`: several rows, filled up on the right; neither:
-    one sequence a forward. `head`: how the logits follow from the decoder's last hidden state, None where they do not
-    in a known way. `tail`: the path of the last block's module that works on every token by itself and is followed by
-    nothing else that mixes tokens, so that only target positions need it; None where there is none.
+    `packed`: several sequences in one row, none seeing another; `padded`: several rows, filled up on the right;
+    neither: one sequence a forward. `head`: how the logits follow from the decoder's last hidden state, None where they
+    do not in a known way. `tail`: the path of the last block's module that works on every token by itself and is
+    followed by nothing else that mixes tokens, so that only target positions need it; None where there is none.
     """
 
     packed: bool
@@ -99,7 +99,7 @@ def probe(module: Any) -> Layout:
 
 
 def _find_head(module: Any, ids: Tensor, logits: Tensor) -> HeadForm | None:
-    """Return how logits [T, V] follow from the decoder's last hidden state, by the config's numbers; None if unknown."""
+    """Return how logits [T, V] follow from the last hidden state, by the config's numbers; None where unknown."""
     config = module.config.get_text_config()
     scales = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]
     divisor = getattr(config, "logits_scaling", None)

@@ -19,7 +19,7 @@ from lora_cli.distributed import memory_error
 from lora_cli.errors import AdapterError, Interrupted, TrainingStopped
 from lora_cli.evaluate import evaluate
 from lora_cli.examples import Example
-from lora_cli.forward import embedding_noise, form, lay_out, packed_tokens, share_inputs, target_loss
+from lora_cli.forward import embedding_noise, form, lay_out, share_inputs, target_loss
 from lora_cli.interrupt import StopRequest
 from lora_cli.loss import ZERO, LossSum
 from lora_cli.model import LanguageModel
@@ -61,8 +61,9 @@ class Loop:
         validation: Dataset | None,
         origin: Origin,
         stop: StopRequest,
+        tokens: int,
     ) -> None:
-        """Give the model a fresh adapter and an optimizer. `state` is then at step 0."""
+        """Give the model a fresh adapter and an optimizer. `state` is then at step 0; a forward sees `tokens`."""
         self.config = config
         self.run = run
         self.model = model
@@ -72,7 +73,7 @@ class Loop:
         self.origin = origin
         self.stop = stop
         self.timetable = Timetable.of(train.mixture.drawn, config)
-        self.tokens = packed_tokens(config.train.micro_batch_tokens, model.device)
+        self.tokens = tokens
         torch.set_flush_denormal(True)  # lora_B starts at zero: its first products are denormal, and slow on a CPU
         lora.apply_lora(model.module, config.lora, config.seed)
         share_inputs(model)

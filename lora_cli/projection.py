@@ -1,7 +1,7 @@
 """Base and update as one differentiable function, for all adapted layers that read the same input.
 
-y = x W + scale * (x A^T) B^T. Autograd would keep x twice and add whole outputs; here the update is accumulated into the
-base's output, the layers' A are one product, x is kept once, and W (frozen) gets no gradient.
+y = x W + scale * (x A^T) B^T. Autograd would keep x twice and add whole outputs; here the update is accumulated into
+the base's output, the layers' A are one product, x is kept once, and W (frozen) gets no gradient.
 """
 
 import math
@@ -26,9 +26,7 @@ class _Project(torch.autograd.Function):
     """All layers of one input; products in the input's dtype, sums over micro-batches in the adapter's."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scales: Sequence[float], dropout: float, *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, scales: Sequence[float], dropout: float, *tensors: Any) -> tuple[Tensor, ...]:
         weights, biases, As, Bs = (tensors[kind::4] for kind in range(4))
         inputs = x.reshape(-1, x.shape[-1])  # [T, in]
         seen, dropped = inputs, None

@@ -157,8 +157,9 @@ class RowPreview:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes during training."""
+    """Bytes during training; `total` holds the process itself too, where it lies in the same memory."""
 
+    tokens: int  # that one forward sees
     base: int
     adapter: int  # weights, gradients and both moments
     activations: int

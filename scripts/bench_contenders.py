@@ -141,7 +141,15 @@ def build_loop(job: Job, tokens: str) -> Any:
     )
     training = TrainingSet(Examples(job), Mixture((Part(0, len(job["rows"])),)))
     origin = Origin(job["model"], None, "", {})
-    return Loop(config, RunDir(Path(job["folder"])), load_ours(job), training, None, origin, StopRequest())
+    run = RunDir(Path(job["folder"]))
+    return Loop(config, run, load_ours(job), training, None, origin, StopRequest(), tokens_of(tokens))
+
+
+def tokens_of(setting: str) -> int:
+    """Return the tokens of a forward."""
+    from lora_cli.memory import tokens_worth_it
+
+    return tokens_worth_it(DEVICE) if setting == "auto" else int(setting)
 
 
 def run_ours(job: Job, turns: Turns, tokens: str) -> None:
@@ -373,7 +381,7 @@ def check(job: Job, turns: Turns, tokens: str) -> None:
     from lora_cli import lora
     from lora_cli.batches import micro_batches
     from lora_cli.config import LoraConfig
-    from lora_cli.forward import form, lay_out, packed_tokens, share_inputs, target_loss
+    from lora_cli.forward import form, lay_out, share_inputs, target_loss
 
     global DTYPE
     DTYPE, job["dropout"] = torch.float32, 0.0
@@ -386,7 +394,7 @@ def check(job: Job, turns: Turns, tokens: str) -> None:
     for name, parameter in lora.trainable(ours.module).items():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.02)
-    budget = packed_tokens("auto" if tokens == "auto" else int(tokens), DEVICE)
+    budget = tokens_of(tokens)
     total = 0.0
     for groups in micro_batches(examples, budget, form(ours), share=True):
         part = target_loss(ours, lay_out(ours, groups, examples))

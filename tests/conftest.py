@@ -60,6 +60,8 @@ def build_model(kind: str) -> Any:
     match kind:
         case "llama":
             config: Any = transformers.LlamaConfig(**common, **blocks, num_key_value_heads=2, tie_word_embeddings=True)
+        case "tall":
+            config = transformers.LlamaConfig(**common, **blocks | {"num_hidden_layers": 4})
         case "qwen3":
             config = transformers.Qwen3Config(**common, **blocks, num_key_value_heads=2, head_dim=16)
         case "gpt2":

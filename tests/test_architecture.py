@@ -46,6 +46,8 @@ FLOORS = [
     "checkpoint",
     "forward",
     "evaluate",
+    "blocks",
+    "memory",
     "prepare",
     "generate",
     "loop",

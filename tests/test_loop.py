@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_examples, conversation, one_batch, write_rows
+from conftest import build_examples, build_model, build_tokenizer, conversation, one_batch, write_rows
 
 from lora_cli import batches, checkpoint, config_file, lora, model, run_dir, storage
 from lora_cli.batches import Mixture, Part
@@ -26,7 +27,7 @@ from lora_cli.interrupt import StopRequest
 from lora_cli.loop import Timetable
 from lora_cli.loss import HeadForm, LossSum, head_logits, head_loss, logits_loss
 from lora_cli.optim import lr_at
-from lora_cli.records import Evaluated, Event, Finished, StepDone
+from lora_cli.records import Evaluated, Event, Finished, Notice, StepDone
 from lora_cli.run_dir import RunDir
 from lora_cli.train import train
 
@@ -38,6 +39,26 @@ def run(config: Path) -> list[Event]:
     return list(train(config_file.load(config), StopRequest()))
 
 
+def adapted(folder: str) -> model.LanguageModel:
+    """A model with an adapter that does something."""
+    config = ModelConfig(path=folder)
+    loaded = model.load_model(model.read_header(config), config, CPU)
+    lora.apply_lora(loaded.module, LoraConfig(rank=4), seed=0)
+    for _, layer in lora.lora_layers(loaded.module):
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    share_inputs(loaded)
+    return loaded
+
+
+def tall_model(folder: Path) -> str:
+    """A model with a block that is neither the first nor the last."""
+    path = folder / "tall"
+    if not path.exists():
+        build_model("tall").save_pretrained(path)
+        build_tokenizer().save_pretrained(path)
+    return str(path)
+
+
 # --- the numbers ---
 
 
@@ -46,12 +67,12 @@ def test_head_loss_equals_full_logits():
     torch.manual_seed(0)
     weight, bias = torch.randn(50, 16), torch.randn(50)
     labels = torch.randint(0, 50, (600,))
-    for use_bias, form in ((None, HeadForm()), (bias, HeadForm()), (bias, HeadForm(0.7)), (bias, HeadForm(2.5, 3.0))):
+    for use_bias, head in ((None, HeadForm()), (bias, HeadForm()), (bias, HeadForm(0.7)), (bias, HeadForm(2.5, 3.0))):
         ours = torch.randn(600, 16, requires_grad=True)
         theirs = ours.detach().clone().requires_grad_()
-        loss = head_loss(ours, weight, use_bias, labels, form)
+        loss = head_loss(ours, weight, use_bias, labels, head)
         (loss.total / 7).backward()
-        reference = logits_loss(head_logits(theirs, weight, use_bias, form), labels)
+        reference = logits_loss(head_logits(theirs, weight, use_bias, head), labels)
         (reference.total / 7).backward()
 
         assert abs(float(loss.total.detach() / reference.total.detach()) - 1) < 1e-6
@@ -70,14 +91,8 @@ def test_any_split_into_micro_batches_gives_the_same_step(
     kind: str, model_folder: Callable[[str], str], make_rows: Callable[[int], str]
 ):
     """Loss and gradients of a step agree to 1e-6 whether it is one forward, several, or one a sequence."""
-    config = ModelConfig(path=model_folder(kind))
-    header = model.read_header(config)
-    loaded = model.load_model(header, config, CPU)
-    lora.apply_lora(loaded.module, LoraConfig(rank=4), seed=0)
-    for _, layer in lora.lora_layers(loaded.module):
-        torch.nn.init.normal_(layer.lora_B, std=0.3)
-    found, _ = build_examples(make_rows(16), header.tokenizer)
-    share_inputs(loaded)
+    loaded = adapted(model_folder(kind))
+    found, _ = build_examples(make_rows(16))
     results = []
     for order in (found[:], found[::-1]):
         for tokens in (100_000, 150, 64, 0):
@@ -98,15 +113,81 @@ def test_any_split_into_micro_batches_gives_the_same_step(
         assert (gradients - results[0][1]).norm() <= 1e-6 * results[0][1].norm()
 
 
+def step_gradients(loaded: model.LanguageModel, examples: list[Example], tokens: int, share: bool) -> Any:
+    """(loss, gradients, tokens run) of one step."""
+    loaded.module.zero_grad()
+    total = tokens_run = 0.0
+    for groups in batches.micro_batches(examples, tokens, form(loaded), share):
+        batch = lay_out(loaded, groups, examples)
+        part = target_loss(loaded, batch)
+        part.total.backward()
+        total += float(part.total.detach())
+        tokens_run += batch.input_ids.numel()
+    return total, torch.cat([p.grad.flatten() for p in lora.trainable(loaded.module).values()]), tokens_run
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_shared_prefixes_run_once_and_change_nothing(kind: str, model_folder: Callable[[str], str]):
+    """Rows that begin alike, in part with trained tokens, some equal: fewer tokens, the same loss and gradients."""
+    loaded = adapted(model_folder(kind))
+    loaded.module.double()
+    prompts = [tuple(range(3, 33)), tuple(range(3, 23)) + tuple(range(60, 90))]
+    answers = [(100, 101, 102), (100, 101, 103, 104), (110,), (100, 101, 102)]
+    ids = [prompt + answer for prompt in prompts for answer in answers]
+    trained = [Example(one, (-100,) * (len(one) - 5) + one[-5:], "") for one in ids]
+    alone, shared = (step_gradients(loaded, trained, 150, share) for share in (False, True))
+
+    assert shared[2] < 0.4 * alone[2]
+    assert abs(shared[0] / alone[0] - 1) < 1e-6
+    assert (shared[1] - alone[1]).norm() <= 1e-6 * alone[1].norm()
+
+
+def test_nothing_is_shared_where_nothing_is_alike():
+    """Rows of unequal beginnings, or of too short an equal one, are laid out as without sharing."""
+    examples = [Example((7,) * 10 + (20 + n,) * (9 + n), (1,) * (19 + n), "") for n in range(6)]
+
+    assert batches.micro_batches(examples, 60, "packed", True) == batches.micro_batches(examples, 60, "packed", False)
+
+
+def test_the_best_prefixes_are_shared():
+    """A long prefix of two rows counts for more than a short one of three; no group runs more than the budget."""
+    short, long = (1,) * 20, (1,) * 20 + (2,) * 60
+    ids = [(*short, 5, 6), (*long, 7), (*long, 8), (3, 3)]
+    examples = [Example(one, one, "") for one in ids]
+    groups = batches.shared_prefixes(examples, 1000)
+
+    assert sorted(sorted(group.members) for group in groups) == [[0], [1, 2], [3]]
+    assert {group.prefix for group in groups} == {0, 80}
+    assert all(group.prefix == 0 for group in batches.shared_prefixes(examples, 81))
+
+
+@pytest.mark.parametrize("what", ["activation_checkpointing", "compile"])
+def test_recomputed_and_compiled_blocks_give_the_same_numbers(
+    what: str, make_config: Callable[..., Path], tmp_path: Path
+):
+    """The same losses and gradient norms, with dropout too."""
+    if what == "compile" and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs g++ on a CPU")
+    runs = []
+    for value in (False, True):
+        settings = {f"train.{what}": value, "lora.dropout": 0.1, "train.max_steps": 3, "data.validation": 0}
+        settings |= {"output_dir": str(tmp_path / f"run-{value}"), "model": tall_model(tmp_path)}
+        events = run(make_config(**settings))
+        runs.append([(event.loss, event.grad_norm) for event in events if isinstance(event, StepDone)])
+
+    for plain, changed in zip(*runs, strict=True):
+        assert changed == pytest.approx(plain, rel=1e-5)
+
+
 def test_micro_batches_hold_everything_once_within_the_budget():
     """Every index once; no micro-batch over the budget unless one example alone is."""
     examples = [Example((0,) * length, (0,) * length, "") for length in (5, 90, 30, 30, 40, 10, 200, 1)]
-    for form, count in (("packed", 4), ("padded", 5), ("single", 8)):
-        split = batches.micro_batches(examples, 100, form)
+    for way, count in (("packed", 4), ("padded", 5), ("single", 8)):
+        split = batches.micro_batches(examples, 100, way)
         sizes = [[len(examples[i]) for group in one for i in group.members] for one in split]
 
         assert sorted(i for one in split for group in one for i in group.members) == list(range(8))
-        assert all((len(one) * max(one) if form == "padded" else sum(one)) <= 100 or len(one) == 1 for one in sizes)
+        assert all((len(one) * max(one) if way == "padded" else sum(one)) <= 100 or len(one) == 1 for one in sizes)
         assert len(split) == count
 
 
@@ -468,6 +549,27 @@ def test_running_out_of_memory_is_explained(make_config: Callable[..., Path], mo
     monkeypatch.setattr("lora_cli.loop.target_loss", greedy)
     with pytest.raises(SurroundingsError, match="micro_batch_tokens"):
         run(make_config())
+
+
+def test_a_step_is_taken_again_with_less(
+    make_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Where smaller micro-batches need less memory, the run goes on with the same numbers and says so."""
+    settings = {"train.micro_batch_tokens": 10_000, "train.max_steps": 3, "data.validation": 0}
+    plain = [event.loss for event in run(make_config(**settings)) if isinstance(event, StepDone)]
+
+    def limited(loaded: model.LanguageModel, batch: batches.Batch) -> LossSum:
+        if batch.input_ids.numel() > 60:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return target_loss(loaded, batch)
+
+    monkeypatch.setattr("lora_cli.loop.target_loss", limited)
+    events = run(make_config(**settings, output_dir=str(tmp_path / "again")))
+    less = [event.loss for event in events if isinstance(event, StepDone)]
+    said = [event.text for event in events if isinstance(event, Notice) and "Memory ran out" in event.text]
+
+    assert less == pytest.approx(plain, rel=1e-5)
+    assert len(said) == len(set(said)) > 1
 
 
 def test_a_finished_run_says_so(make_config: Callable[..., Path]):

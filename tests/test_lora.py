@@ -17,6 +17,7 @@ from lora_cli.batches import Group
 from lora_cli.config import LoraConfig, ModelConfig
 from lora_cli.errors import AdapterError, ModelError
 from lora_cli.forward import lay_out, share_inputs, target_logits, target_loss
+from lora_cli.projection import Projection, project
 
 KINDS = ["llama", "qwen3", "gpt2"]
 CPU = torch.device("cpu")
@@ -378,3 +379,53 @@ def test_packed_sequences_do_not_see_each_other(kind: str, model_folder: Callabl
         alone = torch.cat([target_logits(loaded, one_batch([example])) for example in found])
 
     assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_dropout_is_drawn_once_for_an_input_and_is_right():
+    """A share of the elements is left out of the update, the rest counts for more; the base sees all of them."""
+    torch.manual_seed(0)
+    x = torch.ones(400, 50, dtype=torch.float64, requires_grad=True)
+    eye = torch.eye(50, dtype=torch.float64)
+    layers = [Projection(eye, None, eye.clone(), eye.clone(), 2.0)] * 2
+    first, second = project(x, layers, 0.3)
+    left_out = first == 1
+
+    assert torch.equal(first, second)
+    assert abs(float(left_out.double().mean()) - 0.3) < 0.01
+    assert torch.allclose(first[~left_out], torch.tensor(1 + 2 / 0.7, dtype=torch.float64))
+    first.sum().backward()
+    assert torch.allclose(x.grad, first.detach())
+
+
+def test_gradients_of_the_function_are_those_of_autograd():
+    """Every gradient, of layers with and without bias and of unequal ranks, equals that of the plain formula."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
+    weights = [(torch.randn(5, out).double(), torch.randn(out).double() if out == 4 else None) for out in (3, 4)]
+    pairs = [
+        tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((rank, 5), (out, rank)))
+        for rank, out in ((2, 3), (1, 4))
+    ]
+    layers = [Projection(W, b, A, B, 0.5) for (W, b), (A, B) in zip(weights, pairs, strict=True)]
+    inputs = (x, *(tensor for pair in pairs for tensor in pair))
+    plain = [x @ W + (0 if b is None else b) + 0.5 * (x @ A.T) @ B.T for W, b, A, B, _ in layers]
+    ours = project(x, layers)
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert torch.allclose(mine, theirs)
+    for mine, theirs in zip(
+        torch.autograd.grad(sum(y.sin().sum() for y in ours), inputs),
+        torch.autograd.grad(sum(y.sin().sum() for y in plain), inputs),
+        strict=True,
+    ):
+        assert torch.allclose(mine, theirs)
+
+
+def test_layers_of_one_input_are_computed_together(model_folder: Callable[[str], str]):
+    """q, k and v share theirs, gate and up theirs; o and down have one of their own."""
+    loaded, _ = load(model_folder("llama"))
+    lora.apply_lora(loaded.module, LoraConfig(rank=4), seed=0)
+    share_inputs(loaded)
+    names = {layer: path.rsplit(".", 1)[1] for path, layer in lora.lora_layers(loaded.module)}
+    groups = {tuple(names[each] for each in layer.shared.layers) for layer in names}
+
+    assert groups == {("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}

@@ -1,0 +1,93 @@
+"""How much memory training takes: from the tensors that a forward keeps, counted on torch's meta device."""
+
+import contextlib
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli import lora
+from lora_cli.attention import PACKED
+from lora_cli.batches import Group
+from lora_cli.config import RunConfig
+from lora_cli.distributed import free_memory
+from lora_cli.examples import Example
+from lora_cli.forward import lay_out, share_inputs, target_loss
+from lora_cli.layout import Layout, decoder_blocks
+from lora_cli.loss import CHUNK, HeadForm
+from lora_cli.model import LanguageModel, ModelHeader, build_skeleton, choose_dtype
+from lora_cli.records import MemoryEstimate
+
+# Measured on a CPU with scripts/bench: what a process takes that has imported everything, and what the allocator takes
+# for each byte of activations, its gaps and what a backward pass holds for a moment included.
+_PROCESS = 370 << 20
+_ALLOCATED = {"cpu": 1.9, "cuda": 1.2}
+_MOST_TOKENS = {"cpu": 640, "cuda": 8192}
+_FEWEST_TOKENS = 128
+_OPTIMIZER = 16  # bytes for each trained number: itself, its gradient, both moments
+
+
+def estimate_memory(
+    header: ModelHeader, config: RunConfig, longest: int, device: torch.device, tokens: int | None = None
+) -> MemoryEstimate:
+    """Estimate the bytes that training takes on a device, with the tokens that one forward sees.
+
+    These are `tokens`, else those the config says, else (auto) as many as are worth it and fit into what is free. A
+    sequence longer than that, up to `longest`, is a forward by itself.
+    """
+    dtype = choose_dtype(config.model.dtype, device)
+    own = replace(header, config=copy.deepcopy(header.config))  # its attention is changed below
+    skeleton = build_skeleton(own, config.model.trust_remote_code).to(dtype)
+    base = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
+    lora.apply_lora(skeleton, config.lora, config.seed)
+    adapter = sum(parameter.numel() for parameter in lora.trainable(skeleton).values()) * _OPTIMIZER
+    vocabulary = skeleton.get_input_embeddings().weight.shape[0]
+    a_token = _kept_by_a_token(skeleton, config) * _ALLOCATED[device.type]
+    fixed = base + adapter + (_PROCESS if device.type == "cpu" else 0)
+
+    def estimate(count: int) -> MemoryEstimate:
+        seen = max(count, longest)
+        activations = int(a_token * seen) + min(seen, CHUNK) * vocabulary * 4
+        return MemoryEstimate(count, base, adapter, activations, fixed + activations)
+
+    chosen = tokens or config.train.micro_batch_tokens
+    if chosen != "auto":
+        return estimate(chosen)
+    count, free = tokens_worth_it(device), free_memory(device)
+    while free is not None and count > _FEWEST_TOKENS and estimate(count).total > free:
+        count //= 2
+    return estimate(count)
+
+
+def tokens_worth_it(device: torch.device) -> int:
+    """Return how many tokens a forward sees where memory does not matter; more are hardly faster."""
+    return _MOST_TOKENS[device.type]
+
+
+def _kept_by_a_token(skeleton: nn.Module, config: RunConfig) -> float:
+    """Return the bytes that a forward keeps for its backward pass, for each token."""
+    length = 256
+    example = Example((0,) * length, (0,) * length, "tokens of no row")
+    params = {parameter.untyped_storage()._cdata for parameter in skeleton.parameters()}
+    own = str(skeleton.config._attn_implementation)
+    for packed in (True, False):
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with contextlib.suppress(NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+            skeleton.set_attn_implementation(PACKED if packed else own)
+            model = LanguageModel(skeleton, Layout(packed, not packed, HeadForm(), None), own)
+            share_inputs(model)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                target_loss(model, lay_out(model, (Group((0,)),), [example]))
+            found = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in params)
+            if config.train.activation_checkpointing:  # each block's input, and one block at a time
+                inputs = length * skeleton.config.get_text_config().hidden_size * skeleton.dtype.itemsize
+                blocks = max(1, len(decoder_blocks(skeleton)[1]))
+                found = blocks * inputs + found // blocks
+            return found / length
+    return 0.0

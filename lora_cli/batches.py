@@ -174,10 +174,20 @@ class Mixture:
         return drawn
 
 
-def plan_epoch(mixture: Mixture, batch_size: int, seed: int, epoch: int) -> list[Step]:
-    """Plan the steps of an epoch (the first is 0): what the mixture draws, in an order of its own for each epoch."""
+def plan_epoch(
+    mixture: Mixture, batch_size: int, seed: int, epoch: int, keys: Sequence[int] | None = None
+) -> list[Step]:
+    """Plan the steps of an epoch (the first is 0): what the mixture draws, in an order of its own for each epoch.
+
+    Examples with the same key (one for each example) stay together, where the first of them stands.
+    """
     order = mixture.draw(seed, epoch)
     random.Random(derive_seed(seed, "order", epoch)).shuffle(order)
+    if keys is not None:
+        first: dict[int, int] = {}
+        for place, index in enumerate(order):
+            first.setdefault(keys[index], place)
+        order.sort(key=lambda index: first[keys[index]])
     return [tuple(order[begin : begin + batch_size]) for begin in range(0, len(order), batch_size)]
 
 

@@ -1,6 +1,8 @@
 """What is done to the decoder's blocks before training: recomputing their activations, compiling them."""
 
 import functools
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lora_cli.errors import SurroundingsError
 from lora_cli.layout import decoder_blocks
 
 
@@ -29,7 +32,14 @@ def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> An
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compile each block when it first runs; one compilation serves all blocks and all lengths."""
+    """Compile the blocks when they first run; one compilation serves all of them and all lengths.
+
+    The first and the last stay as they are: their input needs no gradient, or only some rows are computed.
+    Raises SurroundingsError where there is no compiler.
+    """
+    compilers = [os.environ.get("CXX", "g++"), "clang++", "cl"]
+    if next(module.parameters()).device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise SurroundingsError("train.compile: needs a C++ compiler (g++) on a CPU, and none is installed.")
     _, blocks = decoder_blocks(module)
     for block in list(blocks)[1:-1]:
         block.compile(dynamic=True)

@@ -195,6 +195,10 @@ class TrainConfig(Section):
     micro_batch_tokens: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="tokens one forward sees"
     )
+    order: Literal["rows", "prompts"] = Field(
+        "rows", description="rows: shuffled one by one | prompts: rows with the same prompt stay together"
+    )
+    share_prefixes: Bool = Field(True, description="run once what rows of a step begin with alike; changes no number")
     activation_checkpointing: Bool = Field(
         False, description="compute activations again instead of keeping them: less memory, a third more time"
     )

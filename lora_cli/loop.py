@@ -111,7 +111,9 @@ class Loop:
         yield self._finish()
 
     def _plan(self, epoch: int) -> list[Step]:
-        return plan_epoch(self.mixture, self.config.train.batch_size, self.config.seed, epoch)
+        together = self.config.train.order == "prompts"
+        keys = self.train.column("prompt_keys").tolist() if together else None
+        return plan_epoch(self.mixture, self.config.train.batch_size, self.config.seed, epoch, keys)
 
     def _take_step(self, step: Step) -> Iterator[Notice | StepDone]:
         """Make one optimizer update."""
@@ -147,8 +149,9 @@ class Loop:
         """
         lora.set_dropout(self.model.module, active=True)
         targets = sum(example.targets for example in examples)
-        neftune_alpha = self.config.train.neftune_alpha  # draws noise for each sequence, so nothing is shared
-        plan = micro_batches(examples, self.tokens, form(self.model), share=neftune_alpha is None)
+        neftune_alpha = self.config.train.neftune_alpha
+        share = self.config.train.share_prefixes and neftune_alpha is None  # noise is drawn for each sequence
+        plan = micro_batches(examples, self.tokens, form(self.model), share)
         loss = ZERO
         try:
             for micro_batch, groups in enumerate(plan):

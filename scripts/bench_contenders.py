@@ -8,6 +8,7 @@ micro-batch, in examples; in tokens for ours. bench_step.py writes JOB.json and 
 environment without the other libraries, so each function imports its own.
 """
 
+import functools
 import json
 import os
 import sys
@@ -24,6 +25,13 @@ Row = dict[str, list[int]]  # input_ids, labels
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # of the frozen base, as lora's `dtype: auto`
+# Ours, and ours with one setting changed.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "unshared": {"share_prefixes": False},
+    "compiled": {"compile": True},
+    "recomputed": {"activation_checkpointing": True},
+}
 
 
 def peak_rss() -> int:
@@ -90,11 +98,18 @@ class Examples:
 
         from lora_cli.examples import Example
 
+        self.keys = job["keys"]
         self.examples = [Example(tuple(row["input_ids"]), tuple(row["labels"]), "") for row in job["rows"]]
         self.lengths = np.array([len(example) for example in self.examples])
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def column(self, name: str) -> Any:
+        """Return what rows with the same prompt have in common."""
+        import numpy as np
+
+        return np.array(self.keys)
 
     def __getitem__(self, index: int) -> Any:
         return self.examples[index]
@@ -112,7 +127,7 @@ def load_ours(job: Job, dtype: str = "auto") -> Any:
     return load_model(header, ModelConfig(path=job["model"], dtype=dtype), DEVICE)
 
 
-def build_loop(job: Job, tokens: str) -> Any:
+def build_loop(job: Job, tokens: str, name: str = "ours") -> Any:
     """Build the loop of `lora train` over the job's rows, without validation."""
     from lora_cli.adapter import Origin
     from lora_cli.batches import Mixture, Part
@@ -129,7 +144,8 @@ def build_loop(job: Job, tokens: str) -> Any:
         "schedule": "constant",
         "warmup_ratio": 0.0,
         "micro_batch_tokens": tokens if tokens == "auto" else int(tokens),
-    }
+        "order": job["order"],
+    } | VARIANTS[name]
     config = RunConfig(
         model=job["model"],
         lora={key: job[key] for key in ("rank", "alpha", "dropout")},
@@ -152,15 +168,15 @@ def tokens_of(setting: str) -> int:
     return tokens_worth_it(DEVICE) if setting == "auto" else int(setting)
 
 
-def run_ours(job: Job, turns: Turns, tokens: str) -> None:
+def run_ours(job: Job, turns: Turns, tokens: str, name: str = "ours") -> None:
     """Take steps with lora's own loop; the adapter it starts with is written down for the others."""
     import safetensors.torch
 
     from lora_cli import lora
     from lora_cli.records import StepDone
 
-    loop = build_loop(job, tokens)
-    start = {name: parameter.detach() for name, parameter in lora.trainable(loop.model.module).items()}
+    loop = build_loop(job, tokens, name)
+    start = {path: parameter.detach() for path, parameter in lora.trainable(loop.model.module).items()}
     safetensors.torch.save_file(start, job["start"])
     turns.ready()
     for event in loop:
@@ -461,8 +477,9 @@ def profile(job: Job, turns: Turns, tokens: str) -> None:
 def main() -> None:
     name, path, setting = sys.argv[1:]
     job = json.loads(Path(path).read_text())
-    functions = {"ours": run_ours, "hf": run_hf, "trl": run_trl, "litgpt": run_litgpt}
-    (functions | {"check": check, "profile": profile})[name](job, Turns(job), setting)
+    functions: dict[str, Any] = {name: functools.partial(run_ours, name=name) for name in VARIANTS}
+    functions |= {"hf": run_hf, "trl": run_trl, "litgpt": run_litgpt, "check": check, "profile": profile}
+    functions[name](job, Turns(job), setting)
 
 
 if __name__ == "__main__":

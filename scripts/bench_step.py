@@ -4,6 +4,7 @@
     scripts/bench --model FOLDER --data FILE   a real model, and the first rows of a file of prompts and completions
     scripts/bench tiny --losses 20             the losses of ours and of transformers' Trainer, step by step
     scripts/bench tiny --profile               where the time of one of our steps goes
+    scripts/bench --peers unshared,compiled    ours against ours with one setting changed
 
 Before anything is timed, our gradients are compared with PEFT's. Then each peer takes two steps at each micro-batch;
 at its fastest it takes steps in turn with ours: round after round, the order alternating. What counts are the ratios
@@ -43,6 +44,7 @@ from lora_cli.model import read_header
 ROOT = Path(__file__).resolve().parents[1]
 LITGPT_PYTHON = ROOT / ".venv-litgpt" / "bin" / "python"
 PEERS = ("hf", "trl", "litgpt")
+VARIANTS = ("unshared", "compiled", "recomputed")  # ours with one setting changed
 SHAPES: dict[str, tuple[type[Any], dict[str, int]]] = {
     "smol10": (  # SmolLM2-135M with 10 of its 30 layers
         transformers.LlamaConfig,
@@ -105,6 +107,11 @@ def real_rows(count: int, model: Path, data: Path, folder: Path) -> list[Row]:
     return [{"input_ids": list(one.input_ids), "labels": list(one.labels)} for one in examples[:count]]
 
 
+def prompt_length(row: Row) -> int:
+    """Return how many tokens stand before the first trained one."""
+    return next(place for place, label in enumerate(row["labels"]) if label != -100)
+
+
 def write_job(given: argparse.Namespace, folder: Path, steps: int) -> dict[str, Any]:
     """Write what all contenders read; `steps` are those that lora's own plan makes, so all see the same rows."""
     model = Path(given.model).resolve() if given.model else make_shape(given.shape)
@@ -113,7 +120,11 @@ def write_job(given: argparse.Namespace, folder: Path, steps: int) -> dict[str, 
         rows = real_rows(count, model, Path(given.data), folder)
     else:
         rows = random_rows(count, json.loads((model / "config.json").read_text())["vocab_size"])
-    plan = plan_epoch(Mixture((Part(0, count),)), BATCH_SIZE, SEED, epoch=0)
+    prompts = [tuple(row["input_ids"][: prompt_length(row)]) for row in rows]
+    numbers = {prompt: number for number, prompt in enumerate(prompts)}
+    keys = [numbers[prompt] for prompt in prompts]
+    together = keys if given.order == "prompts" else None
+    plan = plan_epoch(Mixture((Part(0, count),)), BATCH_SIZE, SEED, epoch=0, keys=together)
     job = {
         "model": str(model),
         "folder": str(folder / "run"),
@@ -123,7 +134,9 @@ def write_job(given: argparse.Namespace, folder: Path, steps: int) -> dict[str, 
         "dropout": given.dropout,
         "learning_rate": given.learning_rate,
         "seed": SEED,
+        "order": given.order,
         "rows": rows,
+        "keys": keys,
         "steps": [list(step) for step in plan],
     }
     (folder / "job.json").write_text(json.dumps(job))
@@ -272,6 +285,7 @@ def fastest_setting(name: str, folder: Path) -> tuple[str, dict[str, float]]:
 def measure(given: argparse.Namespace, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Let all contenders take steps in turn; print and return what was measured."""
     fixed = dict(one.split("=") for one in given.micro_batch.split(",") if one)
+    fixed |= dict.fromkeys(VARIANTS, given.tokens)
     sweeps = {name: fastest_setting(name, folder) for name in given.peers if name not in fixed}
     chosen = fixed | {name: setting for name, (setting, _) in sweeps.items()}
     rate = peak_rate()
@@ -281,6 +295,7 @@ def measure(given: argparse.Namespace, job: dict[str, Any], folder: Path) -> dic
         one.step()
     for number in range(given.pairs):
         for one in contenders if number % 2 == 0 else reversed(contenders):
+            time.sleep(1)  # threads of the one before go on spinning for a while
             one.step()
         speeds = ", ".join(f"{one.name} {one.taken[-1].speed:,.0f}" for one in contenders)
         print(f"round {number + 1}: {speeds} tokens/s", flush=True)
@@ -310,7 +325,7 @@ def summarise(contenders: list[Contender], rate: float, job: dict[str, Any]) -> 
         }
     print(f"\n{'':24}tokens/s  of floor  peak memory  ours is faster by (lowest, highest)")
     for name, result in results.items():
-        unit = "tokens" if name == "ours" else "micro-batch"
+        unit = "micro-batch" if name in PEERS else "tokens"
         label = f"{name} ({unit} {result['setting']})"
         line = f"{label:24}{result['speed']:8,.0f}  {result['share_of_floor']:8.0%}"
         line += f"  {result['peak'] / 2**30:7.2f} GiB"
@@ -354,9 +369,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("shape", nargs="?", choices=SHAPES, default="smol10")
     parser.add_argument("--model", help="the folder of a model, instead of a shape")
     parser.add_argument("--data", help="a .jsonl file of prompts and completions, instead of random rows")
-    parser.add_argument("--peers", default=",".join(PEERS), help="which peers, of " + ", ".join(PEERS))
+    parser.add_argument("--peers", default=",".join(PEERS), help="which peers, of " + ", ".join((*PEERS, *VARIANTS)))
     parser.add_argument("--micro-batch", default="", metavar="hf=1,trl=1", help="of these peers; the others are swept")
     parser.add_argument("--tokens", default="auto", help="train.micro_batch_tokens of ours")
+    parser.add_argument("--order", choices=["rows", "prompts"], default="rows", help="train.order")
     parser.add_argument("--pairs", type=int, default=5, help="rounds")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -366,7 +382,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     given = parser.parse_args()
     given.peers = [name for name in given.peers.split(",") if name]
-    if unknown := set(given.peers) - set(PEERS):
+    if unknown := set(given.peers) - {*PEERS, *VARIANTS}:
         parser.error(f"no peer is called {', '.join(sorted(unknown))}")
     if given.data and not given.model:
         parser.error("--data needs the tokenizer of a --model")

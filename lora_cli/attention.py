@@ -56,7 +56,7 @@ def packed_attention(
         raise NotImplementedError(f"packed attention has no {', '.join(wanted) or 'mask or dropout'}")
     if segments is None:
         raise NotImplementedError("the model does not pass segments on to its attention")
-    if query.is_meta:
+    if query.is_meta and softcap is None:
         return _WhatIsKept.apply(query, key, value), None
     queries, keys, values = (x.split(segments.lengths, dim=2) for x in (query, key, value))
     outputs = []

@@ -38,12 +38,14 @@ def estimate_memory(
     """
     dtype = choose_dtype(config.model.dtype, device)
     own = replace(header, config=copy.deepcopy(header.config))  # its attention is changed below
+    own.config.pad_token_id = None  # else some models look for padding, and there are no values here to look at
     skeleton = build_skeleton(own, config.model.trust_remote_code).to(dtype)
     base = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
-    lora.apply_lora(skeleton, config.lora, config.seed)
+    targets = lora.find_targets(skeleton, config.lora.target_modules)
+    lora.wrap(skeleton, dict.fromkeys(targets, (config.lora.rank, 1.0)))
     adapter = sum(parameter.numel() for parameter in lora.trainable(skeleton).values()) * _OPTIMIZER
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
-    a_token = _kept_by_a_token(skeleton, config) * _ALLOCATED[device.type]
+    a_token = kept_by_a_token(skeleton, config) * _ALLOCATED[device.type]
     fixed = base + adapter + (_PROCESS if device.type == "cpu" else 0)
 
     def estimate(count: int) -> MemoryEstimate:
@@ -65,9 +67,13 @@ def tokens_worth_it(device: torch.device) -> int:
     return _MOST_TOKENS[device.type]
 
 
-def _kept_by_a_token(skeleton: nn.Module, config: RunConfig) -> float:
-    """Return the bytes that a forward keeps for its backward pass, for each token."""
-    length = 256
+def kept_by_a_token(skeleton: nn.Module, config: RunConfig, length: int = 256) -> float:
+    """Return the bytes that a forward keeps for its backward pass, for each token; of an adapted model on any device.
+
+    Where the model cannot run on the meta device it is a rule of thumb: 40 vectors of the hidden size in each block.
+    """
+    a_vector = int(skeleton.config.get_text_config().hidden_size) * skeleton.dtype.itemsize
+    blocks = max(1, len(decoder_blocks(skeleton)[1]))
     example = Example((0,) * length, (0,) * length, "tokens of no row")
     params = {parameter.untyped_storage()._cdata for parameter in skeleton.parameters()}
     own = str(skeleton.config._attn_implementation)
@@ -86,8 +92,6 @@ def _kept_by_a_token(skeleton: nn.Module, config: RunConfig) -> float:
                 target_loss(model, lay_out(model, (Group((0,)),), [example]))
             found = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in params)
             if config.train.activation_checkpointing:  # each block's input, and one block at a time
-                inputs = length * skeleton.config.get_text_config().hidden_size * skeleton.dtype.itemsize
-                blocks = max(1, len(decoder_blocks(skeleton)[1]))
-                found = blocks * inputs + found // blocks
+                found = blocks * length * a_vector + found // blocks
             return found / length
-    return 0.0
+    return 40.0 * blocks * a_vector

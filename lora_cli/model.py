@@ -143,7 +143,7 @@ def build_skeleton(header: ModelHeader, trust_remote_code: bool = False) -> nn.M
     """Build the model without weights (on torch's meta device), to look at its layers. Raises ModelError."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(header.config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(header.config, trust_remote_code=trust_remote_code).eval()
     except ValueError as error:
         raise ModelError(
             f"{header.folder}: a {header.config.model_type} model is no causal language model: {str(error)[:120]}",

@@ -2,8 +2,9 @@
 
     python scripts/bench_growth.py [--json FILE] [--plot docs/growth.svg]
 
-On the shape of SmolLM2-135M with 10 layers, one thing is changed at a time; the unchanged setting is measured before each
-point, so that what is compared was measured together. What is predicted is the arithmetic of `scripts/bench`'s floor.
+On the shape of SmolLM2-135M with 10 layers, one thing is changed at a time; the unchanged setting is measured around
+each point, so that what is compared was measured together. What is predicted is the arithmetic behind the floor of
+scripts/bench.
 """
 
 import argparse

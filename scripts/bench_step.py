@@ -37,9 +37,10 @@ import transformers
 
 from lora_cli import lora
 from lora_cli.batches import Mixture, Part, plan_epoch
-from lora_cli.config import DataConfig, ModelConfig
+from lora_cli.config import DataConfig, ModelConfig, RunConfig
 from lora_cli.data_reader import DataReader, run_to_end
-from lora_cli.model import read_header
+from lora_cli.memory import estimate_memory
+from lora_cli.model import ModelHeader, read_header
 
 ROOT = Path(__file__).resolve().parents[1]
 LITGPT_PYTHON = ROOT / ".venv-litgpt" / "bin" / "python"
@@ -335,7 +336,31 @@ def summarise(contenders: list[Contender], rate: float, job: dict[str, Any]) -> 
     memory = results["ours"]["peak"] / results[best]["peak"]
     print(f"\nagainst the best peer, {best}: {results[best]['ratio']:.2f} times as fast, {memory:.2f} times its memory")
     print(f"matrix products: {rate / 1e9:,.0f} GFLOP/s")
-    return {"contenders": results, "best": best, "memory_ratio": memory, "matrix_product_rate": rate}
+    estimated, measured = estimated_memory(job, ours.setting), results["ours"]["peak"]
+    print(f"memory as lora check estimates it: {estimated / 2**30:.2f} GiB ({estimated / measured - 1:+.0%})")
+    return {
+        "contenders": results,
+        "best": best,
+        "memory_ratio": memory,
+        "estimated": estimated,
+        "matrix_product_rate": rate,
+    }
+
+
+def estimated_memory(job: dict[str, Any], tokens: str) -> int:
+    """Return the bytes that lora expects to take for ours."""
+    settings = {
+        "model": job["model"],
+        "lora": {"rank": job["rank"], "alpha": job["alpha"]},
+        "data": {"train": "rows"},
+        "train": {"micro_batch_tokens": tokens if tokens == "auto" else int(tokens)},
+        "output_dir": job["folder"],
+    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    longest = max(len(row["input_ids"]) for row in job["rows"])
+    config = RunConfig.model_validate(settings)
+    header = ModelHeader(Path(job["model"]), transformers.AutoConfig.from_pretrained(job["model"]), None, None)  # type: ignore[arg-type]
+    return estimate_memory(header, config, longest, device).total
 
 
 def compare_losses(given: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -16,10 +16,10 @@ import pytest
 import torch
 from conftest import build_examples, build_model, build_tokenizer, conversation, one_batch, write_rows
 
-from lora_cli import batches, checkpoint, config_file, lora, model, run_dir, storage
+from lora_cli import batches, checkpoint, config_file, lora, memory, model, run_dir, storage
 from lora_cli.batches import Mixture, Part
 from lora_cli.checkpoint import Stopping
-from lora_cli.config import LoraConfig, ModelConfig, TrainConfig
+from lora_cli.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
 from lora_cli.errors import AdapterError, ConfigError, DataError, Interrupted, SurroundingsError, TrainingStopped
 from lora_cli.examples import Example
 from lora_cli.forward import embedding_noise, form, lay_out, share_inputs, target_loss
@@ -177,6 +177,18 @@ def test_recomputed_and_compiled_blocks_give_the_same_numbers(
 
     for plain, changed in zip(*runs, strict=True):
         assert changed == pytest.approx(plain, rel=1e-5)
+
+
+def test_rows_of_a_prompt_stay_together():
+    """With keys, each epoch holds every example once, those of a key neighbours, in another order of keys."""
+    keys = [0, 1, 2, 0, 1, 2, 0, 3]
+    orders = [
+        [i for step in batches.plan_epoch(Mixture((Part(0, 8),)), 3, 0, epoch, keys) for i in step] for epoch in (0, 1)
+    ]
+    for order in orders:
+        assert sorted(order) == list(range(8))
+        assert len([0 for one, other in itertools.pairwise(order) if keys[one] != keys[other]]) == 3
+    assert orders[0] != orders[1]
 
 
 def test_micro_batches_hold_everything_once_within_the_budget():
@@ -570,6 +582,39 @@ def test_a_step_is_taken_again_with_less(
 
     assert less == pytest.approx(plain, rel=1e-5)
     assert len(said) == len(set(said)) > 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "bloom"])
+def test_memory_is_estimated_from_what_a_forward_keeps(kind: str, model_folder: Callable[[str], str]):
+    """Counted on the meta device, it is what the real model keeps, to a tenth."""
+    config = RunConfig.model_validate({"model": model_folder(kind), "data": {"train": "x"}, "output_dir": "x"})
+    header = model.read_header(config.model)
+    header.config.pad_token_id = None
+    skeleton = model.build_skeleton(header)
+    targets = lora.find_targets(skeleton, "all-linear")
+    lora.wrap(skeleton, dict.fromkeys(targets, (4, 1.0)))
+    counted = memory.kept_by_a_token(skeleton, config, length=128)
+    real = memory.kept_by_a_token(adapted(model_folder(kind)).module, config, length=128)
+
+    assert counted > 32 * 4 * 10
+    assert counted == pytest.approx(real, rel=0.1)
+
+
+def test_less_memory_means_fewer_tokens(model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch):
+    """`auto` takes what is worth it, and halves it until it fits into what is free; a number stays as it is."""
+    values = {"model": model_folder("llama"), "data": {"train": "x"}, "output_dir": "x"}
+    header = model.read_header(RunConfig.model_validate(values).model)
+
+    def tokens(free: int | None, **train: Any) -> memory.MemoryEstimate:
+        monkeypatch.setattr(memory, "free_memory", lambda device: free)
+        return memory.estimate_memory(header, RunConfig.model_validate(values | {"train": train}), 10, CPU)
+
+    enough = tokens(None)
+    assert enough.tokens == memory.tokens_worth_it(CPU)
+    assert tokens(enough.total).tokens == enough.tokens
+    assert tokens(enough.total - 1).tokens == enough.tokens // 2
+    assert tokens(1, micro_batch_tokens=5000).tokens == 5000
+    assert tokens(None, activation_checkpointing=True).activations < enough.activations
 
 
 def test_a_finished_run_says_so(make_config: Callable[..., Path]):

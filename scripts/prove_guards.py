@@ -133,7 +133,7 @@ EDITS = [
     (85, "batches", "(epoch * some + index) % part.count", "index"),
     (86, "batches", "return max(1, int", "return max(0, int"),
     (87, "attention", "x.split(segments.lengths, dim=2)", "x.split([sum(segments.lengths)], dim=2)"),
-    (ALSO, "layout", "packed = _agree(together, torch.cat(alone), dtype)", "packed = True"),
+    (ALSO, "layout", "return _agree(together[0], logits, module.dtype)", "return True"),
     (88, "loop", "(part.total / targets).backward()", "(part.total / part.targets / len(examples)).backward()"),
     (89, "loss", "self.targets + other.targets", "max(self.targets, other.targets)"),
     (90, "batches", 'derive_seed(seed, "order", epoch)', 'derive_seed(seed, "order", 0)'),

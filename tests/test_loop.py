@@ -453,12 +453,25 @@ def test_a_stopped_run_saves_and_goes_on(whole: tuple[Path, Path], number: int, 
     assert facts(tmp_path / "run") == facts(undisturbed)
 
 
+def wait_for_handler(process: int) -> None:
+    """Wait until a process catches SIGTERM, which Python itself does not; a few seconds where the system cannot say."""
+    status = Path(f"/proc/{process}/status")
+    if not status.exists():
+        time.sleep(3.0)
+        return
+    for _ in range(300):
+        caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
+        if int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.05)
+
+
 def test_a_stop_before_the_first_step_leaves_nothing(make_config: Callable[..., Path], tmp_path: Path):
     """While the model is still being loaded there is nothing to save; the process ends at once."""
     process = subprocess.Popen(cli("train", make_config()), stderr=subprocess.PIPE, text=True)
-    time.sleep(1.0)
+    wait_for_handler(process.pid)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=10)
+    _, said = process.communicate(timeout=30)
 
     assert process.returncode == 130
     assert "Traceback" not in said

@@ -200,7 +200,7 @@ class TrainConfig(Section):
     )
     share_prefixes: Bool = Field(True, description="run once what rows of a step begin with alike; changes no number")
     activation_checkpointing: Bool = Field(
-        False, description="compute activations again instead of keeping them: less memory, a third more time"
+        False, description="compute activations again instead of keeping them: less memory, more time"
     )
     compile: Bool = Field(False, description="torch.compile the model's blocks: for long runs, on a GPU above all")
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()

@@ -59,19 +59,19 @@ def micro_batches(examples: Sequence[Example], tokens: int, form: Form, share: b
     An example longer than the budget gets a micro-batch of its own. `share` puts packed examples together that begin
     with the same tokens.
     """
+    if form == "packed":
+        alone = [Group((number,)) for number in range(len(examples))]
+        return _first_fit(shared_prefixes(examples, tokens) if share else alone, examples, tokens)
     numbers = sorted(range(len(examples)), key=lambda number: (-len(examples[number]), number))
     if form == "single":
         return [(Group((number,)),) for number in numbers]
-    if form == "padded":
-        rows: list[list[int]] = []
-        for number in numbers:
-            if rows and (len(rows[-1]) + 1) * len(examples[rows[-1][0]]) <= tokens:
-                rows[-1].append(number)
-            else:
-                rows.append([number])
-        return [tuple(Group((number,)) for number in row) for row in rows]
-    groups = shared_prefixes(examples, tokens) if share else [Group((number,)) for number in numbers]
-    return _first_fit(groups, examples, tokens)
+    rows: list[list[int]] = []
+    for number in numbers:
+        if rows and (len(rows[-1]) + 1) * len(examples[rows[-1][0]]) <= tokens:
+            rows[-1].append(number)
+        else:
+            rows.append([number])
+    return [tuple(Group((number,)) for number in row) for row in rows]
 
 
 def _first_fit(groups: Sequence[Group], examples: Sequence[Example], tokens: int) -> list[MicroBatch]:

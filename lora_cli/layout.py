@@ -42,7 +42,6 @@ class Layout:
 @contextlib.contextmanager
 def only_rows(module: nn.Module, rows: Tensor) -> Iterator[None]:
     """Let a module compute only some rows of its input [B, T, D] (`rows` index B * T); the others' output is zero."""
-
     shape = torch.Size()
 
     def choose(_: nn.Module, inputs: Any) -> tuple[Tensor]:

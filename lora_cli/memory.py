@@ -28,13 +28,11 @@ _FEWEST_TOKENS = 128
 _OPTIMIZER = 16  # bytes for each trained number: itself, its gradient, both moments
 
 
-def estimate_memory(
-    header: ModelHeader, config: RunConfig, longest: int, device: torch.device, tokens: int | None = None
-) -> MemoryEstimate:
+def estimate_memory(header: ModelHeader, config: RunConfig, longest: int, device: torch.device) -> MemoryEstimate:
     """Estimate the bytes that training takes on a device, with the tokens that one forward sees.
 
-    These are `tokens`, else those the config says, else (auto) as many as are worth it and fit into what is free. A
-    sequence longer than that, up to `longest`, is a forward by itself.
+    These are those the config says, or (auto) as many as are worth it and fit into what is free. A sequence longer than
+    that, up to `longest`, is a forward by itself.
     """
     dtype = choose_dtype(config.model.dtype, device)
     own = replace(header, config=copy.deepcopy(header.config))  # its attention is changed below
@@ -53,9 +51,8 @@ def estimate_memory(
         activations = int(a_token * seen) + min(seen, CHUNK) * vocabulary * 4
         return MemoryEstimate(count, base, adapter, activations, fixed + activations)
 
-    chosen = tokens or config.train.micro_batch_tokens
-    if chosen != "auto":
-        return estimate(chosen)
+    if config.train.micro_batch_tokens != "auto":
+        return estimate(config.train.micro_batch_tokens)
     count, free = tokens_worth_it(device), free_memory(device)
     while free is not None and count > _FEWEST_TOKENS and estimate(count).total > free:
         count //= 2

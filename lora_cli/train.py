@@ -46,17 +46,18 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
     base_fingerprint = model.fingerprint(prepared.header.folder)
     environment = describe_environment(str(world.device), base_fingerprint, prepared.data_fingerprint())
     # A run that goes on keeps its micro-batches, whatever is free now: sums are rounded in the same order.
-    before = run_dir.read_environment(run).get("micro_batch_tokens")
-    longest = int(prepared.train.examples.lengths.max())
-    memory = estimate_memory(prepared.header, config, longest, world.device, tokens=before)
-    environment["micro_batch_tokens"] = memory.tokens
+    tokens = run_dir.read_environment(run).get("micro_batch_tokens") or config.train.micro_batch_tokens
+    if tokens == "auto":  # only then is the model looked at
+        longest = int(prepared.train.examples.lengths.max())
+        tokens = estimate_memory(prepared.header, config, longest, world.device).tokens
+    environment["micro_batch_tokens"] = tokens
     environment["validation_fingerprint"] = prepared.validation.fingerprint() if prepared.validation else None
     language_model = model.load_model(prepared.header, config.model, world.device)
     with run_dir.held(run):
         run_dir.create(run, config, environment)
         templates = prepared.template.files(*adapter.TEMPLATES) if prepared.template and prepared.templated else {}
         origin = adapter.Origin(config.model.path, config.model.revision, base_fingerprint, templates)
-        loop = Loop(config, run, language_model, prepared.train, prepared.validation, origin, stop, memory.tokens)
+        loop = Loop(config, run, language_model, prepared.train, prepared.validation, origin, stop, tokens)
         yield from loop.restore()
         trainable = sum(p.numel() for p in lora.trainable(language_model.module).values())
         yield Started(

@@ -66,7 +66,8 @@ def _logits(module: Any, ids: Tensor, **options: Any) -> Tensor:
     return module(input_ids=ids, use_cache=False, **options).logits.float()
 
 
-def _agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether two ways of computing give the same numbers, up to the rounding of a dtype."""
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
 
@@ -82,7 +83,7 @@ def probe(module: Any) -> Layout:
     ids = (torch.arange(3, 14, device=device) * 37 % vocabulary)[None]
     short, long = ids[:, :5], ids[:, 5:]
     alone = [_logits(module, sequence)[0] for sequence in (short, long)]
-    if not _agree(_logits(module, long[:, :3])[0], alone[1][:3], dtype):
+    if not agree(_logits(module, long[:, :3])[0], alone[1][:3], dtype):
         raise ModelError(
             f"A {module.config.model_type} model lets tokens see those after them: it cannot be trained here."
         )
@@ -90,7 +91,7 @@ def probe(module: Any) -> Layout:
     padded = False
     if head is not None:
         both = _logits(module, torch.cat([F.pad(short, (0, 1)), long]))
-        padded = _agree(torch.cat([both[0, :5], both[1]]), torch.cat(alone), dtype)
+        padded = agree(torch.cat([both[0, :5], both[1]]), torch.cat(alone), dtype)
     tail = _find_tail(module, long, alone[1]) if head is not None else None
     packed = _can_pack(module, [short, long], torch.cat(alone))
     module.set_attn_implementation(own)
@@ -114,7 +115,7 @@ def _find_head(module: Any, ids: Tensor, logits: Tensor) -> HeadForm | None:
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
             for form in forms:
                 ours = head_logits(hidden, embedding.weight, embedding.bias, form).float()
-                if _agree(ours, logits, module.dtype):
+                if agree(ours, logits, module.dtype):
                     return form
     return None
 
@@ -132,7 +133,7 @@ def _can_pack(module: Any, sequences: Sequence[Tensor], logits: Tensor) -> bool:
             first, second = (s.shape[1] for s in sequences)
             segments = Segments(Segment(first), Segment(2), Segment(second - 2, prefix=1))
             together = _logits(module, torch.cat(list(sequences), 1), position_ids=positions, segments=segments)
-            return _agree(together[0], logits, module.dtype)
+            return agree(together[0], logits, module.dtype)
     return False
 
 
@@ -152,11 +153,11 @@ def _find_tail(module: Any, ids: Tensor, logits: Tensor) -> str | None:
             _logits(module, ids)
             handle.remove()
             (x, output), *_ = seen
-            if not _agree(child(x[:, rows])[0], output[0, rows], module.dtype):
+            if not agree(child(x[:, rows])[0], output[0, rows], module.dtype):
                 continue
             with only_rows(child, rows):
                 ours = _logits(module, ids)[0]
-            if _agree(ours[rows], logits[rows], module.dtype):
+            if agree(ours[rows], logits[rows], module.dtype):
                 return f"{path}.{name}"
         handle.remove()
     return None

@@ -20,6 +20,7 @@ from lora_cli.errors import AdapterError, Interrupted, TrainingStopped
 from lora_cli.evaluate import evaluate
 from lora_cli.examples import Example
 from lora_cli.forward import embedding_noise, form, lay_out, share_inputs, target_loss
+from lora_cli.fused import fuse
 from lora_cli.interrupt import StopRequest
 from lora_cli.loss import ZERO, LossSum
 from lora_cli.model import LanguageModel
@@ -78,7 +79,9 @@ class Loop:
         lora.apply_lora(model.module, config.lora, config.seed)
         share_inputs(model)
         if config.train.compile:
-            compile_blocks(model.module)
+            compile_blocks(model.module)  # the compiler fuses by itself
+        else:
+            fuse(model.module)
         if config.train.activation_checkpointing:
             recompute_activations(model.module)
         self.parameters = list(lora.trainable(model.module).values())

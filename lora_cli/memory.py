@@ -14,6 +14,7 @@ from lora_cli.config import RunConfig
 from lora_cli.distributed import free_memory
 from lora_cli.examples import Example
 from lora_cli.forward import lay_out, share_inputs, target_loss
+from lora_cli.fused import fuse
 from lora_cli.layout import Layout, decoder_blocks
 from lora_cli.loss import CHUNK, HeadForm
 from lora_cli.model import LanguageModel, ModelHeader, build_skeleton, choose_dtype
@@ -74,6 +75,8 @@ def kept_by_a_token(skeleton: nn.Module, config: RunConfig, length: int = 256) -
     example = Example((0,) * length, (0,) * length, "tokens of no row")
     params = {parameter.untyped_storage()._cdata for parameter in skeleton.parameters()}
     own = str(skeleton.config._attn_implementation)
+    if not config.train.compile:
+        fuse(skeleton)
     for packed in (True, False):
         kept: dict[int, Tensor] = {}
 

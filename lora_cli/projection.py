@@ -1,15 +1,18 @@
 """Base and update as one differentiable function, for all adapted layers that read the same input.
 
 y = x W + scale * (x A^T) B^T. Autograd would keep x twice and add whole outputs; here the update is accumulated into
-the base's output, the layers' A are one product, x is kept once, and W (frozen) gets no gradient.
+the base's output, the layers' A are one product, x is kept once, and W (frozen) gets no gradient. An x that is cheap to
+make of tensors that are kept anyway is not kept: it is made again.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+Make = Callable[..., Tensor]  # elementwise: of tensors [..., in], one [..., in]
 
 
 class Projection(NamedTuple):
@@ -23,11 +26,18 @@ class Projection(NamedTuple):
 
 
 class _Project(torch.autograd.Function):
-    """All layers of one input; products in the input's dtype, sums over micro-batches in the adapter's."""
+    """All layers of one input; products in the input's dtype, sums over micro-batches in the adapter's.
+
+    `sources` of the tensors come first: the input itself, or what `make` makes it of.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Sequence[float], dropout: float, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, make: Make | None, sources: int, scales: Sequence[float], dropout: float, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        made_of, tensors = tensors[:sources], tensors[sources:]
         weights, biases, As, Bs = (tensors[kind::4] for kind in range(4))
+        x = make(*made_of) if make else made_of[0]
         inputs = x.reshape(-1, x.shape[-1])  # [T, in]
         seen, dropped = inputs, None
         if dropout:
@@ -42,14 +52,25 @@ class _Project(torch.autograd.Function):
             part.mul_(scale / (1 - dropout))
             output = torch.mm(inputs, weight) if bias is None else torch.addmm(bias, inputs, weight)
             outputs.append(output.addmm_(part, B.to(x.dtype).T).view(*x.shape[:-1], -1))
-        ctx.save_for_backward(seen, dropped, low, A, *weights, *Bs)
-        ctx.scales, ctx.dropout, ctx.ranks = scales, dropout, ranks
+        ctx.save_for_backward(dropped, low, A, *(made_of if make else [seen]), *weights, *Bs)
+        ctx.make, ctx.sources, ctx.scales, ctx.dropout, ctx.ranks = make, sources, scales, dropout, ranks
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        seen, dropped, low, A, *rest = ctx.saved_tensors
+        dropped, low, A, *rest = ctx.saved_tensors
+        made_of, rest = rest[: ctx.sources], rest[ctx.sources :]
         weights, Bs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        seen = made_of[0]
+        if ctx.make:
+            made_of = [source.detach().requires_grad_() for source in made_of]
+            with torch.enable_grad():
+                x = ctx.make(*made_of)
+            seen = x.detach().reshape(-1, x.shape[-1])
+            if dropped is not None:
+                seen = seen.clone()
+                seen.view(-1).index_fill_(0, dropped, 0.0)
+        wanted = ctx.needs_input_grad[4 : 4 + ctx.sources]
         grad_x, grad_low, grad_Bs = None, [], []
         for weight, B, scale, part, grad in zip(
             weights, Bs, ctx.scales, low.split(ctx.ranks, dim=1), grad_outputs, strict=True
@@ -57,7 +78,7 @@ class _Project(torch.autograd.Function):
             grad_output = grad.reshape(-1, grad.shape[-1])  # [T, out]
             grad_Bs.append((grad_output.T @ part).to(B.dtype))
             grad_low.append((grad_output @ B.to(A.dtype)).mul_(scale / (1 - ctx.dropout)))
-            if not ctx.needs_input_grad[0]:  # below the first adapted layer there is nothing to train
+            if not any(wanted):  # below the first adapted layer there is nothing to train
                 continue
             grad_x = grad_output @ weight.T if grad_x is None else grad_x.addmm_(grad_output, weight.T)
         together = torch.cat(grad_low, dim=1)  # [T, all ranks]
@@ -70,8 +91,11 @@ class _Project(torch.autograd.Function):
                 update.view(-1).index_fill_(0, dropped, 0.0)
                 grad_x.add_(update)
             grad_x = grad_x.view(*grad_outputs[0].shape[:-1], -1)
+        grads = (grad_x,)
+        if ctx.make:
+            grads = (None,) * ctx.sources if grad_x is None else torch.autograd.grad(x, made_of, grad_x)
         flat = (gradient for A_B in zip(grad_As, grad_Bs, strict=True) for gradient in (None, None, *A_B))
-        return (grad_x, None, None, *flat)
+        return (None, None, None, None, *grads, *flat)
 
 
 def draw_dropped(x: Tensor, dropout: float) -> Tensor:
@@ -84,7 +108,13 @@ def draw_dropped(x: Tensor, dropout: float) -> Tensor:
     return torch.randint(x.numel(), (draws,), device=x.device)
 
 
-def project(x: Tensor, layers: Sequence[Projection], dropout: float = 0.0) -> tuple[Tensor, ...]:
-    """Return the outputs [..., out] of layers that read `x` [..., in]; one dropout mask is drawn for all of them."""
+def project(
+    x: Tensor | tuple[Tensor, ...], layers: Sequence[Projection], dropout: float = 0.0, make: Make | None = None
+) -> tuple[Tensor, ...]:
+    """Return the outputs [..., out] of layers that read `x` [..., in], or what `make` makes of the tensors `x`.
+
+    One dropout mask is drawn for all of them.
+    """
+    sources = x if isinstance(x, tuple) else (x,)
     tensors = [tensor for layer in layers for tensor in layer[:4]]
-    return _Project.apply(x, [layer.scale for layer in layers], dropout, *tensors)
+    return _Project.apply(make, len(sources), [layer.scale for layer in layers], dropout, *sources, *tensors)

@@ -401,6 +401,7 @@ def check(job: Job, turns: Turns, tokens: str) -> None:
     from lora_cli.batches import micro_batches
     from lora_cli.config import LoraConfig
     from lora_cli.forward import form, lay_out, share_inputs, target_loss
+    from lora_cli.fused import fuse
 
     global DTYPE
     DTYPE, job["dropout"] = torch.float64, 0.0
@@ -410,6 +411,7 @@ def check(job: Job, turns: Turns, tokens: str) -> None:
     lora.apply_lora(ours.module, LoraConfig(rank=job["rank"], alpha=job["alpha"]), job["seed"])
     ours.module.double()
     share_inputs(ours)
+    fuse(ours.module)
     torch.manual_seed(job["seed"])
     for name, parameter in lora.trainable(ours.module).items():
         if name.endswith("lora_B"):

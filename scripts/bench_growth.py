@@ -28,6 +28,7 @@ from lora_cli.batches import micro_batches
 from lora_cli.config import LoraConfig, ModelConfig
 from lora_cli.examples import Example
 from lora_cli.forward import form, lay_out, share_inputs, target_loss
+from lora_cli.fused import fuse
 from lora_cli.model import LanguageModel, ModelHeader, load_model
 
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -89,6 +90,7 @@ class Models:
             model = load_model(header, ModelConfig(path=str(path)), DEVICE)
             lora.apply_lora(model.module, LoraConfig(rank=rank, alpha=rank), 0)
             share_inputs(model)
+            fuse(model.module)
             for parameter in lora.trainable(model.module).values():
                 parameter.grad = torch.zeros_like(parameter)
             self.made[layers, rank] = model

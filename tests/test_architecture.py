@@ -46,6 +46,7 @@ FLOORS = [
     "checkpoint",
     "forward",
     "evaluate",
+    "fused",
     "blocks",
     "memory",
     "prepare",

@@ -23,6 +23,7 @@ from lora_cli.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
 from lora_cli.errors import AdapterError, ConfigError, DataError, Interrupted, SurroundingsError, TrainingStopped
 from lora_cli.examples import Example
 from lora_cli.forward import embedding_noise, form, lay_out, share_inputs, target_loss
+from lora_cli.fused import fuse
 from lora_cli.interrupt import StopRequest
 from lora_cli.loop import Timetable
 from lora_cli.loss import HeadForm, LossSum, head_logits, head_loss, logits_loss
@@ -47,6 +48,7 @@ def adapted(folder: str) -> model.LanguageModel:
     for _, layer in lora.lora_layers(loaded.module):
         torch.nn.init.normal_(layer.lora_B, std=0.3)
     share_inputs(loaded)
+    fuse(loaded.module)
     return loaded
 
 

@@ -17,6 +17,7 @@ from lora_cli.batches import Group
 from lora_cli.config import LoraConfig, ModelConfig
 from lora_cli.errors import AdapterError, ModelError
 from lora_cli.forward import lay_out, share_inputs, target_logits, target_loss
+from lora_cli.fused import fuse
 from lora_cli.projection import Projection, project
 
 KINDS = ["llama", "qwen3", "gpt2"]
@@ -129,6 +130,7 @@ def test_loss_and_gradients_equal_pefts(kind: str, model_folder: Callable[[str],
     source = write_rows(tmp_path / "r.jsonl", [conversation(n) for n in range(6)])
     found, _ = build_examples(source, header.tokenizer)
     share_inputs(loaded)
+    fuse(loaded.module)
     everything = tuple(Group((number,)) for number in range(len(found)))
     loss = target_loss(loaded, lay_out(loaded, everything, found))
     loss.total.backward()

@@ -62,7 +62,7 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         gradient = torch.empty_like(hidden)  # [N, D]
         for part in _chunks(len(labels)):
-            logits = F.linear(hidden[part], weight, bias).float()  # [C, V]
+            logits = _wide(F.linear(hidden[part], weight, bias))  # [C, V]
             if form.scale != 1.0:
                 logits.mul_(form.scale)
             capped = None
@@ -78,7 +78,7 @@ class _HeadLoss(torch.autograd.Function):
             exponentials.scatter_add_(1, picked, -sums)  # sums * (softmax - one-hot)
             if capped is not None:
                 exponentials.mul_(1 - capped.square_())
-            if weight.dtype == torch.float32:  # divided behind the product, where there is less to divide
+            if weight.dtype == logits.dtype:  # divided behind the product, where there is less to divide
                 torch.mm(exponentials, weight, out=gradient[part])
                 gradient[part].mul_(form.scale / sums)
             else:
@@ -90,6 +90,11 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_total.to(gradient.dtype), None, None, None, None
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Return logits in float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _chunks(count: int) -> Iterator[slice]:
@@ -116,6 +121,6 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: HeadF
 
 def logits_loss(logits: Tensor, labels: Tensor) -> LossSum:
     """Return the loss of `logits` [N, V] against `labels` [N]; for heads that are not a plain linear layer."""
-    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    losses = F.cross_entropy(_wide(logits), labels, reduction="none")
     correct = 0 if torch.is_grad_enabled() else int((logits.argmax(-1) == labels).sum())
     return LossSum(losses.sum(dtype=torch.float64), len(labels), correct)

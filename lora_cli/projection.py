@@ -39,11 +39,8 @@ class _Project(torch.autograd.Function):
         weights, biases, As, Bs = (tensors[kind::4] for kind in range(4))
         x = make(*made_of) if make else made_of[0]
         inputs = x.reshape(-1, x.shape[-1])  # [T, in]
-        seen, dropped = inputs, None
-        if dropout:
-            dropped = draw_dropped(inputs, dropout)
-            seen = inputs.clone()
-            seen.view(-1).index_fill_(0, dropped, 0.0)
+        dropped = draw_dropped(inputs, dropout) if dropout else None
+        seen = _without(inputs, dropped)
         A = torch.cat([each.to(x.dtype) for each in As])  # [all ranks, in]
         low = seen @ A.T  # [T, all ranks]
         ranks = [len(each) for each in As]
@@ -66,10 +63,7 @@ class _Project(torch.autograd.Function):
             made_of = [source.detach().requires_grad_() for source in made_of]
             with torch.enable_grad():
                 x = ctx.make(*made_of)
-            seen = x.detach().reshape(-1, x.shape[-1])
-            if dropped is not None:
-                seen = seen.clone()
-                seen.view(-1).index_fill_(0, dropped, 0.0)
+            seen = _without(x.detach().reshape(-1, x.shape[-1]), dropped)
         wanted = ctx.needs_input_grad[4 : 4 + ctx.sources]
         grad_x, grad_low, grad_Bs = None, [], []
         for weight, B, scale, part, grad in zip(
@@ -106,6 +100,15 @@ def draw_dropped(x: Tensor, dropout: float) -> Tensor:
     """
     draws = round(-x.numel() * math.log1p(-dropout))
     return torch.randint(x.numel(), (draws,), device=x.device)
+
+
+def _without(x: Tensor, dropped: Tensor | None) -> Tensor:
+    """Return x with the dropped elements at zero; x itself where none are."""
+    if dropped is None:
+        return x
+    seen = x.clone()
+    seen.view(-1).index_fill_(0, dropped, 0.0)
+    return seen
 
 
 def project(

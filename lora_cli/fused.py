@@ -1,11 +1,13 @@
-"""RMSNorm and the gated MLP in fewer operations, which keep less for the backward pass.
+"""RMSNorm, the gated MLP and rotary positions in fewer operations, which keep less for the backward pass.
 
 As in `layout`, no name decides alone: a part is replaced where a trial gives the numbers of its own forward. Without
 gradients, each part runs as it was.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -17,11 +19,16 @@ from lora_cli.projection import project
 
 
 def fuse(model: nn.Module) -> None:
-    """Replace the forward of every RMSNorm, and of every gated MLP whose last layer is adapted, in place."""
+    """Replace the forward of every RMSNorm, gated MLP with an adapted last layer, and attention with rotary positions.
+
+    All in place, and in this model only.
+    """
     for module in model.modules():
         ours = _fused_norm(module) or _fused_mlp(module)
         if ours is not None:
             module.forward = functools.partial(_with_gradients, ours, module.forward)
+        elif turned := _with_our_rotation(module):
+            module.forward = turned
 
 
 def _with_gradients(
@@ -103,3 +110,64 @@ def _same(module: nn.Module, ours: Callable[[Tensor], Tensor], x: Tensor) -> boo
         return x.is_meta or agree(ours(x), theirs, x.dtype)
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
+
+
+class _Rotate(torch.autograd.Function):
+    """x turned by its position, in halves: x cos + (-x_2, x_1) sin (Su et al. 2021, arXiv 2104.09864).
+
+    It keeps cos and sin [1, 1, T, D] only, which all blocks share.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [1, heads, T, D] -> [1, heads, T, D]
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        turned = x * cos
+        turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return turned
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        half = cos.shape[-1] // 2
+        grad = grad_output * cos
+        grad[..., :half].addcmul_(grad_output[..., half:], sin[..., half:])
+        grad[..., half:].addcmul_(grad_output[..., :half], sin[..., :half], value=-1)
+        return grad, None, None
+
+
+_ROTARY = "apply_rotary_pos_emb"  # the function of this name that a model's file has beside its attention
+
+
+def _with_our_rotation(module: nn.Module) -> Callable[..., Any] | None:
+    """Return a forward that is the module's own but for the rotation of queries and keys; None where it has none.
+
+    Its code is given another name space, so that no other model is touched.
+    """
+    forward = type(module).forward
+    if getattr(forward, "__globals__", {}).get("__name__") == "transformers.utils.deprecation":
+        forward = inspect.unwrap(forward)  # what is around it only takes old names of arguments
+    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
+        return None
+    theirs: Callable[..., Any] = forward.__globals__[_ROTARY]
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
+        whole = q.shape[-1] == k.shape[-1] == cos.shape[-1] and cos.ndim == 3 and q.dtype == cos.dtype
+        if others or options or not whole or not torch.is_grad_enabled():
+            return theirs(q, k, cos, sin, *others, **options)
+        cos, sin = cos[:, None], sin[:, None]
+        return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+
+    names = {**forward.__globals__, _ROTARY: rotate}
+    ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    x = torch.linspace(-1, 1, 48).view(1, 2, 3, 8)
+    cos, sin = (torch.linspace(-1, 1, 24).roll(shift).view(1, 3, 8) for shift in (0, 5))
+    try:
+        with torch.enable_grad():
+            pairs = zip(rotate(x, -x, cos, sin), theirs(x, -x, cos, sin), strict=True)
+            same = all(agree(mine, other, x.dtype) for mine, other in pairs)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return MethodType(ours, module) if same else None

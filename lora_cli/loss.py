@@ -61,8 +61,15 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         gradient = torch.empty_like(hidden)  # [N, D]
+        room: Tensor | None = None  # one for all chunks: memory that is new in each is slow to write to
         for part in _chunks(len(labels)):
-            logits = _wide(F.linear(hidden[part], weight, bias))  # [C, V]
+            x = hidden[part]
+            if room is None:
+                room = x.new_empty(len(x), len(weight))
+            logits = torch.mm(x, weight.T, out=room[: len(x)])  # [C, V]
+            if bias is not None:
+                logits += bias
+            logits = _wide(logits)
             if form.scale != 1.0:
                 logits.mul_(form.scale)
             capped = None

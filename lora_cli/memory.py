@@ -24,7 +24,7 @@ from lora_cli.records import MemoryEstimate
 # for each byte of activations, its gaps and what a backward pass holds for a moment included.
 _PROCESS = 370 << 20
 _ALLOCATED = {"cpu": 1.9, "cuda": 1.2}
-_MOST_TOKENS = {"cpu": 640, "cuda": 8192}
+_MOST_TOKENS = {"cpu": 1024, "cuda": 8192}
 _FEWEST_TOKENS = 128
 _OPTIMIZER = 16  # bytes for each trained number: itself, its gradient, both moments
 

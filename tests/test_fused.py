@@ -1,10 +1,11 @@
-"""RMSNorm and gated MLP in one function: found by trying, equal to what they replace, and keeping less."""
+"""RMSNorm, gated MLP and rotary positions: found by trying, equal to what they replace, and keeping less."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 from lora_cli import lora, memory
 from lora_cli.config import LoraConfig, ModelConfig, RunConfig
@@ -30,18 +31,29 @@ def replaced(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "norms", "gated"),
-    [("llama", 5, 2), ("qwen3", 9, 2), ("gemma2", 9, 2), ("granite", 5, 2), ("gpt2", 0, 0), ("cohere", 0, 2)],
+    ("kind", "norms", "gated", "turned"),
+    [
+        ("llama", 5, 2, 2),
+        ("qwen3", 9, 2, 2),
+        ("gemma2", 9, 2, 2),
+        ("granite", 5, 2, 2),
+        ("gpt2", 0, 0, 0),
+        ("cohere", 0, 2, 0),
+    ],
 )
-def test_what_is_replaced(kind: str, norms: int, gated: int, model_folder: Callable[[str], str]):
-    """Every RMSNorm (Gemma's too, which scales by 1 + weight) and every gated MLP; no LayerNorm, no plain MLP."""
+def test_what_is_replaced(kind: str, norms: int, gated: int, turned: int, model_folder: Callable[[str], str]):
+    """Every RMSNorm (Gemma's too, which scales by 1 + weight), every gated MLP, and rotary positions in halves.
+
+    No LayerNorm, no plain MLP, and not Cohere's rotation of neighbours.
+    """
     module = build(model_folder(kind))
     fuse(module)
     found = replaced(module)
 
     assert len([path for path in found if "norm" in path]) == norms
     assert len([path for path in found if path.endswith("mlp")]) == gated
-    assert len(found) == norms + gated
+    assert len([path for path in found if path.endswith("attn")]) == turned
+    assert len(found) == norms + gated + turned
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "granite", "cohere"])
@@ -77,6 +89,18 @@ def test_an_mlp_that_does_more_stays_as_it_is(model_folder: Callable[[str], str]
 
     assert not {"model.layers.0.mlp", "model.layers.0.input_layernorm"} & set(replaced(module))
     assert "model.layers.1.mlp" in replaced(module)
+
+
+def test_no_other_model_gets_our_rotation(model_folder: Callable[[str], str]):
+    """The function in transformers' file stays, and so does the forward of a model that is not fused."""
+    modules = [build(model_folder("llama")) for _ in range(2)]
+    attention, other = (module.get_submodule("model.layers.0.self_attn") for module in modules)
+    theirs = modeling_llama.apply_rotary_pos_emb
+    fuse(modules[0])
+
+    assert attention.forward.__globals__["apply_rotary_pos_emb"] is not theirs
+    assert modeling_llama.apply_rotary_pos_emb is theirs
+    assert "forward" not in vars(other)
 
 
 def test_the_base_and_evaluation_run_as_before(model_folder: Callable[[str], str]):

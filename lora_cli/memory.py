@@ -20,10 +20,10 @@ from lora_cli.loss import CHUNK, HeadForm
 from lora_cli.model import LanguageModel, ModelHeader, build_skeleton, choose_dtype
 from lora_cli.records import MemoryEstimate
 
-# Measured on a CPU with scripts/bench: what a process takes that has imported everything, and what the allocator takes
-# for each byte of activations, its gaps and what a backward pass holds for a moment included.
-_PROCESS = 370 << 20
-_ALLOCATED = {"cpu": 1.9, "cuda": 1.2}
+# Measured on a CPU with scripts/bench: what a process takes that has imported everything, and what a backward pass
+# holds for a moment, the allocator's gaps included, in activations of a block. The number for a GPU is a guess.
+_PROCESS = 440 << 20
+_PASSING = {"cpu": 5.5, "cuda": 2.0}
 _MOST_TOKENS = {"cpu": 1024, "cuda": 8192}
 _FEWEST_TOKENS = 128
 _OPTIMIZER = 16  # bytes for each trained number: itself, its gradient, both moments
@@ -44,12 +44,16 @@ def estimate_memory(header: ModelHeader, config: RunConfig, longest: int, device
     lora.wrap(skeleton, dict.fromkeys(targets, (config.lora.rank, 1.0)))
     adapter = sum(parameter.numel() for parameter in lora.trainable(skeleton).values()) * _OPTIMIZER
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
-    a_token = kept_by_a_token(skeleton, config) * _ALLOCATED[device.type]
+    blocks = max(1, len(decoder_blocks(skeleton)[1]))
+    kept = kept_by_a_token(skeleton, config)
+    passing = kept / blocks * _PASSING[device.type]
+    if config.train.activation_checkpointing:  # each block's input, and one block at a time
+        kept = blocks * _vector(skeleton) + kept / blocks
     fixed = base + adapter + (_PROCESS if device.type == "cpu" else 0)
 
     def estimate(count: int) -> MemoryEstimate:
         seen = max(count, longest)
-        activations = int(a_token * seen) + min(seen, CHUNK) * vocabulary * 4
+        activations = int((kept + passing) * seen) + min(seen, CHUNK) * vocabulary * 4
         return MemoryEstimate(count, base, adapter, activations, fixed + activations)
 
     if config.train.micro_batch_tokens != "auto":
@@ -68,10 +72,9 @@ def tokens_worth_it(device: torch.device) -> int:
 def kept_by_a_token(skeleton: nn.Module, config: RunConfig, length: int = 256) -> float:
     """Return the bytes that a forward keeps for its backward pass, for each token; of an adapted model on any device.
 
-    Where the model cannot run on the meta device it is a rule of thumb: 40 vectors of the hidden size in each block.
+    Nothing is recomputed in it. Where the model cannot run on the meta device it is a
+    rule of thumb: 40 vectors of the hidden size in each block.
     """
-    a_vector = int(skeleton.config.get_text_config().hidden_size) * skeleton.dtype.itemsize
-    blocks = max(1, len(decoder_blocks(skeleton)[1]))
     example = Example((0,) * length, (0,) * length, "tokens of no row")
     params = {parameter.untyped_storage()._cdata for parameter in skeleton.parameters()}
     own = str(skeleton.config._attn_implementation)
@@ -90,8 +93,10 @@ def kept_by_a_token(skeleton: nn.Module, config: RunConfig, length: int = 256) -
             share_inputs(model)
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 target_loss(model, lay_out(model, (Group((0,)),), [example]))
-            found = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in params)
-            if config.train.activation_checkpointing:  # each block's input, and one block at a time
-                found = blocks * length * a_vector + found // blocks
-            return found / length
-    return 40.0 * blocks * a_vector
+            return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in params) / length
+    return 40.0 * max(1, len(decoder_blocks(skeleton)[1])) * _vector(skeleton)
+
+
+def _vector(skeleton: nn.Module) -> int:
+    """Return the bytes of one hidden state."""
+    return int(skeleton.config.get_text_config().hidden_size) * skeleton.dtype.itemsize

@@ -1,7 +1,9 @@
 """Where this process runs. One process, for now; what is said here is the only knowledge of devices and ranks."""
 
 import contextlib
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +44,18 @@ def free_memory(device: torch.device) -> int | None:
         most, taken = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         free = min(free, most - taken)
     return free
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory it frees for its next tensors, where the C library is glibc.
+
+    That library gives large blocks back to the system, and a step would get them anew and zeroed, page by page.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            adjust = ctypes.CDLL(None).mallopt  # the numbers are those of glibc's malloc.h
+            adjust(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: no block is a mapping by itself
+            adjust(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at the end is kept
 
 
 def current_world() -> World:

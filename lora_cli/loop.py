@@ -15,7 +15,7 @@ from lora_cli.blocks import compile_blocks, recompute_activations
 from lora_cli.checkpoint import Stopping, TrainState
 from lora_cli.config import RunConfig
 from lora_cli.dataset import Dataset, TrainingSet
-from lora_cli.distributed import memory_error
+from lora_cli.distributed import keep_freed_memory, memory_error
 from lora_cli.errors import AdapterError, Interrupted, TrainingStopped
 from lora_cli.evaluate import evaluate
 from lora_cli.examples import Example
@@ -75,6 +75,7 @@ class Loop:
         self.stop = stop
         self.timetable = Timetable.of(train.mixture.drawn, config)
         self.tokens = tokens
+        keep_freed_memory()
         torch.set_flush_denormal(True)  # lora_B starts at zero: its first products are denormal, and slow on a CPU
         lora.apply_lora(model.module, config.lora, config.seed)
         share_inputs(model)

@@ -26,6 +26,7 @@ import transformers
 from lora_cli import lora
 from lora_cli.batches import micro_batches
 from lora_cli.config import LoraConfig, ModelConfig
+from lora_cli.distributed import keep_freed_memory
 from lora_cli.examples import Example
 from lora_cli.forward import form, lay_out, share_inputs, target_loss
 from lora_cli.fused import fuse
@@ -128,7 +129,7 @@ def measure() -> list[dict[str, Any]]:
                 point = replace(BASE, **{axis: value})
                 before = seconds_a_token(models, BASE)
                 took = seconds_a_token(models, point)
-                before = min(before, seconds_a_token(models, BASE))
+                before = (before + seconds_a_token(models, BASE)) / 2
                 row = {"axis": axis, "value": value, "speed": 1 / took, "base_speed": 1 / before}
                 row |= {"measured": took / before, "predicted": point.flops() / BASE.flops()}
                 found.append(row)
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw them there")
     given = parser.parse_args()
     torch.set_flush_denormal(True)
+    keep_freed_memory()
     found = measure()
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")

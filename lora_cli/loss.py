@@ -61,11 +61,10 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         gradient = torch.empty_like(hidden)  # [N, D]
-        room: Tensor | None = None  # one for all chunks: memory that is new in each is slow to write to
+        # One for all chunks: memory that is new in each is slow to write to.
+        room = hidden.new_empty(min(len(labels), CHUNK), len(weight))
         for part in _chunks(len(labels)):
             x = hidden[part]
-            if room is None:
-                room = x.new_empty(len(x), len(weight))
             logits = torch.mm(x, weight.T, out=room[: len(x)])  # [C, V]
             if bias is not None:
                 logits += bias

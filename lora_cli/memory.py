@@ -44,7 +44,7 @@ def estimate_memory(header: ModelHeader, config: RunConfig, longest: int, device
     lora.wrap(skeleton, dict.fromkeys(targets, (config.lora.rank, 1.0)))
     adapter = sum(parameter.numel() for parameter in lora.trainable(skeleton).values()) * _OPTIMIZER
     vocabulary = skeleton.get_input_embeddings().weight.shape[0]
-    blocks = max(1, len(decoder_blocks(skeleton)[1]))
+    blocks = _block_count(skeleton)
     kept = kept_by_a_token(skeleton, config)
     passing = kept / blocks * _PASSING[device.type]
     if config.train.activation_checkpointing:  # each block's input, and one block at a time
@@ -94,7 +94,11 @@ def kept_by_a_token(skeleton: nn.Module, config: RunConfig, length: int = 256) -
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 target_loss(model, lay_out(model, (Group((0,)),), [example]))
             return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in params) / length
-    return 40.0 * max(1, len(decoder_blocks(skeleton)[1])) * _vector(skeleton)
+    return 40.0 * _block_count(skeleton) * _vector(skeleton)
+
+
+def _block_count(skeleton: nn.Module) -> int:
+    return max(1, len(decoder_blocks(skeleton)[1]))
 
 
 def _vector(skeleton: nn.Module) -> int:

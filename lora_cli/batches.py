@@ -47,6 +47,7 @@ class Batch:
     positions: Tensor  # [M], increasing indices into B * T
     labels: Tensor  # [N], N >= M
     places: Tensor | None  # [N], which of the positions a label belongs to; None where each has one
+    owners: tuple[int, ...]  # [N], the number of the example a label belongs to
 
     @property
     def targets(self) -> int:
@@ -201,6 +202,7 @@ def collate(groups: MicroBatch, examples: Sequence[Example], device: torch.devic
     segments: list[Segment] = []
     positions: list[int] = []
     labels: list[int] = []
+    owners: list[int] = []
     width = max(len(examples[number]) for group in groups for number in group.members) if padded else 0
 
     def put(tokens: Sequence[int], first: int, prefix: int | None) -> int:
@@ -223,6 +225,7 @@ def collate(groups: MicroBatch, examples: Sequence[Example], device: torch.devic
                 if label != IGNORED:
                     positions.append(index + (begin if index >= prefix else shared_at))
                     labels.append(label)
+                    owners.append(number)
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -234,4 +237,4 @@ def collate(groups: MicroBatch, examples: Sequence[Example], device: torch.devic
     if len(distinct) < len(positions):
         number_of = {position: number for number, position in enumerate(distinct)}
         places = tensor([number_of[position] for position in positions])
-    return Batch(input_ids, position_ids, Segments(*segments), tensor(distinct), tensor(labels), places)
+    return Batch(input_ids, position_ids, Segments(*segments), tensor(distinct), tensor(labels), places, tuple(owners))

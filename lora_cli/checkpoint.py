@@ -21,24 +21,35 @@ STATE = "state.json"
 
 @dataclass
 class Stopping:
-    """Early stopping's memory. `best_*` is the lowest validation loss; `reference` moves by more than min_delta."""
+    """Early stopping's memory. `best_*` is the evaluation to keep; the reference moves by more than min_delta.
+
+    An evaluation is better than another where it is less over the forgetting budget; where both are within it (or there
+    is none) by its validation loss.
+    """
 
     base_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
+    best_forgetting: float | None = None
+    best_excess: float = 0.0  # what the best forgets over the budget
     reference: float | None = None
+    reference_excess: float = 0.0
     without_improvement: int = 0
 
-    def update(self, step: int, loss: float, min_delta: float) -> bool:
-        """Take in a validation loss; return whether it is the best so far."""
-        if self.reference is None or loss < self.reference - min_delta:
-            self.reference = loss
+    def update(
+        self, step: int, loss: float, min_delta: float, forgetting: float | None = None, budget: float | None = None
+    ) -> bool:
+        """Take in a validation loss and a rise of loss on general text; return whether they are the best so far."""
+        excess = max(0.0, forgetting - budget) if forgetting is not None and budget is not None else 0.0
+        if self.reference is None or (excess, loss) < (self.reference_excess, self.reference - min_delta):
+            self.reference, self.reference_excess = loss, excess
             self.without_improvement = 0
         else:
             self.without_improvement += 1
-        is_best = self.best_loss is None or loss < self.best_loss
+        is_best = self.best_loss is None or (excess, loss) < (self.best_excess, self.best_loss)
         if is_best:
-            self.best_loss, self.best_step = loss, step
+            self.best_loss, self.best_step, self.best_forgetting = loss, step, forgetting
+            self.best_excess = excess
         return is_best
 
 

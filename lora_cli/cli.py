@@ -69,7 +69,7 @@ def check(
 ) -> None:
     """Show what a run would do: data, mask preview, targets, memory. Trains nothing."""
     run_config = config_file.load(config, overrides or [])
-    data_rows.require_readable(run_config.data)
+    data_rows.require_readable(run_config.data, run_config.eval.general_source)
     from lora_cli import check as checking
 
     report = follower.follow_preparation(checking.check(run_config, row))

@@ -10,10 +10,9 @@ from lora_cli.data_reader import DataReader, run_to_end, validation_of
 from lora_cli.dataset import Dataset
 from lora_cli.distributed import current_world
 from lora_cli.errors import DataError
-from lora_cli.evaluate import evaluate
+from lora_cli.evaluate import Measured, measure
 from lora_cli.examples import Example, Tokenizer
 from lora_cli.generate import greedy
-from lora_cli.loss import LossSum
 from lora_cli.memory import tokens_worth_it
 from lora_cli.model import LanguageModel, end_tokens
 from lora_cli.records import DataCounts, EvalReport, Sample, Score
@@ -37,7 +36,7 @@ def compare(path: Path, data_path: str | None, base: str | None, most_answers: i
     losses, answers = {}, {}
     for gain in (0.0, 1.0):
         with lora.gain(loaded.module, gain):
-            losses[gain] = evaluate(loaded, held_out, tokens)
+            (losses[gain],) = measure(loaded, held_out, tokens, (gain,))
             answers[gain] = _answers(loaded, tokenizer, asked, result.header.max_positions)
     samples = [
         Sample(example.where, wanted, base_text, tuned_text)
@@ -102,13 +101,13 @@ def _text(tokenizer: Tokenizer, ids: Sequence[int], ends: Sequence[int]) -> str:
     return tokenizer.decode(ids).strip()
 
 
-def _score(loss: LossSum, expected: Sequence[str], answers: Sequence[str]) -> Score:
+def _score(loss: Measured, expected: Sequence[str], answers: Sequence[str]) -> Score:
     exact = sum(answer == wanted for answer, wanted in zip(answers, expected, strict=True))
     return Score(
-        loss=loss.mean,
-        perplexity=math.exp(min(loss.mean, 700)),
-        token_accuracy=loss.accuracy,
-        targets=loss.targets,
+        loss=loss.mean("loss"),
+        perplexity=math.exp(min(loss.mean("loss"), 700)),
+        token_accuracy=loss.mean("correct"),
+        targets=int(loss.targets.sum()),
         exact_match=exact / len(expected) if expected else None,
         exact=exact,
         answers=len(expected),

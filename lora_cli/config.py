@@ -205,6 +205,10 @@ class TrainConfig(Section):
     compile: Bool = Field(False, description="torch.compile the model's blocks: for long runs, on a GPU above all")
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     kl_to_base: Float = Field(0.0, ge=0, description="weight of KL(base || tuned), against forgetting")
+    kl_without_target: Bool = Field(False, description="leave the target token out of both sides of that KL")
+    surprise_limit: Float | None = Field(
+        None, gt=0, description="nats: leave out targets the base finds more surprising, 4 for example; null is none"
+    )
     neftune_alpha: Float | None = Field(
         None, gt=0, description="noise on the embeddings while training (NEFTune), 5 for example; null is none"
     )
@@ -214,12 +218,20 @@ class EvalConfig(Section):
     """What is measured during training."""
 
     per_epoch: Int = Field(4, ge=1, description="validation passes in an epoch")
-    general: Text | None = Field(None, description="general text to measure forgetting on")
+    general: Text | Literal[False] | None = Field(
+        None, description="general text to measure forgetting on; null: a small one of ours | false: not measured"
+    )
+    general_tokens: Int = Field(8192, ge=256, description="so many tokens of it are used")
     forgetting_budget: Float | None = Field(
         None,
         gt=0,
         description="largest allowed rise of loss on it: part of stopping and of choosing the best",
     )
+
+    @property
+    def general_source(self) -> str | None:
+        """The general text that the user names; None for ours, and where none is wanted."""
+        return self.general or None
 
 
 class SaveConfig(Section):
@@ -266,9 +278,6 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 _ONLY: dict[str, tuple[Any, ...]] = {
     "model.quantization": (None,),
     "lora.method": ("lora", "rslora"),
-    "train.kl_to_base": (0.0,),
-    "eval.general": (None,),
-    "eval.forgetting_budget": (None,),
 }
 
 
@@ -282,6 +291,11 @@ def check_config(config: RunConfig) -> dict[str, str]:
             problems[root] = f"this version cannot do {value!r} yet; leave {root} at {usable}"
     if config.train.learning_rate == "auto":
         problems["train.learning_rate"] = "this version cannot choose the rate yet; give a number, for example 3e-4"
+    if config.eval.forgetting_budget is not None and False in (config.eval.general, config.data.validation != 0):
+        missing = "eval.general is false" if config.eval.general is False else "data.validation is 0"
+        problems["eval.forgetting_budget"] = f"nothing is measured that it could be held against: {missing}"
+    if config.train.kl_without_target and not config.train.kl_to_base:
+        problems["train.kl_without_target"] = "has no effect while train.kl_to_base is 0; give that a weight"
     if "preference" in {config.data.format, *(source.format for source in config.data.sources)}:
         problems["data.format" if config.data.format == "preference" else "data.train"] = (
             "this version cannot train on preference pairs yet; to train on the chosen answers alone, set "

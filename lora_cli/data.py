@@ -4,13 +4,14 @@ import difflib
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lora_cli.config import DataConfig, SourceConfig
 from lora_cli.conversation import Conversation, Message, Row, RowError, parse_conversation, text_of
 from lora_cli.data_file import Block, Broken, DataFile
 from lora_cli.errors import NOTHING_LOADED, DataError
-from lora_cli.sources import find_files, is_hub_id
+from lora_cli.sources import find_files, is_hub_id, is_plain_text, read_plain_text
 
 # --- formats ---
 
@@ -240,23 +241,33 @@ def held_out_source(config: DataConfig) -> SourceConfig | None:
     return config.source(SourceConfig(path=held_out))
 
 
+def general_source(path: str | None) -> SourceConfig | None:
+    """Return the source of general text that stands in rows; its format is found by its content."""
+    return SourceConfig(path=path, format="auto") if path else None
+
+
 def replay_source(config: DataConfig) -> SourceConfig | None:
     """Return the source that `data.replay` names; its format is found by its content."""
-    return SourceConfig(path=config.replay.path, format="auto") if config.replay else None
+    return general_source(config.replay.path) if config.replay else None
 
 
 LOOKED_AT = 8 << 20  # bytes of every file, or
 ROWS_LOOKED_AT = 20_000  # rows of it, that are read before anything slow begins
 
 
-def require_readable(config: DataConfig) -> None:
+def require_readable(config: DataConfig, general: str | None = None) -> None:
     """Read the beginning of every file, so that a wrong one is known at once, before the model's tokenizer is.
+
+    `general` names one more: general text, plain or in rows.
 
     Raises DataError with all wrong rows found there, SurroundingsError.
     """
     problems: list[str] = []
     found = [reader for source in config.sources for reader in readers(source, config.group_field)]
-    others = (held_out_source(config), replay_source(config))
+    if general is not None and is_plain_text(general):
+        read_plain_text(Path(general).expanduser())
+        general = None
+    others = (held_out_source(config), replay_source(config), general_source(general))
     for reader in (*found, *(reader for source in others if source for reader in readers(source))):
         size = rows = 0
         for block in reader.file.blocks():

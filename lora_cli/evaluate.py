@@ -1,35 +1,89 @@
-"""The token-weighted loss on a set of examples, tail included."""
+"""What a model does on a set of examples, tail included: loss, accuracy, and its distance from the base."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from lora_cli import lora
 from lora_cli.batches import Batch, micro_batches
 from lora_cli.dataset import Dataset
 from lora_cli.examples import Example
-from lora_cli.forward import form, lay_out, target_loss
-from lora_cli.loss import ZERO, LossSum
+from lora_cli.forward import form, lay_out, target_scores
 from lora_cli.model import LanguageModel
 
 _BLOCK = 256  # examples that are divided into micro-batches together
 
 
-def batches(model: LanguageModel, examples: Sequence[Example], tokens: int) -> Iterator[Batch]:
-    """Iterate over a set's batches; neighbours in length share one."""
+@dataclass(frozen=True)
+class Measured:
+    """Sums over the targets of each unit: the examples that share a prompt; float64 [units] each.
+
+    `loss` is negative log-likelihood (nats), `correct` counts targets that were the most likely token, `kl` is
+    KL(reference || this model) where a reference was measured beside it, else zero.
+    """
+
+    targets: np.ndarray
+    loss: np.ndarray
+    correct: np.ndarray
+    kl: np.ndarray
+
+    def per_target(self, name: str) -> np.ndarray:
+        """Return one of the sums beside the targets, [units, 2], as `intervals` takes it."""
+        return np.stack([getattr(self, name), self.targets], axis=1)
+
+    def mean(self, name: str) -> float:
+        """Return one of the sums divided by the targets."""
+        return float(getattr(self, name).sum() / self.targets.sum())
+
+    def __add__(self, other: "Measured") -> "Measured":
+        """Return the units of both."""
+        return Measured(*(np.concatenate(pair) for pair in zip(self._sums(), other._sums(), strict=True)))
+
+    def _sums(self) -> tuple[np.ndarray, ...]:
+        return self.targets, self.loss, self.correct, self.kl
+
+
+def batches(model: LanguageModel, examples: Sequence[Example], tokens: int) -> Iterator[tuple[Sequence[int], Batch]]:
+    """Iterate over (number of the example of each target, batch); neighbours in length share one."""
     lengths = examples.lengths.tolist() if isinstance(examples, Dataset) else [len(example) for example in examples]
     order = sorted(range(len(examples)), key=lambda index: lengths[index])
     for begin in range(0, len(order), _BLOCK):
-        block = [examples[index] for index in order[begin : begin + _BLOCK]]
+        numbers = order[begin : begin + _BLOCK]
+        block = [examples[index] for index in numbers]
         for micro_batch in micro_batches(block, tokens, form(model), share=True):
-            yield lay_out(model, micro_batch, block)
+            batch = lay_out(model, micro_batch, block)
+            yield [numbers[owner] for owner in batch.owners], batch
 
 
-@torch.inference_mode()
-def evaluate(model: LanguageModel, examples: Sequence[Example], tokens: int) -> LossSum:
-    """Return the loss sum and correct count over a set's targets, dropout off; `tokens` is one forward's budget."""
+def measure(
+    model: LanguageModel, examples: Sequence[Example], tokens: int, gains: Sequence[float] = (1.0,)
+) -> list[Measured]:
+    """Measure a set with the adapter at each gain, on the same tokens in one pass; dropout off.
+
+    The first gain is the reference of `kl`. `tokens` is one forward's budget.
+    """
     lora.set_dropout(model.module, active=False)
-    result = ZERO
-    for batch in batches(model, examples, tokens):
-        result = result + target_loss(model, batch)
-    return result
+    sums = torch.zeros(len(gains), 3, len(examples), dtype=torch.float64)
+    targets = torch.zeros(len(examples), dtype=torch.float64)
+    for owners, batch in batches(model, examples, tokens):
+        index = torch.tensor(owners)
+        targets.index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
+        sums.index_add_(2, index, target_scores(model, batch, gains).double().cpu())
+    units = _units(examples)
+    count = int(units.max()) + 1 if len(units) else 0
+
+    def by_unit(values: torch.Tensor) -> np.ndarray:
+        return np.bincount(units, values.numpy(), minlength=count)
+
+    return [Measured(by_unit(targets), *map(by_unit, of_gain)) for of_gain in sums]
+
+
+def _units(examples: Sequence[Example]) -> np.ndarray:
+    """Return the number of the unit that each example belongs to."""
+    if not isinstance(examples, Dataset):
+        return np.arange(len(examples))
+    _, numbers = np.unique(examples.column("prompt_keys"), return_inverse=True)
+    units: np.ndarray = numbers
+    return units

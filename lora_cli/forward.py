@@ -12,7 +12,7 @@ from lora_cli import lora
 from lora_cli.batches import Batch, Form, Group, MicroBatch, collate
 from lora_cli.examples import Example
 from lora_cli.layout import only_rows
-from lora_cli.loss import LossSum, head_loss, logits_loss
+from lora_cli.loss import LossSum, Pull, chunks, compare_logits, head_logits, head_loss, logits_loss
 from lora_cli.model import LanguageModel
 
 
@@ -33,16 +33,46 @@ def _inputs(model: LanguageModel, batch: Batch) -> dict[str, Any]:
     return inputs
 
 
-def target_loss(model: LanguageModel, batch: Batch) -> LossSum:
-    """Return the summed loss over the batch's targets."""
+def target_states(model: LanguageModel, batch: Batch) -> Tensor:
+    """Return the last hidden states [N, D] at the targets; logits [N, V] where the head is the model's own."""
     if model.layout.head is None:
-        return logits_loss(target_logits(model, batch), batch.labels)
+        return target_logits(model, batch)
     rows, tail = batch.positions, model.layout.tail
     with only_rows(model.module.get_submodule(tail), rows) if tail else nullcontext():
         hidden = model.decoder(**_inputs(model, batch)).last_hidden_state.flatten(0, 1)[rows]  # [M, D]
-    if batch.places is not None:
-        hidden = hidden[batch.places]  # [N, D]
-    return head_loss(hidden, model.head.weight, model.head.bias, batch.labels, model.layout.head)
+    return hidden if batch.places is None else hidden[batch.places]  # [N, D]
+
+
+def target_loss(model: LanguageModel, batch: Batch, pull: Pull | None = None) -> LossSum:
+    """Return the summed loss over the batch's targets."""
+    states = target_states(model, batch)
+    if model.layout.head is None:
+        return logits_loss(states, batch.labels, pull)
+    return head_loss(states, model.head.weight, model.head.bias, batch.labels, model.layout.head, pull)
+
+
+@torch.no_grad()
+def base_states(model: LanguageModel, batch: Batch) -> Tensor:
+    """Return `target_states` of the base, the adapter switched off."""
+    with lora.gain(model.module, 0.0):
+        return target_states(model, batch)
+
+
+@torch.inference_mode()
+def target_scores(model: LanguageModel, batch: Batch, gains: Sequence[float]) -> Tensor:
+    """Return what the model says of each target with the adapter at each gain: [gains, 3, N], as `compare_logits`."""
+    states = []
+    for gain in gains:
+        with lora.gain(model.module, gain):
+            states.append(target_states(model, batch))
+    head = model.layout.head
+    if head is None:
+        return compare_logits(states, batch.labels)
+    found = []
+    for part in chunks(batch.targets):
+        logits = [head_logits(state[part], model.head.weight, model.head.bias, head) for state in states]
+        found.append(compare_logits(logits, batch.labels[part]))
+    return torch.cat(found, -1)
 
 
 def target_logits(model: LanguageModel, batch: Batch) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,15 +14,15 @@ from lora_cli.batches import Step, micro_batches, plan_epoch, steps_in_epoch
 from lora_cli.blocks import compile_blocks, recompute_activations
 from lora_cli.checkpoint import Stopping, TrainState
 from lora_cli.config import RunConfig
-from lora_cli.dataset import Dataset, TrainingSet
+from lora_cli.dataset import TrainingSet
 from lora_cli.distributed import keep_freed_memory, memory_error
 from lora_cli.errors import AdapterError, Interrupted, TrainingStopped
-from lora_cli.evaluate import evaluate
 from lora_cli.examples import Example
-from lora_cli.forward import embedding_noise, form, lay_out, share_inputs, target_loss
+from lora_cli.forgetting import Validation, without_surprising
+from lora_cli.forward import base_states, embedding_noise, form, lay_out, share_inputs, target_loss
 from lora_cli.fused import fuse
 from lora_cli.interrupt import StopRequest
-from lora_cli.loss import ZERO, LossSum
+from lora_cli.loss import ZERO, LossSum, Pull
 from lora_cli.model import LanguageModel
 from lora_cli.optim import build_optimizer, clip_gradients, lr_at
 from lora_cli.randomness import derive_seed
@@ -59,7 +59,7 @@ class Loop:
         run: RunDir,
         model: LanguageModel,
         train: TrainingSet,
-        validation: Dataset | None,
+        validation: Validation | None,
         origin: Origin,
         stop: StopRequest,
         tokens: int,
@@ -124,6 +124,8 @@ class Loop:
         began = time.perf_counter()
         number = self.state.step + 1
         examples = [self.train[index] for index in step]
+        if (limit := self.config.train.surprise_limit) is not None:
+            examples = without_surprising(self.model, examples, limit, self.tokens)
         while (loss := self._add_gradients(number, examples)) is None:
             self.tokens //= 2
             yield Notice(f"Memory ran out; step {number} is taken again with {self.tokens} tokens a forward.")
@@ -139,6 +141,7 @@ class Loop:
             step=number,
             epoch=number / self.timetable.steps_per_epoch,
             loss=loss.mean,
+            kl=float(loss.penalty) / weight / loss.targets if (weight := self.config.train.kl_to_base) else None,
             targets=loss.targets,
             tokens=sum(map(len, examples)),
             learning_rate=rate,
@@ -153,18 +156,21 @@ class Loop:
         """
         lora.set_dropout(self.model.module, active=True)
         targets = sum(example.targets for example in examples)
-        neftune_alpha = self.config.train.neftune_alpha
-        share = self.config.train.share_prefixes and neftune_alpha is None  # noise is drawn for each sequence
+        settings = self.config.train
+        share = settings.share_prefixes and settings.neftune_alpha is None  # noise is drawn for each sequence
         plan = micro_batches(examples, self.tokens, form(self.model), share)
         loss = ZERO
         try:
             for micro_batch, groups in enumerate(plan):
                 torch.manual_seed(derive_seed(self.config.seed, "dropout", number, micro_batch))
                 batch = lay_out(self.model, groups, examples)
-                with embedding_noise(self.model, neftune_alpha, batch):
-                    part = target_loss(self.model, batch)
+                pull = None
+                if settings.kl_to_base:
+                    pull = Pull(base_states(self.model, batch), settings.kl_to_base, settings.kl_without_target)
+                with embedding_noise(self.model, settings.neftune_alpha, batch):
+                    part = target_loss(self.model, batch, pull)
                 (part.total / targets).backward()
-                loss = loss + LossSum(part.total.detach(), part.targets)
+                loss = loss + replace(part, total=part.total.detach())
                 seen = [examples[member] for group in groups for member in group.members]
                 self._require_finite(float(part.total.detach()), "loss", number, seen)
         except (RuntimeError, MemoryError) as error:
@@ -211,23 +217,27 @@ class Loop:
         began = time.perf_counter()
         stopping, patience = self.state.stopping, self.config.train.early_stopping.patience
         assert self.validation is not None, "asked for by the caller"
-        result = evaluate(self.model, self.validation, self.tokens)
-        self._require_finite(result.mean, "validation loss", self.state.step, self.validation, applied=True)
+        result, forgetting = self.validation.measure(self.tokens)
+        loss, targets = result.mean("loss"), int(result.targets.sum())
+        self._require_finite(loss, "validation loss", self.state.step, self.validation.examples, applied=True)
         improved = False
         if self.state.step == 0:
-            stopping.base_loss = result.mean
+            stopping.base_loss = loss
         else:
-            improved = stopping.update(self.state.step, result.mean, self.config.train.early_stopping.min_delta)
+            rise = forgetting.rise.value if forgetting else None
+            min_delta, budget = self.config.train.early_stopping.min_delta, self.config.eval.forgetting_budget
+            improved = stopping.update(self.state.step, loss, min_delta, rise, budget)
         return Evaluated(
             step=self.state.step,
             epoch=self.state.step / self.timetable.steps_per_epoch,
-            loss=result.mean,
-            targets=result.targets,
-            token_accuracy=result.accuracy,
+            loss=loss,
+            targets=targets,
+            token_accuracy=result.mean("correct"),
             improved=improved,
             best_step=stopping.best_step,
             patience_left=None if patience is None else max(0, patience - stopping.without_improvement),
             seconds=time.perf_counter() - began,
+            forgetting=forgetting,
         )
 
     def _patience_spent(self) -> bool:
@@ -260,6 +270,7 @@ class Loop:
             best_step=stopping.best_step,
             best_loss=stopping.best_loss,
             base_loss=stopping.base_loss,
+            best_forgetting=stopping.best_forgetting,
             reason=f"no improvement in {patience} evaluations" if early else "all steps taken",
             adapter=self.run.adapter,
         )

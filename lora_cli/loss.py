@@ -1,6 +1,6 @@
 """The loss as a sum that travels, and cross-entropy that never holds the logits of a whole batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,30 +11,44 @@ from torch import Tensor
 CHUNK = 256  # target positions whose logits exist at the same time
 
 
+_NOTHING = torch.zeros((), dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class LossSum:
-    """Summed negative log-likelihood (nats, float64 scalar) over `targets` tokens. Sums add; `mean` divides once.
+    """What is minimised, summed over `targets` tokens (nats, float64 scalars). Sums add; `mean` divides once.
 
-    `correct` counts targets that were the most likely token; it is counted only where no gradient is wanted.
+    `penalty` is the part of `total` that is not negative log-likelihood; no gradient flows through it.
     """
 
     total: Tensor
     targets: int
-    correct: int = 0
+    penalty: Tensor = _NOTHING
 
     def __add__(self, other: "LossSum") -> "LossSum":
-        return LossSum(self.total + other.total, self.targets + other.targets, self.correct + other.correct)
+        return LossSum(self.total + other.total, self.targets + other.targets, self.penalty + other.penalty)
 
     @property
     def mean(self) -> float:
-        return float(self.total.detach()) / self.targets
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.targets
+        """The mean negative log-likelihood."""
+        return float(self.total.detach() - self.penalty) / self.targets
 
 
-ZERO = LossSum(torch.zeros((), dtype=torch.float64), 0)
+ZERO = LossSum(_NOTHING, 0)
+
+
+@dataclass(frozen=True)
+class Pull:
+    """`weight` times KL(base || tuned) at every target, which keeps the tuned model near the base.
+
+    `base` is what the base has at the targets: hidden states [N, D], or logits [N, V] for a head of the model's own.
+    `without_target` leaves the target token out of both distributions, so that the two losses do not pull at the same
+    probability (Mask the Target, arXiv 2605.29498).
+    """
+
+    base: Tensor
+    weight: float
+    without_target: bool
 
 
 @dataclass(frozen=True)
@@ -52,18 +66,24 @@ class _HeadLoss(torch.autograd.Function):
     """Output head and cross-entropy in chunks, the gradient towards the hidden states made in the forward pass.
 
     The head is frozen: it gets no gradient. One chunk of logits [C, V] exists at a time, and is turned into its own
-    gradient in place.
+    gradient in place. Returns (what is minimised, the pull's part of it).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, form: HeadForm
-    ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        form: HeadForm,
+        pull: Pull | None,
+    ) -> tuple[Tensor, Tensor]:
+        total, penalty = (torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(2))
         gradient = torch.empty_like(hidden)  # [N, D]
         # One for all chunks: memory that is new in each is slow to write to.
         room = hidden.new_empty(min(len(labels), CHUNK), len(weight))
-        for part in _chunks(len(labels)):
+        for part in chunks(len(labels)):
             x = hidden[part]
             logits = torch.mm(x, weight.T, out=room[: len(x)])  # [C, V]
             if bias is not None:
@@ -76,12 +96,19 @@ class _HeadLoss(torch.autograd.Function):
                 capped = logits.div_(form.softcap).tanh_()
                 logits = capped * form.softcap
             picked = labels[part, None]
+            pulled = None
+            if pull is not None:
+                base_logits = head_logits(pull.base[part], weight, bias, form)
+                kl, pulled = _kl(base_logits, logits, picked, pull.without_target)
+                penalty += pull.weight * kl.sum(dtype=torch.float64)
             largest = logits.amax(1, keepdim=True)
             chosen = logits.gather(1, picked) - largest
             exponentials = logits.sub_(largest).exp_()
             sums = exponentials.sum(1, keepdim=True)
             total += (sums.log() - chosen).sum(dtype=torch.float64)
             exponentials.scatter_add_(1, picked, -sums)  # sums * (softmax - one-hot)
+            if pull is not None and pulled is not None:
+                exponentials.addcmul_(pulled, sums, value=pull.weight)
             if capped is not None:
                 exponentials.mul_(1 - capped.square_())
             if weight.dtype == logits.dtype:  # divided behind the product, where there is less to divide
@@ -90,12 +117,13 @@ class _HeadLoss(torch.autograd.Function):
             else:
                 torch.mm(exponentials.mul_(form.scale / sums).to(weight.dtype), weight, out=gradient[part])
         ctx.save_for_backward(gradient)
-        return total
+        ctx.mark_non_differentiable(penalty)
+        return total + penalty, penalty
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_total.to(gradient.dtype), None, None, None, None
+        return gradient * grad_total.to(gradient.dtype), None, None, None, None, None
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -103,20 +131,30 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _chunks(count: int) -> Iterator[slice]:
+def _kl(base_logits: Tensor, logits: Tensor, labels: Tensor, without_target: bool) -> tuple[Tensor, Tensor]:
+    """Return KL(base || tuned) [N] of logits [N, V], and its gradient towards the tuned ones [N, V].
+
+    `without_target` takes the `labels` [N, 1] out of both distributions.
+    """
+    if without_target:
+        base_logits, logits = (each.scatter(1, labels, -1e30) for each in (_wide(base_logits), logits))
+    log_q, log_p = _wide(base_logits).log_softmax(-1), logits.log_softmax(-1)
+    q = log_q.exp()
+    return (q * (log_q - log_p)).sum(1), log_p.detach().exp().sub_(q)
+
+
+def chunks(count: int) -> Iterator[slice]:
     """Cut `count` rows into equal chunks of at most CHUNK."""
     size = -(-count // -(-count // CHUNK)) if count else 1
     return (slice(begin, begin + size) for begin in range(0, count, size))
 
 
-def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, form: HeadForm) -> LossSum:
+def head_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, form: HeadForm, pull: Pull | None = None
+) -> LossSum:
     """Return the loss of `hidden` [N, D] against `labels` [N], through a frozen output head [V, D]."""
-    if hidden.requires_grad and torch.is_grad_enabled():
-        return LossSum(_HeadLoss.apply(hidden, weight, bias, labels, form), len(labels))
-    result = ZERO
-    for part in _chunks(len(labels)):
-        result = result + logits_loss(head_logits(hidden[part], weight, bias, form), labels[part])
-    return result
+    total, penalty = _HeadLoss.apply(hidden, weight, bias, labels, form, pull)
+    return LossSum(total, len(labels), penalty)
 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: HeadForm) -> Tensor:
@@ -125,8 +163,26 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: HeadF
     return logits if form.softcap is None else torch.tanh(logits / form.softcap) * form.softcap
 
 
-def logits_loss(logits: Tensor, labels: Tensor) -> LossSum:
+def logits_loss(logits: Tensor, labels: Tensor, pull: Pull | None = None) -> LossSum:
     """Return the loss of `logits` [N, V] against `labels` [N]; for heads that are not a plain linear layer."""
-    losses = F.cross_entropy(_wide(logits), labels, reduction="none")
-    correct = 0 if torch.is_grad_enabled() else int((logits.argmax(-1) == labels).sum())
-    return LossSum(losses.sum(dtype=torch.float64), len(labels), correct)
+    wide = _wide(logits)
+    total = F.cross_entropy(wide, labels, reduction="none").sum(dtype=torch.float64)
+    if pull is None:
+        return LossSum(total, len(labels))
+    kl, _ = _kl(pull.base, wide, labels[:, None], pull.without_target)
+    penalty = pull.weight * kl.sum(dtype=torch.float64)
+    return LossSum(total + penalty, len(labels), penalty.detach())
+
+
+def compare_logits(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Return, of each model's logits [N, V], what they say of `labels` [N]: [models, 3, N].
+
+    The three are the negative log-likelihood, whether the label is the most likely token, and KL(first model || this).
+    """
+    logs = [_wide(each).log_softmax(-1) for each in logits]
+    first, found = logs[0], []
+    for log in logs:
+        likelihood = log.gather(1, labels[:, None])[:, 0]
+        kl = torch.zeros_like(likelihood) if log is first else (first.exp() * (first - log)).sum(1)
+        found.append(torch.stack([-likelihood, (log.argmax(-1) == labels).to(log.dtype), kl]))
+    return torch.stack(found)

@@ -12,7 +12,8 @@ from lora_cli.chat_template import ChatTemplate, begins_with_bos
 from lora_cli.config import RunConfig
 from lora_cli.data_reader import DataReader, News
 from lora_cli.dataset import Dataset, TrainingSet
-from lora_cli.examples import IGNORED
+from lora_cli.examples import IGNORED, Example
+from lora_cli.general import read_general
 from lora_cli.model import ModelHeader
 from lora_cli.records import DataCounts, Overlap
 
@@ -27,6 +28,7 @@ class Prepared:
     targets: Sequence[str]  # paths of the layers to adapt
     train: TrainingSet
     validation: Dataset | None
+    general: Sequence[Example] | None  # to measure forgetting on
     train_counts: DataCounts
     validation_counts: DataCounts | None
     replay_counts: DataCounts | None
@@ -42,6 +44,7 @@ class Prepared:
         """Return a hash of every token and target a run sees: data, tokenizer, template and split are in it."""
         parts = [self.train.examples.fingerprint(), str(self.train.mixture)]
         parts += [self.validation.fingerprint()] if self.validation else []
+        parts += [str(example.input_ids) for example in self.general or ()]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
 
 
@@ -67,6 +70,7 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
     train, train_counts = reader.fit(everything)
     if validation is not None:
         validation, validation_counts = reader.fit(validation)
+    general = (yield from read_general(config.eval, reader)) if validation is not None else None
     ratio = config.data.replay.ratio if config.data.replay else 0.0
     training_set = dataset.mix(train, weights, replay, ratio)
     notices = [
@@ -85,6 +89,7 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
         targets=targets,
         train=training_set,
         validation=validation,
+        general=general,
         train_counts=train_counts,
         validation_counts=validation_counts,
         replay_counts=replay_counts,

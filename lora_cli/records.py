@@ -56,6 +56,34 @@ class Overlap:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A figure and its 95 % confidence interval, from `n` units (rows that share a prompt are one).
+
+    All are null where there was nothing to measure; only the interval is where one unit was.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """How far the tuned model is from the base, in nats a token.
+
+    `rise` is of the loss on general text of `tokens` targets, from `base_loss` on; `kl` is KL(base || tuned) on
+    `kl_tokens` targets of the validation set.
+    """
+
+    rise: Estimate
+    base_loss: float
+    tokens: int
+    kl: Estimate
+    kl_tokens: int
+
+
+@dataclass(frozen=True)
 class Started:
     """The loop is about to take its first step (or the first one after a resume)."""
 
@@ -71,11 +99,14 @@ class Started:
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimizer update. `loss` is the mean over the step's `targets`; `seconds` is wall time."""
+    """One optimizer update. `loss` is the mean over the step's `targets`, `kl` that of KL(base || tuned) where it is
+    part of what is minimised; `seconds` is wall time.
+    """
 
     step: int
     epoch: float
     loss: float
+    kl: float | None
     targets: int
     tokens: int
     learning_rate: float
@@ -96,6 +127,7 @@ class Evaluated:
     best_step: int | None
     patience_left: int | None
     seconds: float
+    forgetting: Forgetting | None
 
 
 @dataclass(frozen=True)
@@ -109,12 +141,16 @@ class Saved:
 
 @dataclass(frozen=True)
 class Finished:
-    """The run is over and `adapter` holds the best adapter (the last one where there is no validation)."""
+    """The run is over and `adapter` holds the best adapter (the last one where there is no validation).
+
+    `best_forgetting` is its rise of loss on general text, null where that was not measured.
+    """
 
     step: int
     best_step: int | None
     best_loss: float | None
     base_loss: float | None
+    best_forgetting: float | None
     reason: str
     adapter: Path
 

@@ -1,5 +1,6 @@
 """What a source names: a file, a folder, a glob or a split of a hub data set -> its files."""
 
+import codecs
 import difflib
 import glob
 from pathlib import Path
@@ -83,6 +84,30 @@ def _fetch(name: str, subset: str | None, split: str) -> DataFile:
         tuple(Path(file["filename"]) for file in rows.cache_files),
         "arrow",
     )
+
+
+MOST_TEXT = 4 << 20  # bytes of a plain text that are read
+
+
+def is_plain_text(source: str) -> bool:
+    """Return whether a source is a file of plain text, not of rows."""
+    path = Path(source).expanduser()
+    return path.is_file() and kind_of(path) is None
+
+
+def read_plain_text(path: Path) -> str:
+    """Return a file's text, of a long one the first 4 MiB. Raises DataError, SurroundingsError."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MOST_TEXT)
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(raw, final=len(raw) < MOST_TEXT)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}).", state=NOTHING_LOADED) from None
+    except OSError as error:
+        raise SurroundingsError(f"{path}: cannot be read: {error.strerror}.", state=NOTHING_LOADED) from None
+    if not text.strip():
+        raise DataError(f"{path}: holds no text.", state=NOTHING_LOADED)
+    return text
 
 
 def is_hub_id(source: str) -> bool:

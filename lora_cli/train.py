@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from lora_cli import __version__, data, run_dir
@@ -20,8 +20,8 @@ def ended(config: RunConfig) -> Finished | None:
     status = run_dir.read_status(run)
     if status.get("status") != "finished":
         return None
-    facts = {key: status[key] for key in ("step", "best_step", "best_loss", "base_loss", "reason")}
-    return Finished(**facts, adapter=run.adapter)
+    facts: dict[str, Any] = {field.name: status.get(field.name) for field in fields(Finished)}
+    return Finished(**facts | {"adapter": run.adapter})
 
 
 def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
@@ -29,7 +29,7 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
 
     Raises UserError: InputError and SurroundingsError before anything is written, TrainingStopped, Interrupted.
     """
-    data.require_readable(config.data)
+    data.require_readable(config.data, config.eval.general_source)
 
     from lora_cli.prepare import prepare  # torch is imported only once config and rows are good
 
@@ -39,6 +39,7 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
 
     from lora_cli import adapter, lora, model
     from lora_cli.distributed import current_world, memory_error
+    from lora_cli.forgetting import Validation
     from lora_cli.loop import Loop
     from lora_cli.memory import estimate_memory
 
@@ -57,7 +58,10 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
         run_dir.create(run, config, environment)
         templates = prepared.template.files(*adapter.TEMPLATES) if prepared.template and prepared.templated else {}
         origin = adapter.Origin(config.model.path, config.model.revision, base_fingerprint, templates)
-        loop = Loop(config, run, language_model, prepared.train, prepared.validation, origin, stop, tokens)
+        validation = None
+        if prepared.validation is not None:
+            validation = Validation(language_model, prepared.validation, prepared.general)
+        loop = Loop(config, run, language_model, prepared.train, validation, origin, stop, tokens)
         yield from loop.restore()
         trainable = sum(p.numel() for p in lora.trainable(language_model.module).values())
         yield Started(

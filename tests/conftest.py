@@ -177,6 +177,7 @@ def make_config(tmp_path: Path, rows_file: str, model_folder: Callable[[str], st
             "lora": {"rank": 4, "alpha": 8},
             "data": {"train": rows_file, "validation": 8},
             "train": {"batch_size": 4, "learning_rate": 0.01, "epochs": 2, "micro_batch_tokens": 64},
+            "eval": {"general": False},  # a test of forgetting turns it on
             "output_dir": str(tmp_path / "run"),
         }
         for dotted, value in overrides.items():

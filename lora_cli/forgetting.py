@@ -1,0 +1,70 @@
+"""How far a model has gone from its base, measured at every validation, and targets it should not be trained on."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lora_cli.dataset import Dataset
+from lora_cli.evaluate import Measured, batches, measure
+from lora_cli.examples import IGNORED, Example
+from lora_cli.forward import target_scores
+from lora_cli.intervals import difference, estimate
+from lora_cli.model import LanguageModel
+from lora_cli.records import Forgetting
+
+_KL_TOKENS = 4096  # of the validation set, whose targets the base is asked about too
+
+
+class Validation:
+    """A validation set, and general text to measure forgetting on (None: it is not measured)."""
+
+    def __init__(self, model: LanguageModel, examples: Dataset, general: Sequence[Example] | None) -> None:
+        self.model = model
+        self.examples = examples
+        self.general = general
+        self._base: Measured | None = None  # on the general text; it does not change
+
+    def measure(self, tokens: int) -> tuple[Measured, Forgetting | None]:
+        """Measure the tuned model; `tokens` is one forward's budget."""
+        if not self.general:
+            return measure(self.model, self.examples, tokens)[0], None
+        near = np.zeros(len(self.examples), bool)
+        taken = max(1, min(len(near), int(_KL_TOKENS / self.examples.lengths.mean())))
+        near[np.arange(taken) * len(near) // taken] = True
+        _, beside_base = measure(self.model, self.examples.where(near), tokens, (0.0, 1.0))
+        (rest,) = measure(self.model, self.examples.where(~near), tokens)
+        if self._base is None:
+            (self._base,) = measure(self.model, self.general, tokens, (0.0,))
+        (general,) = measure(self.model, self.general, tokens)
+        return beside_base + rest, forgetting(self._base, general, beside_base)
+
+
+def forgetting(base_general: Measured, general: Measured, on_task: Measured) -> Forgetting:
+    """Return the rise of loss on general text, and the KL to the base on the task's own targets."""
+    return Forgetting(
+        rise=difference(base_general.per_target("loss"), general.per_target("loss")),
+        base_loss=base_general.mean("loss"),
+        tokens=int(general.targets.sum()),
+        kl=estimate(on_task.per_target("kl")),
+        kl_tokens=int(on_task.targets.sum()),
+    )
+
+
+def without_surprising(model: LanguageModel, examples: Sequence[Example], limit: float, tokens: int) -> list[Example]:
+    """Leave out the targets whose loss under the base is above a limit, in nats; an example keeps its least surprising.
+
+    Such targets make a model forget most (Selective Token Masking, arXiv 2501.14315). Costs a forward of the base.
+    """
+    losses: list[list[float]] = [[] for _ in examples]
+    for owners, batch in batches(model, examples, tokens):
+        for owner, loss in zip(owners, target_scores(model, batch, (0.0,))[0, 0].tolist(), strict=True):
+            losses[owner].append(loss)
+    return [_masked(example, of_example, limit) for example, of_example in zip(examples, losses, strict=True)]
+
+
+def _masked(example: Example, losses: Sequence[float], limit: float) -> Example:
+    limit = max(limit, min(losses))
+    of_target = iter(losses)
+    rest = (IGNORED if label == IGNORED or next(of_target) > limit else label for label in example.labels[1:])
+    return replace(example, labels=(example.labels[0], *rest))

@@ -19,7 +19,7 @@ from lora_cli.memory import estimate_memory
 from lora_cli.model import choose_dtype
 from lora_cli.prepare import Prepared, prepare
 from lora_cli.randomness import derive_seed
-from lora_cli.records import CheckReport, RowPreview
+from lora_cli.reports import CheckReport, RowPreview
 
 _SHOWN = 5  # rows, chosen at random
 _SHARE_OF_PEAK = 0.5  # of matrix products that a training step reaches
@@ -43,6 +43,7 @@ def check(config: RunConfig, row: str | None = None) -> Generator[News, None, Ch
     return CheckReport(
         train=prepared.train_counts,
         validation=prepared.validation_counts,
+        test=prepared.test_counts,
         replay=prepared.replay_counts,
         overlap=prepared.overlap,
         examples_per_epoch=train.mixture.drawn,

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from lora_cli import __version__, config_file, console, follower, interrupt, storage
+from lora_cli import __version__, config_file, console, figures, follower, interrupt, storage
 from lora_cli import data as data_rows
 from lora_cli.errors import ConfigError, InputError, Interrupted, UserError
 from lora_cli.records import Finished, as_json
@@ -31,6 +31,12 @@ Overrides = Annotated[
 ]
 Run = Annotated[Path, typer.Argument(help="A run directory, a checkpoint, or any PEFT adapter.", show_default=False)]
 Base = Annotated[str | None, typer.Option(help="The base model's place, when it moved.", show_default=False)]
+HeldOutRows = Annotated[
+    str | None, typer.Option(help="Held-out rows; without it the run's test or validation rows.", show_default=False)
+]
+General = Annotated[
+    str | None, typer.Option(help="General text to measure forgetting on; else the run's.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
@@ -101,21 +107,77 @@ def train(config: Config, overrides: Overrides = None, json: Json = False) -> No
 @app.command(name="eval")
 def evaluate(
     run: Run,
-    data: Annotated[
-        str | None, typer.Option(help="Held-out rows; without it the run's own validation rows.", show_default=False)
-    ] = None,
+    data: HeldOutRows = None,
     base: Base = None,
     answers: Annotated[int, typer.Option(min=0, help="At most so many rows are answered by generation.")] = 200,
+    metric: Annotated[
+        list[str], typer.Option(help="exact-match | json | rouge-l | bleu | chrf | label; may be given several times.")
+    ] = ["exact-match"],  # noqa: B006 - typer copies it
+    extract: Annotated[
+        str | None,
+        typer.Option(help="Exact match compares only this: last-number, or a regular expression.", show_default=False),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 answers greedily; else drawn with --seed.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of drawn answers.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of an answer; else as long as those expected.", show_default=False)
+    ] = None,
+    general: General = None,
+    scan: Annotated[bool, typer.Option("--scan", help="Also at other strengths of the adapter.")] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks: names or YAML files, with commas.", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.", show_default=False)] = None,
     json: Json = False,
 ) -> None:
     """Measure base and adapter side by side on held-out data."""
-    from lora_cli.compare import compare
+    from lora_cli.compare import METRICS, Asked, compare
+    from lora_cli.generate import Sampling
 
-    report = compare(run, data, base, answers)
+    if unknown := [name for name in metric if name not in METRICS]:
+        raise InputError(f"--metric: there is no {unknown[0]}; known are {', '.join(METRICS)}.")
+    asked = Asked(
+        data=data,
+        base=base,
+        answers=answers,
+        metrics=metric,
+        extract=extract,
+        sampling=Sampling(temperature, seed),
+        max_new_tokens=max_new_tokens,
+        general=general,
+        tasks=[name for name in (tasks or "").split(",") if name],
+        limit=limit,
+        scan=scan,
+    )
+    report = compare(run, asked)
     if json:
         console.print_json(as_json(replace(report, samples=report.samples[:20])))
     else:
-        console.show_eval(report)
+        figures.show_eval(report)
+
+
+@app.command()
+def scale(
+    run: Run,
+    output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    gain: Annotated[float | None, typer.Option(help="How strong: 1 as it is, 0.5 half.", show_default=False)] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0, help="As strong as forgets at most this: nats on general text.", show_default=False),
+    ] = None,
+    data: HeldOutRows = None,
+    general: General = None,
+    base: Base = None,
+    json: Json = False,
+) -> None:
+    """Write the adapter at another strength, which any reader of PEFT adapters honours."""
+    from lora_cli import scale as scaling
+
+    report = scaling.scale(run, output, gain, budget, data, general, base)
+    if json:
+        console.print_json(as_json(report))
+    else:
+        figures.show_scale(report)
 
 
 @app.command()

@@ -1,114 +1,210 @@
-"""`lora eval`: base and adapter side by side on the same held-out tokens and prompts."""
+"""`lora eval`: base and adapter side by side on the same held-out tokens and prompts, each figure with its interval."""
 
-import math
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from lora_cli import examples, lora, run_dir, tuned
-from lora_cli.config import DataConfig, SourceConfig
-from lora_cli.data_reader import DataReader, run_to_end, validation_of
+import numpy as np
+
+from lora_cli import lora, run_dir, scoring, storage, tuned
+from lora_cli.config import DataConfig, EvalConfig, SourceConfig
+from lora_cli.data_reader import DataReader, held_out_of, run_to_end
 from lora_cli.dataset import Dataset
 from lora_cli.distributed import current_world
 from lora_cli.errors import DataError
 from lora_cli.evaluate import Measured, measure
-from lora_cli.examples import Example, Tokenizer
-from lora_cli.generate import greedy
+from lora_cli.examples import Example
+from lora_cli.forgetting import forgetting
+from lora_cli.general import read_general
+from lora_cli.generate import GREEDY, Sampling
+from lora_cli.intervals import Figure, ratio
+from lora_cli.intervals import compare as compared
 from lora_cli.memory import tokens_worth_it
-from lora_cli.model import LanguageModel, end_tokens
-from lora_cli.records import DataCounts, EvalReport, Sample, Score
+from lora_cli.model import LanguageModel
+from lora_cli.questions import Question, answer, choose, expected_texts, options_of, questions_of, units_of
+from lora_cli.records import Forgetting, as_json
+from lora_cli.reports import Comparison, EvalReport, Sample
+from lora_cli.scan import scan
 from lora_cli.tuned import Result
 
+GAINS = (0.0, 1.0)  # the base, the adapter
+LABEL: Literal["label"] = "label"
+METRICS = (*scoring.METRICS, LABEL)
 
-def compare(path: Path, data_path: str | None, base: str | None, most_answers: int) -> EvalReport:
-    """Measure base and adapter on `data_path`, or on the run's own validation rows.
 
-    Loss, perplexity and token accuracy are over every target; exact match is over at most `most_answers` rows, spread
-    evenly, each answered greedily and compared with its last answer, spaces at both ends aside.
+@dataclass(frozen=True)
+class Asked:
+    """What a comparison is asked for. Answers are greedy at temperature 0; `extract` is as `scoring.find` has it."""
+
+    data: str | None = None
+    base: str | None = None
+    answers: int = 200
+    metrics: Sequence[str] = ("exact-match",)
+    extract: str | None = None
+    sampling: Sampling = GREEDY
+    max_new_tokens: int | None = None  # null: a little more than the longest expected answer
+    general: str | None = None  # null: what the run measured forgetting on
+    tasks: Sequence[str] = ()
+    limit: int | None = None  # documents of each task
+    scan: bool = False
+
+
+def compare(path: Path, asked: Asked) -> EvalReport:
+    """Measure base and adapter on the asked rows, else on the run's own test or validation rows.
+
+    Loss, perplexity and token accuracy are over every target, other figures over at most `answers` rows, spread evenly.
+    The report, and both models' answers, are kept in the run's folder, where it belongs to one.
     """
-    result = tuned.find(path, base)
-    held_out, counts, name = _held_out(result, data_path)
+    scoring.require_pattern(asked.extract)
+    result = tuned.find(path, asked.base)
+    held_out, rows, name = held_out_rows(result, asked.data)
+    general = general_text(result, asked.general)
+    options = options_of(held_out) if LABEL in asked.metrics else []
     loaded = tuned.load(result, current_world().device)
     tokens = tokens_worth_it(loaded.device)
-    tokenizer = result.header.tokenizer
 
-    asked = _asked(held_out, most_answers)
-    expected = [_text(tokenizer, answer, end_tokens(loaded, tokenizer)) for _, _, answer in asked]
-    losses, answers = {}, {}
-    for gain in (0.0, 1.0):
-        with lora.gain(loaded.module, gain):
-            (losses[gain],) = measure(loaded, held_out, tokens, (gain,))
-            answers[gain] = _answers(loaded, tokenizer, asked, result.header.max_positions)
-    samples = [
-        Sample(example.where, wanted, base_text, tuned_text)
-        for (example, _, _), wanted, base_text, tuned_text in zip(
-            asked, expected, answers[0.0], answers[1.0], strict=True
-        )
-    ]
-    return EvalReport(
+    base, adapted = measure(loaded, held_out, tokens, GAINS)
+    losses = base.per_target("loss"), adapted.per_target("loss")
+    figures = {
+        "loss": compared(*losses, lower_is_better=True),
+        "perplexity": compared(*losses, _perplexity, lower_is_better=True),
+        "token_accuracy": compared(base.per_target("correct"), adapted.per_target("correct")),
+    }
+    questions = questions_of(held_out, asked.answers)
+    samples, more = _answered(loaded, result, questions, asked)
+    figures |= more
+    if options:
+        hits = choose(loaded, questions, options, tokens, GAINS)
+        figures["label_accuracy"] = _compared([scoring.over_ones(each) for each in hits], units_of(questions))
+    report = EvalReport(
         adapter=result.adapter.folder,
         data=name,
-        rows=counts.rows,
-        base=_score(losses[0.0], expected, answers[0.0]),
-        tuned=_score(losses[1.0], expected, answers[1.0]),
+        rows=rows,
+        targets=int(base.targets.sum()),
+        answers=len(questions),
+        figures=figures,
+        forgetting=_forgetting(loaded, general, tokens, adapted) if general else None,
+        tasks=_on_tasks(loaded, result, asked),
+        scan=scan(loaded, held_out, general, tokens, _budget(result)) if asked.scan and general else None,
         samples=samples,
+        saved=None,
     )
+    return _saved(report, result)
 
 
-def _held_out(result: Result, data_path: str | None) -> tuple[Dataset, DataCounts, str]:
+def _forgetting(loaded: LanguageModel, general: Sequence[Example], tokens: int, adapted: Measured) -> Forgetting:
+    base_general, tuned_general = measure(loaded, general, tokens, GAINS)
+    return forgetting(base_general, tuned_general, adapted)
+
+
+def _perplexity(sums: np.ndarray) -> np.ndarray:
+    values: np.ndarray = np.exp(np.minimum(ratio(sums), 700.0))
+    return values
+
+
+def _budget(result: Result) -> float | None:
+    return result.config.eval.forgetting_budget if result.config else None
+
+
+# --- what is measured on ---
+
+
+def held_out_rows(result: Result, data_path: str | None) -> tuple[Dataset, int, str]:
+    """Return held-out rows, how many there are, and their name: those of a file, or the run's own. Raises DataError."""
     if data_path is not None:
-        source = SourceConfig(path=data_path)
         settings = result.data or DataConfig(train=data_path)
         reader = DataReader(settings, result.header)
-        return *run_to_end(reader.held_out(settings.source(source))), data_path
+        rows, counts = run_to_end(reader.held_out(settings.source(SourceConfig(path=data_path))))
+        return rows, counts.rows, data_path
     if result.config is None or result.data is None:
         raise DataError(f"{result.adapter.folder}: belongs to no run with validation rows; give --data FILE.")
-    if result.config.data.validation == 0:
+    held_out, counts, name = run_to_end(held_out_of(result.data, result.config.seed, result.header))
+    if name == "training":
         raise DataError("The run had no validation rows (data.validation: 0); give --data FILE.")
-    held_out, counts = run_to_end(validation_of(result.data, result.config.seed, result.header))
     assert result.run is not None, "it has a config"
-    before = run_dir.read_environment(result.run).get("validation_fingerprint")
+    before = run_dir.read_environment(result.run).get(f"{name}_fingerprint")
     if before not in (None, held_out.fingerprint()):
         raise DataError(
-            f"{result.run.path}: the data changed since this run, so its validation rows cannot be told from those it "
+            f"{result.run.path}: the data changed since this run, so its {name} rows cannot be told from those it "
             "was trained on. Put it back, or give --data FILE."
         )
-    return held_out, counts, "the run's validation rows"
+    return held_out, counts.rows, f"the run's {name} rows"
 
 
-def _asked(held_out: Sequence[Example], most: int) -> list[tuple[Example, tuple[int, ...], tuple[int, ...]]]:
-    """Return (example, prompt ids, answer ids) of the rows to be answered, spread evenly over the set."""
-    possible = [(example, *parts) for example in held_out if (parts := examples.last_answer(example))]
-    count = min(most, len(possible))
-    return [possible[index * len(possible) // count] for index in range(count)]
+def general_text(result: Result, path: str | None) -> Sequence[Example]:
+    """Return the general text of a path, else that of the run, else ours; empty where the run measures none."""
+    settings = result.config.eval if result.config else EvalConfig()
+    if path is not None:
+        settings = settings.model_copy(update={"general": path})
+    reader = DataReader(result.data or DataConfig(train="-"), result.header)
+    return run_to_end(read_general(settings, reader)) or ()
 
 
-def _answers(
-    loaded: LanguageModel,
-    tokenizer: Tokenizer,
-    asked: Sequence[tuple[Example, tuple[int, ...], tuple[int, ...]]],
-    max_positions: int | None,
-) -> list[str]:
-    if not asked:
-        return []
-    longest = max(len(answer) for _, _, answer in asked)
-    ids = greedy(loaded, tokenizer, [prompt for _, prompt, _ in asked], longest + 8, max_positions)
-    return [_text(tokenizer, answer, ()) for answer in ids]
+# --- answers ---
 
 
-def _text(tokenizer: Tokenizer, ids: Sequence[int], ends: Sequence[int]) -> str:
-    while ids and ids[-1] in ends:
-        ids = ids[:-1]
-    return tokenizer.decode(ids).strip()
+def _answered(
+    loaded: LanguageModel, result: Result, questions: Sequence[Question], asked: Asked
+) -> tuple[list[Sample], dict[str, Comparison]]:
+    """Return both models' answers side by side, and what the metrics say of them."""
+    metrics = [metric for metric in scoring.METRICS if metric in asked.metrics]
+    tokenizer = result.header.tokenizer
+    expected = expected_texts(loaded, tokenizer, questions)
+    scoring.require_found(expected, [each.where for each in questions], asked.extract)
+    said = []
+    for gain in GAINS if metrics else ():
+        with lora.gain(loaded.module, gain):
+            said.append(
+                answer(loaded, tokenizer, questions, result.header.max_positions, asked.sampling, asked.max_new_tokens)
+            )
+    units, figures = units_of(questions), {}
+    for metric in metrics:
+        of_base, of_tuned = (scoring.score(metric, expected, answers, asked.extract) for answers in said)
+        for base, adapted in zip(of_base, of_tuned, strict=True):
+            figures[base.name] = _compared([base.sums, adapted.sums], units, base.figure)
+    samples = [
+        Sample(each.where, tokenizer.decode(each.prompt), wanted, *answers)
+        for each, wanted, *answers in zip(questions, expected, *said, strict=True)
+        if said
+    ]
+    return samples, figures
 
 
-def _score(loss: Measured, expected: Sequence[str], answers: Sequence[str]) -> Score:
-    exact = sum(answer == wanted for answer, wanted in zip(answers, expected, strict=True))
-    return Score(
-        loss=loss.mean("loss"),
-        perplexity=math.exp(min(loss.mean("loss"), 700)),
-        token_accuracy=loss.mean("correct"),
-        targets=int(loss.targets.sum()),
-        exact_match=exact / len(expected) if expected else None,
-        exact=exact,
-        answers=len(expected),
-    )
+def _compared(tables: Sequence[np.ndarray], units: np.ndarray, figure: Figure = ratio) -> Comparison:
+    """Compare the sums of base and adapter [questions, K], added up by unit."""
+    added = []
+    for table in tables:
+        by_unit = np.zeros((int(units.max(initial=-1)) + 1, table.shape[1]))
+        np.add.at(by_unit, units, table)
+        added.append(by_unit)
+    return compared(added[0], added[1], figure)
+
+
+def _on_tasks(loaded: LanguageModel, result: Result, asked: Asked) -> dict[str, Comparison]:
+    if not asked.tasks:
+        return {}
+    from lora_cli.harness import run_tasks
+
+    return run_tasks(loaded, result.header.tokenizer, asked.tasks, asked.limit)
+
+
+# --- what is kept ---
+
+
+def _saved(report: EvalReport, result: Result) -> EvalReport:
+    """Write a report and all its samples into the folder of its run; elsewhere nothing is written."""
+    if result.run is None:
+        return report
+    name = f"{report.adapter.name}-{Path(report.data).stem.replace(' ', '-')}"
+    path = result.run.evaluations / f"{name}.json"
+    with storage.explained(path):
+        path.parent.mkdir(exist_ok=True)
+    report = replace(report, saved=path)
+    values = as_json(report)
+    samples = values.pop("samples")
+    storage.write_json(path, values)
+    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    storage.write_file(path.with_suffix(".samples.jsonl"), lines)
+    return report

@@ -6,7 +6,7 @@ The description of each field is the comment `lora init` writes and the text edi
 import datetime
 import string
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -111,6 +111,10 @@ class SourceConfig(Section):
     prompt_template: PromptTemplate | None = None  # null: as data.prompt_template
 
 
+HeldOut = Literal["test", "validation"]
+HELD_OUT: tuple[HeldOut, ...] = get_args(HeldOut)  # in the order in which they are split off
+
+
 class DataConfig(Section):
     """What is learned and what is held out."""
 
@@ -121,6 +125,9 @@ class DataConfig(Section):
     )
     validation: Int | Float | Text = Field(
         0.1, description="a share of train, a number of rows, a file or a hub split; 0 turns validation off"
+    )
+    test: Int | Float | Text | None = Field(
+        None, description="rows kept for the final report alone, as validation: share, number, file or hub split"
     )
     split_by: Text = Field(
         "prompt",
@@ -168,7 +175,7 @@ class DataConfig(Section):
     @property
     def group_field(self) -> str | None:
         """The field whose values are kept on one side when rows are split off."""
-        split_off = not isinstance(self.validation, str) and self.validation != 0
+        split_off = any(wanted and not isinstance(wanted, str) for wanted in (self.validation, self.test))
         return self.split_by if split_off and self.split_by not in ("prompt", "row") else None
 
 
@@ -272,43 +279,3 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
         for key in sorted(there.keys() | now.keys())
         if there.get(key) != now.get(key) and key != "output_dir"
     ]
-
-
-# Keys of the contract whose other values this version cannot honour yet: refused, never ignored.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "model.quantization": (None,),
-    "lora.method": ("lora", "rslora"),
-}
-
-
-def check_config(config: RunConfig) -> dict[str, str]:
-    """Return what no single field can see, as {dotted key: problem}; empty when all is well."""
-    problems: dict[str, str] = {}
-    for key, value in flat(config):
-        root = ".".join(key.split(".")[:2])
-        if root in _ONLY and value not in _ONLY[root]:
-            usable = " or ".join("null" if v is None else str(v) for v in _ONLY[root])
-            problems[root] = f"this version cannot do {value!r} yet; leave {root} at {usable}"
-    if config.train.learning_rate == "auto":
-        problems["train.learning_rate"] = "this version cannot choose the rate yet; give a number, for example 3e-4"
-    if config.eval.forgetting_budget is not None and False in (config.eval.general, config.data.validation != 0):
-        missing = "eval.general is false" if config.eval.general is False else "data.validation is 0"
-        problems["eval.forgetting_budget"] = f"nothing is measured that it could be held against: {missing}"
-    if config.train.kl_without_target and not config.train.kl_to_base:
-        problems["train.kl_without_target"] = "has no effect while train.kl_to_base is 0; give that a weight"
-    if "preference" in {config.data.format, *(source.format for source in config.data.sources)}:
-        problems["data.format" if config.data.format == "preference" else "data.train"] = (
-            "this version cannot train on preference pairs yet; to train on the chosen answers alone, set "
-            "format: prompt-completion and fields: {completion: chosen}"
-        )
-    keys = {key for source in config.data.sources for key in source.fields or ()}
-    if unknown := sorted(keys - FORMAT_KEYS):
-        problems["data.fields"] = f"no format has a key {unknown[0]!r}; the keys are {', '.join(sorted(FORMAT_KEYS))}"
-    if config.data.prompt_template and "prompt" in keys:
-        problems["data.prompt_template"] = "makes the prompt, and so does prompt in data.fields; leave one out"
-    validation = config.data.validation
-    if isinstance(validation, float) and not 0 <= validation < 1:
-        problems["data.validation"] = f"a share must lie between 0 and 1, not {validation} (a whole number counts rows)"
-    elif isinstance(validation, int) and validation < 0:
-        problems["data.validation"] = f"must not be negative, not {validation}"
-    return problems

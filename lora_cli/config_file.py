@@ -10,7 +10,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from lora_cli.config import ModelConfig, RunConfig, Section, check_config
+from lora_cli.config import ModelConfig, RunConfig, Section
+from lora_cli.config_checks import check_config
 from lora_cli.errors import NOTHING_READ, ConfigError, SurroundingsError
 from lora_cli.strict_yaml import Document, Key, dump_inline, parse, read_value
 from lora_cli.strict_yaml import dump as dump_yaml

@@ -6,20 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from lora_cli.errors import UserError
-from lora_cli.records import (
-    CheckReport,
-    DataCounts,
-    EvalReport,
-    Finished,
-    Marked,
-    MergeReport,
-    Score,
-)
+from lora_cli.records import DataCounts, Estimate, Finished
+from lora_cli.reports import CheckReport, Marked, MergeReport
 
 out = Console(highlight=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
@@ -68,10 +60,29 @@ def show_finished(event: Finished, run: str, already: bool) -> None:
             lines.append(
                 "No evaluation was better than the base model: this adapter does not help on the validation data."
             )
+    if event.best_forgetting is not None:
+        lines.append(f"Forgetting: the loss on general text rose by {event.best_forgetting:+.4f} nats a token.")
+        if event.within_budget is False:
+            lines.append(
+                "No evaluation was within eval.forgetting_budget; the one that forgot least is kept. A lower "
+                "train.learning_rate, data.replay and train.kl_to_base hold forgetting down; so does `lora scale`."
+            )
+    if event.test is not None:
+        test, flattery = event.test, event.test.flattery
+        lines.append(
+            f"Test loss {test.base_loss:.4f} (base) -> {test.loss:.4f} ({test.targets:,} targets that chose nothing)"
+            + (f"; validation was flattered by {change_in_words(flattery)}." if flattery.value is not None else ".")
+        )
     lines.append(f"Adapter: {event.adapter}")
     lines.append(f"Next: lora eval {run}   or   lora merge {run} --output {run.rstrip('/')}-merged")
     for line in lines:
         out.print(line, markup=False, soft_wrap=True)
+
+
+def change_in_words(estimate: Estimate) -> str:
+    """Return a change and its interval."""
+    known = estimate.low is not None and estimate.high is not None
+    return f"{estimate.value:+.4f}" + (f" ({estimate.low:+.4f} to {estimate.high:+.4f})" if known else "")
 
 
 # --- check ---
@@ -79,8 +90,7 @@ def show_finished(event: Finished, run: str, already: bool) -> None:
 
 def show_check(report: CheckReport, whole: bool) -> None:
     """Show what a run would do; rows are cut in the middle where they are long, unless `whole`."""
-    sets = {"train": report.train, "validation": report.validation, "replay": report.replay}
-    sets = {"train": report.train, "validation": report.validation, "replay": report.replay}
+    sets = {"train": report.train, "validation": report.validation, "test": report.test, "replay": report.replay}
     present = {name: counts for name, counts in sets.items() if counts is not None}
     out.print(_data_table(present))
     lines = [f"lengths: {_bars(report.train)}", *(line for n, c in present.items() for line in _source_lines(n, c))]
@@ -175,33 +185,7 @@ def _gb(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-# --- eval and merge ---
-
-
-def show_eval(report: EvalReport) -> None:
-    """Show base and adapter side by side, and three rows of what they said."""
-    out.print(f"{report.data}: {report.rows} rows", markup=False)
-    table = Table("", "base", "adapter", "n", box=None)
-    rows: tuple[tuple[str, str, str], ...] = (
-        ("loss", "loss", ".4f"),
-        ("perplexity", "perplexity", ",.2f"),
-        ("token accuracy", "token_accuracy", ".1%"),
-        ("exact match", "exact_match", ".1%"),
-    )
-    for name, field, spec in rows:
-        answers = field == "exact_match"
-        n = f"{report.tuned.answers:,} answers" if answers else f"{report.tuned.targets:,} targets"
-        table.add_row(name, _figure(report.base, field, spec), _figure(report.tuned, field, spec), n)
-    out.print(table)
-    for sample in report.samples[:3]:
-        out.print(f"\n[bold]{escape(sample.row)}[/bold]")
-        for name, text in (("expected", sample.expected), ("base", sample.base), ("adapter", sample.tuned)):
-            out.print(f"  {name:9}{text[:300]}", markup=False, soft_wrap=True)
-
-
-def _figure(score: Score, field: str, spec: str) -> str:
-    value = getattr(score, field)
-    return "-" if value is None else format(value, spec)
+# --- merge ---
 
 
 def show_merge(report: MergeReport) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_cli.config import DataConfig, SourceConfig
+from lora_cli.config import HELD_OUT, DataConfig, HeldOut, SourceConfig
 from lora_cli.conversation import Conversation, Message, Row, RowError, parse_conversation, text_of
 from lora_cli.data_file import Block, Broken, DataFile
 from lora_cli.errors import NOTHING_LOADED, DataError
@@ -231,9 +231,9 @@ def _unread(row: Row, reader: Reader) -> list[str]:
     return [f'{n} (did you mean "{found[0]}"?)' if found else n for n, found in zip(unread, close, strict=True)]
 
 
-def held_out_source(config: DataConfig) -> SourceConfig | None:
-    """Return the source that `data.validation` names: a file, or a split of the hub data set trained on."""
-    held_out = config.validation
+def held_out_source(config: DataConfig, name: HeldOut) -> SourceConfig | None:
+    """Return the source that `data.validation` or `data.test` names: a file, or a split of the hub data set."""
+    held_out = getattr(config, name)
     if not isinstance(held_out, str):
         return None
     if len(config.sources) == 1 and is_hub_id(held_out) and is_hub_id(config.sources[0].path):
@@ -267,7 +267,7 @@ def require_readable(config: DataConfig, general: str | None = None) -> None:
     if general is not None and is_plain_text(general):
         read_plain_text(Path(general).expanduser())
         general = None
-    others = (held_out_source(config), replay_source(config), general_source(general))
+    others = (*(held_out_source(config, name) for name in HELD_OUT), replay_source(config), general_source(general))
     for reader in (*found, *(reader for source in others if source for reader in readers(source))):
         size = rows = 0
         for block in reader.file.blocks():

@@ -1,11 +1,12 @@
 """The data of a config, for one model: its sources as sequences of tokens, ready to be split, fitted and mixed."""
 
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import TypeVar
 
 from lora_cli import data, dataset
 from lora_cli.chat_template import CHOICES, choose
-from lora_cli.config import DataConfig, SourceConfig
+from lora_cli.config import HELD_OUT, DataConfig, HeldOut, SourceConfig
 from lora_cli.corpus import Corpus, make
 from lora_cli.dataset import Dataset
 from lora_cli.errors import NOTHING_LOADED, DataError, ModelError
@@ -15,6 +16,16 @@ from lora_cli.records import DataCounts, Notice, Preparing
 
 News = Notice | Preparing
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The sequences of a run by what they are for, uncut; and each source's (weight, number of files)."""
+
+    train: Dataset
+    weights: list[tuple[float, int]]
+    validation: Dataset | None
+    test: Dataset | None
 
 
 class DataReader:
@@ -60,22 +71,22 @@ class DataReader:
         """Apply `data.max_length`. Raises DataError."""
         return dataset.fit(whole, self.config, self.max_positions)
 
-    def training_and_validation(
-        self,
-    ) -> Generator[News, None, tuple[Dataset, list[tuple[float, int]], Dataset | None]]:
-        """Return the training sequences, each source's (weight, number of files), and the validation sequences; uncut.
-
-        The last are None where `data.validation` names no file: they are still to be split off.
-        """
+    def sets(self, seed: int) -> Generator[News, None, Sets]:
+        """Return the sequences of a run by what they are for, split by `seed` where no file is named."""
         corpora: list[Corpus] = []
         weights: list[tuple[float, int]] = []
         for source in self.config.sources:
             more = yield from self.corpora(source, self.config.group_field)
             corpora += more
             weights.append((source.weight, len(more)))
-        held_out = data.held_out_source(self.config)
-        validation = dataset.whole((yield from self.corpora(held_out)), self.limit) if held_out else None
-        return dataset.whole(corpora, self.limit), weights, validation
+        train = dataset.whole(corpora, self.limit)
+        held_out: dict[HeldOut, Dataset | None] = {}
+        for name in HELD_OUT:
+            if (source_of_it := data.held_out_source(self.config, name)) is not None:
+                held_out[name] = dataset.whole((yield from self.corpora(source_of_it)), self.limit)
+            else:
+                train, held_out[name] = dataset.split(train, self.config, seed, name)
+        return Sets(train, weights, held_out["validation"], held_out["test"])
 
     def _require_decided(self, corpus: Corpus, templated: bool) -> None:
         """Raise DataError where most plain rows hold control tokens and nobody said what they are."""
@@ -99,12 +110,13 @@ def run_to_end(generator: Generator[News, None, Result]) -> Result:
             return result
 
 
-def validation_of(
+def held_out_of(
     config: DataConfig, seed: int, header: ModelHeader
-) -> Generator[News, None, tuple[Dataset, DataCounts]]:
-    """Return the validation sequences of a run and what was counted; the training ones where it has none."""
+) -> Generator[News, None, tuple[Dataset, DataCounts, str]]:
+    """Return what a run holds out, what was counted, and its name: test rows, else validation rows, else the training
+    rows.
+    """
     reader = DataReader(config, header)
-    train, _, validation = yield from reader.training_and_validation()
-    if validation is None:
-        train, validation = dataset.split(train, config, seed)
-    return reader.fit(validation or train)
+    sets = yield from reader.sets(seed)
+    name = "test" if sets.test else "validation" if sets.validation else "training"
+    return *reader.fit(sets.test or sets.validation or sets.train), name

@@ -9,7 +9,7 @@ from typing import overload
 import numpy as np
 
 from lora_cli.batches import Mixture, Part
-from lora_cli.config import DataConfig
+from lora_cli.config import DataConfig, HeldOut
 from lora_cli.corpus import Corpus
 from lora_cli.data_file import DataFile
 from lora_cli.errors import NOTHING_LOADED, DataError
@@ -116,22 +116,22 @@ def whole(corpora: Sequence[Corpus], limit: int) -> Dataset:
 # --- split ---
 
 
-def split(dataset: Dataset, config: DataConfig, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Return the training and the validation part of a set; rows that share `split_by` stay together.
+def split(dataset: Dataset, config: DataConfig, seed: int, name: HeldOut) -> tuple[Dataset, Dataset | None]:
+    """Return a set without the rows that `name` holds out, and these; rows that share `split_by` stay together.
 
     The same rows for the same data and seed. Raises DataError when a part is left empty.
     """
-    held_out = config.validation
+    held_out = getattr(config, name)
     assert not isinstance(held_out, str), "a file of its own is not split off"
     rows = dataset.rows()
     first = dataset.first_of_rows()
-    count = held_out if isinstance(held_out, int) else round(held_out * len(first))
-    if held_out == 0:
+    if not held_out:
         return dataset, None
+    count = held_out if isinstance(held_out, int) else round(held_out * len(first))
     if not 0 < count < len(first):
         raise DataError(
-            f"data.validation: {held_out} of {len(first)} rows leaves {len(first) - count} to train on and {count} to "
-            "validate on; both need at least one. Give a number of rows, a file of its own, or 0 for none.",
+            f"data.{name}: {held_out} of {len(first)} rows leaves {len(first) - count} to train on and holds {count} "
+            "out; both need at least one. Give a number of rows, a file of its own, or 0 for none.",
             state=NOTHING_LOADED,
         )
     match config.split_by:
@@ -143,11 +143,11 @@ def split(dataset: Dataset, config: DataConfig, seed: int) -> tuple[Dataset, Dat
             keys = dataset.column("group_keys")[first]
     _, at, group = np.unique(keys, return_index=True, return_inverse=True)
     group = np.argsort(np.argsort(at))[group]  # numbered in the order in which they appear
-    chosen = np.isin(group, _choose_groups(np.bincount(group), count, seed))
+    chosen = np.isin(group, _choose_groups(np.bincount(group), count, derive_seed(seed, f"{name} split")))
     if chosen.all():
         raise DataError(
             f"data.split_by: all {len(first)} rows have the same {config.split_by}, so none can be held out. Give a "
-            "file of its own as data.validation, or set data.split_by: row.",
+            f"file of its own as data.{name}, or set data.split_by: row.",
             state=NOTHING_LOADED,
         )
     held = chosen[rows]
@@ -157,7 +157,7 @@ def split(dataset: Dataset, config: DataConfig, seed: int) -> tuple[Dataset, Dat
 def _choose_groups(sizes: np.ndarray, count: int, seed: int) -> list[int]:
     """Choose groups at random until they have `count` rows; those that would be too many are passed over."""
     order = list(range(len(sizes)))
-    random.Random(derive_seed(seed, "validation split")).shuffle(order)
+    random.Random(seed).shuffle(order)
     chosen, left = [], count
     for group in order:
         if left == 0:
@@ -168,27 +168,27 @@ def _choose_groups(sizes: np.ndarray, count: int, seed: int) -> list[int]:
     return chosen or [int(sizes.argmin())]
 
 
-def find_overlap(train: Sequence[Dataset], validation: Dataset) -> Overlap:
-    """Count the validation rows that also stand in what is trained on, and those whose prompt does."""
-    first = validation.first_of_rows()
+def find_overlap(train: Sequence[Dataset], held_out: Dataset) -> Overlap:
+    """Count the held-out rows that also stand in what is trained on, and those whose prompt does."""
+    first = held_out.first_of_rows()
     same_row, same_prompt = (
-        np.isin(validation.column(name)[first], np.concatenate([part.column(name) for part in train]))
+        np.isin(held_out.column(name)[first], np.concatenate([part.column(name) for part in train]))
         for name in ("row_keys", "prompt_keys")
     )
     shared = np.flatnonzero(same_row | same_prompt)
-    places = tuple(validation.place(int(first[index])) for index in shared[:3])
+    places = tuple(held_out.place(int(first[index])) for index in shared[:3])
     return Overlap(int(same_row.sum()), len(shared), len(first), places)
 
 
-def require_no_overlap(overlap: Overlap, config: DataConfig) -> None:
-    """Raise DataError where validation rows are trained on and `data.allow_overlap` does not allow it."""
+def require_no_overlap(overlap: Overlap, config: DataConfig, name: HeldOut) -> None:
+    """Raise DataError where held-out rows are trained on and `data.allow_overlap` does not allow it."""
     if not overlap.prompts or config.allow_overlap:
         return
-    split_off = not isinstance(config.validation, str)
+    split_off = not isinstance(getattr(config, name), str)
     way = "data.split_by: prompt keeps such rows on one side, or" if split_off else "Take them out of one file, or set"
     raise DataError(
-        f"data.validation: {overlap.prompts} of {overlap.of} validation rows have a prompt that is also trained on "
-        f"({overlap.rows} of them are the same row), so validation would measure memory: {', '.join(overlap.places)}, "
+        f"data.{name}: {overlap.prompts} of {overlap.of} {name} rows have a prompt that is also trained on "
+        f"({overlap.rows} of them are the same row), so {name} would measure memory: {', '.join(overlap.places)}, "
         f"... {way} data.allow_overlap: true accepts them.",
         state=NOTHING_LOADED,
     )

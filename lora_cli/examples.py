@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from lora_cli.chat_template import ChatTemplate, limited
 from lora_cli.control_tokens import BREAK, added_tokens, alternatives, find_control_tokens
 from lora_cli.conversation import Conversation, RowError, name_of, reasoning
-from lora_cli.records import Marked
+from lora_cli.reports import Marked
 from lora_cli.spans import Rendering, SpanFinder
 
 IGNORED = -100  # the label of a token that is not trained

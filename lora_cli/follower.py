@@ -7,6 +7,7 @@ from typing import TypeVar
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from lora_cli.console import duration, err
+from lora_cli.figures import forgetting_in_words
 from lora_cli.records import Evaluated, Event, Finished, Notice, Preparing, Saved, Started, StepDone
 
 Result = TypeVar("Result")
@@ -99,6 +100,8 @@ class Follower:
             f"{what}: validation loss {event.loss:.4f}, token accuracy {event.token_accuracy:.1%} "
             f"({event.targets:,} targets){note}{left}"
         )
+        if event.forgetting is not None and event.step:
+            self._say(f"  forgetting: {forgetting_in_words(event.forgetting)}")
 
 
 def follow_preparation(news: Generator[Notice | Preparing, None, Result]) -> Result:

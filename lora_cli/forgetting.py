@@ -9,9 +9,9 @@ from lora_cli.dataset import Dataset
 from lora_cli.evaluate import Measured, batches, measure
 from lora_cli.examples import IGNORED, Example
 from lora_cli.forward import target_scores
-from lora_cli.intervals import difference, estimate
+from lora_cli.intervals import difference, estimate, independent_difference
 from lora_cli.model import LanguageModel
-from lora_cli.records import Forgetting
+from lora_cli.records import Forgetting, Tested
 
 _KL_TOKENS = 4096  # of the validation set, whose targets the base is asked about too
 
@@ -48,6 +48,21 @@ def forgetting(base_general: Measured, general: Measured, on_task: Measured) -> 
         tokens=int(general.targets.sum()),
         kl=estimate(on_task.per_target("kl")),
         kl_tokens=int(on_task.targets.sum()),
+    )
+
+
+def test_chosen(model: LanguageModel, validation: Sequence[Example], rows: Sequence[Example], tokens: int) -> Tested:
+    """Measure a chosen adapter on rows that chose nothing, beside the validation rows that chose it."""
+    changes = []
+    for examples in (validation, rows):
+        base, tuned = measure(model, examples, tokens, (0.0, 1.0))
+        changes.append(difference(base.per_target("loss"), tuned.per_target("loss")))
+    return Tested(
+        targets=int(tuned.targets.sum()),
+        base_loss=base.mean("loss"),
+        loss=tuned.mean("loss"),
+        change=changes[1],
+        flattery=independent_difference(*changes),
     )
 
 

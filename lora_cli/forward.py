@@ -70,7 +70,7 @@ def target_scores(model: LanguageModel, batch: Batch, gains: Sequence[float]) ->
         return compare_logits(states, batch.labels)
     found = []
     for part in chunks(batch.targets):
-        logits = [head_logits(state[part], model.head.weight, model.head.bias, head) for state in states]
+        logits = (head_logits(state[part], model.head.weight, model.head.bias, head) for state in states)
         found.append(compare_logits(logits, batch.labels[part]))
     return torch.cat(found, -1)
 

@@ -1,25 +1,39 @@
-"""Greedy answers to held-out prompts, in batches, with a key-value cache (transformers' own generation)."""
+"""Answers to held-out prompts, in batches, with a key-value cache (transformers' own generation)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from lora_cli import lora
 from lora_cli.examples import Tokenizer
 from lora_cli.model import LanguageModel, end_tokens, generating
+from lora_cli.randomness import derive_seed
 
-BATCH = 16
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the most likely one at temperature 0, else drawn, the same for the same seed."""
+
+    temperature: float = 0.0
+    seed: int = 0
+
+
+GREEDY = Sampling()
 
 
 @torch.inference_mode()
-def greedy(
+def generate(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     max_positions: int | None = None,
+    sampling: Sampling = GREEDY,
 ) -> list[tuple[int, ...]]:
-    """Return the most likely continuation of each prompt (token ids), without its end token.
+    """Return a continuation of each prompt (token ids), without its end token; greedy unless a sampling is given.
 
     A continuation ends at an end token, after `max_new_tokens`, or where the model has no positions left. What the
     model's generation_config asks for beside its end tokens (sampling, a repetition penalty) is left out.
@@ -27,10 +41,16 @@ def greedy(
     lora.set_dropout(model.module, active=False)
     ends = end_tokens(model, tokenizer)
     pad = ends[0] if ends else 0
+    choice = (
+        {"do_sample": True, "temperature": sampling.temperature, "top_k": 0}
+        if sampling.temperature
+        else {"do_sample": False}
+    )
     answers: dict[int, tuple[int, ...]] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    with generating(model):
+    with generating(model), torch.random.fork_rng():
         for begin in range(0, len(order), BATCH):
+            torch.manual_seed(derive_seed(sampling.seed, "answers", begin))
             indices = order[begin : begin + BATCH]
             longest = max(len(prompts[i]) for i in indices)
             ids = torch.full((len(indices), longest), pad, dtype=torch.long)
@@ -42,10 +62,10 @@ def greedy(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 max_new_tokens=min(max_new_tokens, max(1, (max_positions or longest + max_new_tokens) - longest)),
-                do_sample=False,
                 eos_token_id=list(ends) or None,
                 pad_token_id=pad,
                 use_cache=True,
+                **choice,
             )
             for row, index in enumerate(indices):
                 new = output[row, longest:].tolist()

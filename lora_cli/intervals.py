@@ -10,6 +10,7 @@ from statistics import NormalDist
 import numpy as np
 
 from lora_cli.records import Estimate
+from lora_cli.reports import Comparison, Verdict
 
 Figure = Callable[[np.ndarray], np.ndarray]  # sums [..., K] -> figures [...]
 
@@ -21,7 +22,8 @@ _NORMAL = NormalDist()
 
 def ratio(sums: np.ndarray) -> np.ndarray:
     """Return the first sum divided by the second: a mean, a share."""
-    quotients: np.ndarray = sums[..., 0] / sums[..., 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        quotients: np.ndarray = sums[..., 0] / sums[..., 1]
     return quotients
 
 
@@ -51,6 +53,26 @@ def difference(base: np.ndarray, tuned: np.ndarray, figure: Figure = ratio) -> E
     if figure is ratio and _are_shares(base) and _are_shares(tuned):
         return Estimate(value, *_paired_shares(base[:, 0], tuned[:, 0]), len(base))
     return _bootstrap(value, np.stack([base, tuned]), lambda table: figure(table[1]) - figure(table[0]))
+
+
+def independent_difference(first: Estimate, second: Estimate) -> Estimate:
+    """Return second less first, of different units: the ends' distances add up as independent errors do."""
+    if None in (first.low, second.low, first.value, second.value):
+        return Estimate(None, None, None, 0)
+    a, b = (np.array([each.value, each.low, each.high], np.float64) for each in (first, second))
+    value, down, up = b[0] - a[0], np.hypot(b[0] - b[1], a[2] - a[0]), np.hypot(b[2] - b[0], a[0] - a[1])
+    return Estimate(float(value), float(value - down), float(value + up), min(first.n, second.n))
+
+
+def compare(base: np.ndarray, tuned: np.ndarray, figure: Figure = ratio, lower_is_better: bool = False) -> Comparison:
+    """Return a figure of both, their difference, and what may be said of it."""
+    gap = difference(base, tuned, figure)
+    verdict: Verdict | None = None
+    if gap.low is not None and gap.high is not None:
+        verdict = "no difference shown"
+        if gap.low > 0 or gap.high < 0:
+            verdict = "better" if (gap.high < 0) == lower_is_better else "worse"
+    return Comparison(estimate(base, figure), estimate(tuned, figure), gap, verdict)
 
 
 def _are_shares(sums: np.ndarray) -> bool:
@@ -90,7 +112,8 @@ def _bootstrap(value: float, tables: np.ndarray, figure: Figure) -> Estimate:
         counts = generator.multinomial(units, even, size=min(size, _DRAWS - begin))  # [draws, units]
         figures.append(figure(counts.astype(np.float64) @ tables))
     outside = _NORMAL.cdf(-_student(units - 1) * float(np.sqrt(units / (units - 1))))
-    low, high = np.quantile(np.concatenate(figures), (outside, 1 - outside))
+    drawn = np.concatenate(figures)
+    low, high = np.quantile(drawn[np.isfinite(drawn)], (outside, 1 - outside))  # 0 / 0 where all drawn have nothing
     return Estimate(value, float(low), float(high), units)
 
 

@@ -14,11 +14,11 @@ from lora_cli.batches import Step, micro_batches, plan_epoch, steps_in_epoch
 from lora_cli.blocks import compile_blocks, recompute_activations
 from lora_cli.checkpoint import Stopping, TrainState
 from lora_cli.config import RunConfig
-from lora_cli.dataset import TrainingSet
+from lora_cli.dataset import Dataset, TrainingSet
 from lora_cli.distributed import keep_freed_memory, memory_error
 from lora_cli.errors import AdapterError, Interrupted, TrainingStopped
 from lora_cli.examples import Example
-from lora_cli.forgetting import Validation, without_surprising
+from lora_cli.forgetting import Validation, test_chosen, without_surprising
 from lora_cli.forward import base_states, embedding_noise, form, lay_out, share_inputs, target_loss
 from lora_cli.fused import fuse
 from lora_cli.interrupt import StopRequest
@@ -26,7 +26,7 @@ from lora_cli.loss import ZERO, LossSum, Pull
 from lora_cli.model import LanguageModel
 from lora_cli.optim import build_optimizer, clip_gradients, lr_at
 from lora_cli.randomness import derive_seed
-from lora_cli.records import Evaluated, Event, Finished, Notice, Saved, StepDone
+from lora_cli.records import Evaluated, Event, Finished, Notice, Saved, StepDone, Tested
 from lora_cli.run_dir import RunDir
 
 
@@ -60,6 +60,7 @@ class Loop:
         model: LanguageModel,
         train: TrainingSet,
         validation: Validation | None,
+        test: Dataset | None,
         origin: Origin,
         stop: StopRequest,
         tokens: int,
@@ -71,6 +72,7 @@ class Loop:
         self.train = train.examples
         self.mixture = train.mixture
         self.validation = validation
+        self.test = test
         self.origin = origin
         self.stop = stop
         self.timetable = Timetable.of(train.mixture.drawn, config)
@@ -271,6 +273,15 @@ class Loop:
             best_loss=stopping.best_loss,
             base_loss=stopping.base_loss,
             best_forgetting=stopping.best_forgetting,
+            within_budget=None if self.config.eval.forgetting_budget is None else not stopping.best_excess,
+            test=self._test(),
             reason=f"no improvement in {patience} evaluations" if early else "all steps taken",
             adapter=self.run.adapter,
         )
+
+    def _test(self) -> Tested | None:
+        """Measure the chosen adapter on the test rows; it takes the place of the last one in the model."""
+        if self.test is None or self.validation is None:
+            return None
+        adapter.load_weights(self.model.module, adapter.read(self.run.adapter))
+        return test_chosen(self.model, self.validation.examples, self.test, self.tokens)

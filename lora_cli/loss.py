@@ -1,6 +1,6 @@
 """The loss as a sum that travels, and cross-entropy that never holds the logits of a whole batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,15 +174,16 @@ def logits_loss(logits: Tensor, labels: Tensor, pull: Pull | None = None) -> Los
     return LossSum(total + penalty, len(labels), penalty.detach())
 
 
-def compare_logits(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+def compare_logits(logits: Iterable[Tensor], labels: Tensor) -> Tensor:
     """Return, of each model's logits [N, V], what they say of `labels` [N]: [models, 3, N].
 
     The three are the negative log-likelihood, whether the label is the most likely token, and KL(first model || this).
     """
-    logs = [_wide(each).log_softmax(-1) for each in logits]
-    first, found = logs[0], []
-    for log in logs:
+    first, found = None, []
+    for each in logits:
+        log = _wide(each).log_softmax(-1)
         likelihood = log.gather(1, labels[:, None])[:, 0]
-        kl = torch.zeros_like(likelihood) if log is first else (first.exp() * (first - log)).sum(1)
+        kl = torch.zeros_like(likelihood) if first is None else (first.exp() * (first - log)).sum(1)
+        first = log if first is None else first
         found.append(torch.stack([-likelihood, (log.argmax(-1) == labels).to(log.dtype), kl]))
     return torch.stack(found)

@@ -18,7 +18,7 @@ from lora_cli.fused import fuse
 from lora_cli.layout import Layout, decoder_blocks
 from lora_cli.loss import CHUNK, HeadForm
 from lora_cli.model import LanguageModel, ModelHeader, build_skeleton, choose_dtype
-from lora_cli.records import MemoryEstimate
+from lora_cli.reports import MemoryEstimate
 
 # Measured on a CPU with scripts/bench: what a process takes that has imported everything, and what a backward pass
 # holds for a moment, the allocator's gaps included, in activations of a block. The number for a GPU is a guess.

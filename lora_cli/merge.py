@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from lora_cli import lora, model, storage, tuned
 from lora_cli.adapter import Adapter, save_templates
 from lora_cli.batches import Group, collate
-from lora_cli.data_reader import run_to_end, validation_of
+from lora_cli.data_reader import held_out_of, run_to_end
 from lora_cli.errors import AdapterError, SurroundingsError, UserError
 from lora_cli.examples import Example
 from lora_cli.forward import target_logits
-from lora_cli.records import MergeReport
+from lora_cli.reports import MergeReport
 from lora_cli.tuned import Result
 
 # Largest logit difference allowed, as a share of the largest logit, by the dtype the weights are written in.
@@ -150,7 +150,7 @@ def _probes(result: Result) -> list[Example]:
     """Return real rows of the run where they are still there, else a few sentences."""
     if result.config is not None and result.data is not None:
         try:
-            found, _ = run_to_end(validation_of(result.data, result.config.seed, result.header))
+            found, _, _ = run_to_end(held_out_of(result.data, result.config.seed, result.header))
             return found[:_PROBES]
         except UserError:
             pass  # the data moved away: the comparison is as strict on any other text

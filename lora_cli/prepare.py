@@ -28,9 +28,11 @@ class Prepared:
     targets: Sequence[str]  # paths of the layers to adapt
     train: TrainingSet
     validation: Dataset | None
+    test: Dataset | None
     general: Sequence[Example] | None  # to measure forgetting on
     train_counts: DataCounts
     validation_counts: DataCounts | None
+    test_counts: DataCounts | None
     replay_counts: DataCounts | None
     overlap: Overlap | None
     notices: Sequence[str]
@@ -44,6 +46,7 @@ class Prepared:
         """Return a hash of every token and target a run sees: data, tokenizer, template and split are in it."""
         parts = [self.train.examples.fingerprint(), str(self.train.mixture)]
         parts += [self.validation.fingerprint()] if self.validation else []
+        parts += [self.test.fingerprint()] if self.test else []
         parts += [str(example.input_ids) for example in self.general or ()]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
 
@@ -57,26 +60,30 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
     skeleton = model.build_skeleton(header, config.model.trust_remote_code)
     targets = lora.find_targets(skeleton, config.lora.target_modules)
     reader = DataReader(config.data, header)
-    everything, weights, validation = yield from reader.training_and_validation()
-    overlap = None
-    if validation is None:
-        everything, validation = dataset.split(everything, config.data, config.seed)
-    validation_counts = replay = replay_counts = None
+    sets = yield from reader.sets(config.seed)
+    validation, test, overlap = sets.validation, sets.test, None
+    validation_counts = test_counts = replay = replay_counts = None
     if (source := data.replay_source(config.data)) is not None:
         replay, replay_counts = yield from reader.held_out(source)
+    trained_on = [sets.train, replay] if replay else [sets.train]
     if validation is not None:
-        overlap = dataset.find_overlap([everything, replay] if replay else [everything], validation)
-        dataset.require_no_overlap(overlap, config.data)
-    train, train_counts = reader.fit(everything)
+        overlap = dataset.find_overlap(trained_on, validation)
+        dataset.require_no_overlap(overlap, config.data, "validation")
+    if test is not None:
+        dataset.require_no_overlap(dataset.find_overlap(trained_on, test), config.data, "test")
+    train, train_counts = reader.fit(sets.train)
     if validation is not None:
         validation, validation_counts = reader.fit(validation)
+    if test is not None:
+        test, test_counts = reader.fit(test)
     general = (yield from read_general(config.eval, reader)) if validation is not None else None
     ratio = config.data.replay.ratio if config.data.replay else 0.0
-    training_set = dataset.mix(train, weights, replay, ratio)
+    training_set = dataset.mix(train, sets.weights, replay, ratio)
     notices = [
         *_adapter_notices(skeleton, targets, config),
         *_data_notices("train", train_counts),
         *(_data_notices("validation", validation_counts) if validation_counts else ()),
+        *(_data_notices("test", test_counts) if test_counts else ()),
         *(_data_notices("replay", replay_counts) if replay_counts else ()),
         *_set_notices(training_set, overlap, config),
         *_template_notices(reader.template, train, header),
@@ -89,9 +96,11 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
         targets=targets,
         train=training_set,
         validation=validation,
+        test=test,
         general=general,
         train_counts=train_counts,
         validation_counts=validation_counts,
+        test_counts=test_counts,
         replay_counts=replay_counts,
         overlap=overlap,
         notices=notices,

@@ -4,7 +4,7 @@ The loop yields them, `run_dir` appends the measurements to metrics.jsonl, `cons
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -140,10 +140,26 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Tested:
+    """The best adapter on the test rows, which chose nothing: the change of loss from the base's there.
+
+    `flattery` is what choosing made of validation: by how much the change of loss was better there than on the test
+    rows.
+    """
+
+    targets: int
+    base_loss: float
+    loss: float
+    change: Estimate
+    flattery: Estimate
+
+
+@dataclass(frozen=True)
 class Finished:
     """The run is over and `adapter` holds the best adapter (the last one where there is no validation).
 
-    `best_forgetting` is its rise of loss on general text, null where that was not measured.
+    `best_forgetting` is its rise of loss on general text, null where that was not measured; `within_budget` says
+    whether it is within `eval.forgetting_budget`, where there is one.
     """
 
     step: int
@@ -151,6 +167,8 @@ class Finished:
     best_loss: float | None
     base_loss: float | None
     best_forgetting: float | None
+    within_budget: bool | None
+    test: Tested | None
     reason: str
     adapter: Path
 
@@ -175,102 +193,6 @@ class Preparing:
 Event = Preparing | Started | StepDone | Evaluated | Saved | Finished | Notice
 
 
-@dataclass(frozen=True)
-class Marked:
-    """A piece of an example's text, and whether it is trained."""
-
-    text: str
-    trained: bool
-
-
-@dataclass(frozen=True)
-class RowPreview:
-    """A sequence as the model sees it, cut where it changes between trained and not."""
-
-    row: str
-    pieces: Sequence[Marked]
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes during training; `total` holds the process itself too, where it lies in the same memory."""
-
-    tokens: int  # that one forward sees
-    base: int
-    adapter: int  # weights, gradients and both moments
-    activations: int
-    total: int
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """What a run would do."""
-
-    train: DataCounts
-    validation: DataCounts | None
-    replay: DataCounts | None
-    overlap: Overlap | None
-    examples_per_epoch: int
-    steps_per_epoch: int
-    total_steps: int
-    seconds: float  # of training, roughly
-    previews: Sequence[RowPreview]
-    modules: dict[str, int]  # last part of the module name -> how many are adapted
-    trainable_parameters: int
-    total_parameters: int
-    memory: MemoryEstimate
-    notices: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Score:
-    """A model on a held-out set. `n = 0` leaves every figure null."""
-
-    loss: float | None
-    perplexity: float | None
-    token_accuracy: float | None
-    targets: int
-    exact_match: float | None
-    exact: int
-    answers: int
-
-
-@dataclass(frozen=True)
-class EvalReport:
-    """Base and adapter on the same tokens and prompts."""
-
-    adapter: Path
-    data: str
-    rows: int
-    base: Score
-    tuned: Score
-    samples: Sequence["Sample"]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One held-out prompt, the answer asked for, and what both models said (token for token up to the end token)."""
-
-    row: str
-    expected: str
-    base: str
-    tuned: str
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """A merged model, reloaded from disk and compared with base + adapter."""
-
-    output: Path
-    adapted_tensors: int
-    dtype: str
-    positions: int
-    largest_logit_difference: float
-    mean_kl: float
-    top1_agreement: float
-    bound: float
-
-
 def event_name(record: object) -> str:
     """Return a record's name in metrics.jsonl: StepDone -> step, Evaluated -> evaluated."""
     name = type(record).__name__.removesuffix("Done")
@@ -283,7 +205,7 @@ def as_json(record: Any) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, Path):
             return str(value)
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {key: plain(inner) for key, inner in value.items()}
         if isinstance(value, list | tuple):
             return [plain(inner) for inner in value]

@@ -2,7 +2,7 @@
 
 output_dir/
   config.yaml  environment.json  metrics.jsonl  run.json
-  checkpoints/step-000200/  adapter/
+  checkpoints/step-000200/  adapter/  evaluations/
 """
 
 import contextlib
@@ -43,6 +43,10 @@ class RunDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations"
 
     @property
     def adapter(self) -> Path:

@@ -10,7 +10,7 @@ from lora_cli import __version__, data, run_dir
 from lora_cli.config import RunConfig
 from lora_cli.errors import Interrupted, UserError
 from lora_cli.interrupt import StopRequest
-from lora_cli.records import Evaluated, Event, Finished, Notice, Started, StepDone, as_json
+from lora_cli.records import Estimate, Evaluated, Event, Finished, Notice, Started, StepDone, Tested, as_json
 
 
 def ended(config: RunConfig) -> Finished | None:
@@ -21,7 +21,10 @@ def ended(config: RunConfig) -> Finished | None:
     if status.get("status") != "finished":
         return None
     facts: dict[str, Any] = {field.name: status.get(field.name) for field in fields(Finished)}
-    return Finished(**facts | {"adapter": run.adapter})
+    test = facts["test"] and Tested(
+        **facts["test"] | {name: Estimate(**facts["test"][name]) for name in ("change", "flattery")}
+    )
+    return Finished(**facts | {"adapter": run.adapter, "test": test})
 
 
 def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
@@ -52,7 +55,8 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
         longest = int(prepared.train.examples.lengths.max())
         tokens = estimate_memory(prepared.header, config, longest, world.device).tokens
     environment["micro_batch_tokens"] = tokens
-    environment["validation_fingerprint"] = prepared.validation.fingerprint() if prepared.validation else None
+    for name, held_out in (("validation", prepared.validation), ("test", prepared.test)):
+        environment[f"{name}_fingerprint"] = held_out.fingerprint() if held_out else None
     language_model = model.load_model(prepared.header, config.model, world.device)
     with run_dir.held(run):
         run_dir.create(run, config, environment)
@@ -61,7 +65,7 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
         validation = None
         if prepared.validation is not None:
             validation = Validation(language_model, prepared.validation, prepared.general)
-        loop = Loop(config, run, language_model, prepared.train, validation, origin, stop, tokens)
+        loop = Loop(config, run, language_model, prepared.train, validation, prepared.test, origin, stop, tokens)
         yield from loop.restore()
         trainable = sum(p.numel() for p in lora.trainable(language_model.module).values())
         yield Started(

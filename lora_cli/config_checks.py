@@ -1,0 +1,46 @@
+"""What no single field of a config can see: keys that do not go together, and those this version cannot honour."""
+
+from typing import Any
+
+from lora_cli.config import FORMAT_KEYS, RunConfig, flat
+
+# Keys of the contract whose other values this version cannot honour yet: refused, never ignored.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "model.quantization": (None,),
+    "lora.method": ("lora", "rslora"),
+}
+
+
+def check_config(config: RunConfig) -> dict[str, str]:
+    """Return what no single field can see, as {dotted key: problem}; empty when all is well."""
+    problems: dict[str, str] = {}
+    for key, value in flat(config):
+        root = ".".join(key.split(".")[:2])
+        if root in _ONLY and value not in _ONLY[root]:
+            usable = " or ".join("null" if v is None else str(v) for v in _ONLY[root])
+            problems[root] = f"this version cannot do {value!r} yet; leave {root} at {usable}"
+    if config.train.learning_rate == "auto":
+        problems["train.learning_rate"] = "this version cannot choose the rate yet; give a number, for example 3e-4"
+    if config.eval.forgetting_budget is not None and False in (config.eval.general, config.data.validation != 0):
+        missing = "eval.general is false" if config.eval.general is False else "data.validation is 0"
+        problems["eval.forgetting_budget"] = f"nothing is measured that it could be held against: {missing}"
+    if config.train.kl_without_target and not config.train.kl_to_base:
+        problems["train.kl_without_target"] = "has no effect while train.kl_to_base is 0; give that a weight"
+    if "preference" in {config.data.format, *(source.format for source in config.data.sources)}:
+        problems["data.format" if config.data.format == "preference" else "data.train"] = (
+            "this version cannot train on preference pairs yet; to train on the chosen answers alone, set "
+            "format: prompt-completion and fields: {completion: chosen}"
+        )
+    keys = {key for source in config.data.sources for key in source.fields or ()}
+    if unknown := sorted(keys - FORMAT_KEYS):
+        problems["data.fields"] = f"no format has a key {unknown[0]!r}; the keys are {', '.join(sorted(FORMAT_KEYS))}"
+    if config.data.prompt_template and "prompt" in keys:
+        problems["data.prompt_template"] = "makes the prompt, and so does prompt in data.fields; leave one out"
+    for name, wanted in (("validation", config.data.validation), ("test", config.data.test)):
+        if isinstance(wanted, float) and not 0 <= wanted < 1:
+            problems[f"data.{name}"] = f"a share must lie between 0 and 1, not {wanted} (a whole number counts rows)"
+        elif isinstance(wanted, int) and wanted < 0:
+            problems[f"data.{name}"] = f"must not be negative, not {wanted}"
+    if config.data.test and not config.data.validation:
+        problems["data.test"] = "has no use without validation rows, by which the best adapter is chosen"
+    return problems

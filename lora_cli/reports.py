@@ -1,0 +1,147 @@
+"""What commands report, as plain frozen records: check, eval, scale, merge."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lora_cli.records import DataCounts, Estimate, Forgetting, Overlap
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A piece of an example's text, and whether it is trained."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class RowPreview:
+    """A sequence as the model sees it, cut where it changes between trained and not."""
+
+    row: str
+    pieces: Sequence[Marked]
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes during training; `total` holds the process itself too, where it lies in the same memory."""
+
+    tokens: int  # that one forward sees
+    base: int
+    adapter: int  # weights, gradients and both moments
+    activations: int
+    total: int
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a run would do."""
+
+    train: DataCounts
+    validation: DataCounts | None
+    test: DataCounts | None
+    replay: DataCounts | None
+    overlap: Overlap | None
+    examples_per_epoch: int
+    steps_per_epoch: int
+    total_steps: int
+    seconds: float  # of training, roughly
+    previews: Sequence[RowPreview]
+    modules: dict[str, int]  # last part of the module name -> how many are adapted
+    trainable_parameters: int
+    total_parameters: int
+    memory: MemoryEstimate
+    notices: Sequence[str]
+
+
+Verdict = Literal["better", "worse", "no difference shown"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A figure of base and tuned model on the same rows; `difference` is tuned less base, drawn row by row."""
+
+    base: Estimate
+    tuned: Estimate
+    difference: Estimate
+    verdict: Verdict | None  # on the tuned model; null where there is no interval
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Base and adapter on the same tokens and prompts. `figures` of `targets` tokens and of `answers`."""
+
+    adapter: Path
+    data: str
+    rows: int
+    targets: int
+    answers: int
+    figures: Mapping[str, Comparison]
+    forgetting: Forgetting | None
+    tasks: Mapping[str, Comparison]  # of the evaluation harness, as task/metric
+    scan: "ScanReport | None"
+    samples: Sequence["Sample"]
+    saved: Path | None  # where this report lies
+
+
+@dataclass(frozen=True)
+class ScanPoint:
+    """The adapter at one gain: loss on the held-out rows, its change from the base's, and forgetting."""
+
+    gain: float
+    loss: Estimate
+    change: Estimate
+    token_accuracy: float
+    forgetting: Forgetting
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """What each gain learns and forgets. `best` has the lowest loss, `best_within` among those within the `budget`.
+
+    At the `knee` a little more gain begins to cost more than it brings: the point farthest above the straight line from
+    the base to the best.
+    """
+
+    points: Sequence[ScanPoint]
+    best: float
+    knee: float
+    budget: float | None
+    best_within: float | None
+
+
+@dataclass(frozen=True)
+class ScaleReport:
+    """An adapter written with its alpha times `gain`, and what it learned and forgets where that was measured."""
+
+    output: Path
+    gain: float
+    alpha: float
+    point: ScanPoint | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out prompt, the answer asked for, and what both models said (token for token up to the end token)."""
+
+    row: str
+    prompt: str
+    expected: str
+    base: str
+    tuned: str
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """A merged model, reloaded from disk and compared with base + adapter."""
+
+    output: Path
+    adapted_tensors: int
+    dtype: str
+    positions: int
+    largest_logit_difference: float
+    mean_kl: float
+    top1_agreement: float
+    bound: float

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli import tuned
-from lora_cli.generate import greedy
+from lora_cli.generate import generate
 
 
 def main(merged: str, heldout: str, adapter: str) -> int:
@@ -25,7 +25,7 @@ def main(merged: str, heldout: str, adapter: str) -> int:
     answer = tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
     loaded = tuned.load(tuned.find(Path(adapter)), torch.device("cpu"), "float32")
-    (tokens,) = greedy(loaded, tokenizer, [ids["input_ids"][0].tolist()], max_new_tokens=64)
+    (tokens,) = generate(loaded, tokenizer, [ids["input_ids"][0].tolist()], max_new_tokens=64)
     adapters = tokenizer.decode(tokens)
 
     print(f"asked    {question[-1]['content']}")

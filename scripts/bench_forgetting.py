@@ -1,13 +1,14 @@
 """What holds forgetting down, on a task that forgets and on one that hardly does: train, then report.
 
-    python scripts/bench_forgetting.py train  MODEL DATA OUT    one run for each task, method and seed; goes on where it was
+    python scripts/bench_forgetting.py train  MODEL DATA OUT    a run of each task, method and seed; can go on
     python scripts/bench_forgetting.py report MODEL DATA OUT    evaluates what is there and prints the tables
 
-DATA holds banking77/, tldr/ (train.jsonl: prompt, completion) and wikitext2/valid.txt. General text for measuring is the
-second half of wikitext2, rows for replay are the first half.
+DATA holds banking77/, tldr/ (train.jsonl: prompt, completion) and wikitext2/valid.txt. General text for measuring is
+the second half of wikitext2, rows for replay are the first half.
 """
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -61,20 +62,32 @@ def lora(*arguments: str) -> str:
     return done.stdout
 
 
-def train(model: Path, out: Path) -> None:
-    config = out / "config.yaml"
-    for seed in SEEDS:
-        for task, settings in TASKS.items():
-            config.write_text(
-                f"model: {model}\ndata:\n  train: {out}/{task}-train.jsonl\n  validation: {out}/{task}-validation.jsonl\n"
-                f"train:\n  epochs: 1\n  batch_size: {BATCH}\n  max_steps: {STEPS}\n  early_stopping: {{patience: null}}\n"
-                f"eval:\n  general: {out}/general.txt\n  general_tokens: {GENERAL}\n  per_epoch: 1\n"
-                f"save:\n  per_epoch: 1\noutput_dir: unset\n",
-                encoding="utf-8",
-            )
-            for method, more in methods(out).items():
-                folder = place(out, task, method, seed)
-                print(lora("train", str(config), *settings, *more, f"seed={seed}", f"output_dir={folder}"), flush=True)
+def train(model: Path, out: Path, tasks: list[str]) -> None:
+    for seed, task in itertools.product(SEEDS, tasks):
+        config = out / f"{task}.yaml"
+        config.write_text(
+            f"""model: {model}
+data:
+  train: {out}/{task}-train.jsonl
+  validation: {out}/{task}-validation.jsonl
+train:
+  epochs: 1
+  batch_size: {BATCH}
+  max_steps: {STEPS}
+  early_stopping: {{patience: null}}
+eval:
+  general: {out}/general.txt
+  general_tokens: {GENERAL}
+  per_epoch: 1
+save:
+  per_epoch: 1
+output_dir: unset
+""",
+            encoding="utf-8",
+        )
+        for method, more in methods(out).items():
+            folder = place(out, task, method, seed)
+            print(lora("train", str(config), *TASKS[task], *more, f"seed={seed}", f"output_dir={folder}"), flush=True)
 
 
 if __name__ == "__main__":
@@ -83,6 +96,7 @@ if __name__ == "__main__":
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--task", action="append", choices=list(TASKS))
     asked = parser.parse_args()
     write_data(asked.data, asked.out)
-    train(asked.model, asked.out)
+    train(asked.model, asked.out, asked.task or list(TASKS))

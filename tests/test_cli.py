@@ -45,10 +45,15 @@ def test_from_config_to_merged_model(invoke: Invoke, make_config: Callable[..., 
 
     code, out, _ = invoke("eval", run, "--json")
     report = json.loads(out)
-    assert (code, report["rows"], report["base"]["answers"]) == (0, 8, 8)
-    assert report["base"]["loss"] == pytest.approx(finished["base_loss"], rel=1e-6)
-    assert report["tuned"]["loss"] == pytest.approx(finished["best_loss"], rel=1e-6)
-    assert report["tuned"]["perplexity"] == pytest.approx(math.exp(finished["best_loss"]), rel=1e-5)
+    assert (code, report["rows"], report["answers"]) == (0, 8, 8)
+    figures = report["figures"]
+    assert figures["loss"]["base"]["value"] == pytest.approx(finished["base_loss"], rel=1e-6)
+    assert figures["loss"]["tuned"]["value"] == pytest.approx(finished["best_loss"], rel=1e-6)
+    assert figures["perplexity"]["tuned"]["value"] == pytest.approx(math.exp(finished["best_loss"]), rel=1e-5)
+    assert figures["loss"]["verdict"] == "better"
+    assert json.loads((run / "evaluations" / "adapter-the-run's-validation-rows.json").read_text()) == {
+        key: value for key, value in report.items() if key != "samples"
+    }
 
     code, out, _ = invoke("merge", run, "--output", tmp_path / "merged", "--json")
     merged = json.loads(out)
@@ -100,8 +105,8 @@ def test_eval_equals_transformers(invoke: Invoke, make_config: Callable[..., Pat
         assert sample["tuned"] == said.strip()
         assert sample["expected"] == turns[1]["content"]
 
-    assert report["tuned"]["targets"] == targets
-    assert report["tuned"]["loss"] == pytest.approx(total / targets, rel=1e-5)
+    assert report["targets"] == targets
+    assert report["figures"]["loss"]["tuned"]["value"] == pytest.approx(total / targets, rel=1e-5)
 
 
 def test_eval_of_plain_text_has_no_answers(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
@@ -110,7 +115,10 @@ def test_eval_of_plain_text_has_no_answers(invoke: Invoke, make_config: Callable
     held_out = write_rows(tmp_path / "held.jsonl", [{"text": "The sky is blue."}])
     _, out, _ = invoke("eval", tmp_path / "run", "--data", held_out, "--json")
 
-    assert (json.loads(out)["tuned"]["exact_match"], json.loads(out)["tuned"]["answers"]) == (None, 0)
+    found = json.loads(out)["figures"]["exact_match"]
+
+    assert found["tuned"] == {"value": None, "low": None, "high": None, "n": 0}
+    assert (found["verdict"], json.loads(out)["answers"]) == (None, 0)
 
 
 def test_check_shows_and_writes_nothing(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
@@ -168,7 +176,7 @@ def test_the_chat_template_goes_with_the_adapter(invoke: Invoke, make_config: Ca
     merged = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
 
     assert code == 0
-    assert evaluated["base"]["loss"] == pytest.approx(
+    assert evaluated["figures"]["loss"]["base"]["value"] == pytest.approx(
         json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["loss"], rel=1e-6
     )
     assert (tmp_path / "run" / "adapter" / "chat_template.jinja").read_text() == source

@@ -28,7 +28,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli import chat_template, config_file, corpus, dataset, examples, prepare
-from lora_cli.compare import compare
+from lora_cli.compare import Asked, compare
 from lora_cli.config import DataConfig
 from lora_cli.errors import ConfigError, DataError, ModelError, SurroundingsError
 from lora_cli.examples import Example
@@ -765,11 +765,11 @@ def test_eval_does_not_split_changed_data_anew(make_config: Callable[..., Path],
     """The run's validation rows cannot be told once its data changed: some would be rows it was trained on."""
     config = make_config(**{"train.max_steps": 1})
     list(train(config_file.load(config), StopRequest()))
-    assert compare(tmp_path / "run", None, None, 0).rows == 8
+    assert compare(tmp_path / "run", Asked(answers=0)).rows == 8
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(conversation(99)) + "\n" + rows.read_text())
     with pytest.raises(DataError, match="the data changed since this run"):
-        compare(tmp_path / "run", None, None, 0)
+        compare(tmp_path / "run", Asked(answers=0))
 
 
 def test_duplicates_are_counted(make_config: Callable[..., Path], tmp_path: Path):

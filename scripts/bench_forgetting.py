@@ -1,6 +1,6 @@
 """What holds forgetting down, on a task that forgets and on one that hardly does: train, then report.
 
-    python scripts/bench_forgetting.py train  MODEL DATA OUT    a run of each task, method and seed; can go on
+    python scripts/bench_forgetting.py train  MODEL DATA OUT    a run of each task, method and seed
     python scripts/bench_forgetting.py report MODEL DATA OUT    evaluates what is there and prints the tables
 
 DATA holds banking77/, tldr/ (train.jsonl: prompt, completion) and wikitext2/valid.txt. General text for measuring is

@@ -134,10 +134,10 @@ def held_out_rows(result: Result, data_path: str | None) -> tuple[Dataset, int, 
 
 
 def general_text(result: Result, path: str | None) -> Sequence[Example]:
-    """Return the general text of a path, else that of the run, else ours; empty where the run measures none."""
+    """Return the general text of a path, else that of the run, else ours; empty for false, here or in the run."""
     settings = result.config.eval if result.config else EvalConfig()
     if path is not None:
-        settings = settings.model_copy(update={"general": path})
+        settings = settings.model_copy(update={"general": path if path != "false" else False})
     reader = DataReader(result.data or DataConfig(train="-"), result.header)
     return run_to_end(read_general(settings, reader)) or ()
 

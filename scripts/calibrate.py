@@ -1,6 +1,6 @@
-"""Do 95 % intervals hold what they say? Trains a short run, measures a large held-out set once, then draws subsets of it.
+"""Do 95 % intervals hold what they say? Trains a short run, measures a large held-out set once, then draws subsets.
 
-    python scripts/calibrate.py MODEL DATA OUT [--rows 1200] [--steps 60]
+    python scripts/calibrate.py MODEL DATA OUT [--rows 1200] [--steps 60] [--rate 1e-3] [--extract PATTERN]
 
 DATA is a file of prompt, completion. Prints, for each figure, in how many of 200 subsets the interval computed from the
 subset alone holds the value of the whole set, and how often an adapter is called better than itself.
@@ -28,7 +28,7 @@ from lora_cli.train import train
 SUBSETS, SIZE = 200, 100
 
 
-def prepare(model: Path, data: Path, out: Path, rows: int, steps: int) -> tuple[Path, Path]:
+def prepare(model: Path, data: Path, out: Path, rows: int, steps: int, rate: float) -> tuple[Path, Path]:
     """Train a run on some rows of a file; return it and the file of the others."""
     out.mkdir(parents=True, exist_ok=True)
     lines = {json.loads(line)["prompt"]: line for line in data.read_text(encoding="utf-8").splitlines()}
@@ -39,7 +39,7 @@ def prepare(model: Path, data: Path, out: Path, rows: int, steps: int) -> tuple[
     (out / "config.yaml").write_text(
         f"""model: {model}
 data: {{train: {out}/train.jsonl, validation: 0}}
-train: {{max_steps: {steps}, learning_rate: 1e-3, batch_size: 8}}
+train: {{max_steps: {steps}, epochs: 20, learning_rate: {rate}, batch_size: 16}}
 save: {{per_epoch: 1}}
 output_dir: {out}/run
 """,
@@ -50,7 +50,7 @@ output_dir: {out}/run
     return out / "run", out / "held.jsonl"
 
 
-def tables(run: Path, held_out: Path) -> dict[str, Sequence[np.ndarray]]:
+def tables(run: Path, held_out: Path, extract: str | None) -> dict[str, Sequence[np.ndarray]]:
     """Return (base, adapter, adapter again) of each figure, a row of sums for each held-out row."""
     result = tuned.find(run)
     rows, _, _ = held_out_rows(result, str(held_out))
@@ -61,7 +61,7 @@ def tables(run: Path, held_out: Path) -> dict[str, Sequence[np.ndarray]]:
     for gain in (*GAINS, 1.0):
         with lora.gain(loaded.module, gain):
             said = answer(loaded, result.header.tokenizer, asked, result.header.max_positions, GREEDY, None)
-        hits.append(scoring.score("exact-match", expected, said)[0].sums)
+        hits.append(scoring.score("exact-match", expected, said, extract)[0].sums)
     return {"loss": losses, "exact match": hits}
 
 
@@ -97,5 +97,8 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", type=int, default=1200)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--extract", help="as lora eval has it")
     asked = parser.parse_args()
-    report(tables(*prepare(asked.model, asked.data, asked.out, asked.rows, asked.steps)))
+    run, held_out = prepare(asked.model, asked.data, asked.out, asked.rows, asked.steps, asked.rate)
+    report(tables(run, held_out, asked.extract))

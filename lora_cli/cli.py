@@ -35,7 +35,8 @@ HeldOutRows = Annotated[
     str | None, typer.Option(help="Held-out rows; without it the run's test or validation rows.", show_default=False)
 ]
 General = Annotated[
-    str | None, typer.Option(help="General text to measure forgetting on, or false; else the run's.", show_default=False)
+    str | None,
+    typer.Option(help="General text for forgetting, or false; else the run's.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 

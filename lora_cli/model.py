@@ -204,6 +204,24 @@ def generating(model: LanguageModel) -> Iterator[None]:
             model.module.set_attn_implementation(PACKED)
 
 
+def untrained_end(model: LanguageModel, tokenizer: Tokenizer, end: int) -> str | None:
+    """Return what to tell the user where the model can never say an end token: its output weights are those of others.
+
+    So they are where none of these tokens was ever trained; their logits are the same whatever is trained into the
+    blocks.
+    """
+    weight = model.head.weight
+    near = (weight[:, 0] == weight[end, 0]).nonzero()[:, 0]
+    twins = int((weight[near] == weight[end]).all(1).sum()) - 1
+    if not twins:
+        return None
+    return (
+        f"Answers end with {tokenizer.decode([end])}, whose output weights are exactly those of {twins} other tokens: "
+        "the base was never trained on it and cannot tell them apart, so answers may not end. Use a base or a chat "
+        "template whose end token was trained."
+    )
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the files that hold a model's weights: those its index names, or the only one. Raises ModelError."""
     index = folder / "model.safetensors.index.json"

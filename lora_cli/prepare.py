@@ -35,6 +35,7 @@ class Prepared:
     test_counts: DataCounts | None
     replay_counts: DataCounts | None
     overlap: Overlap | None
+    ends: frozenset[int]  # the tokens that answers end with
     notices: Sequence[str]
 
     @property
@@ -87,7 +88,7 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
         *(_data_notices("replay", replay_counts) if replay_counts else ()),
         *_set_notices(training_set, overlap, config),
         *_template_notices(reader.template, train, header),
-        *_end_notices(train, header),
+        *_end_notices(_ends(train), header),
     ]
     return Prepared(
         header=header,
@@ -103,6 +104,7 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
         test_counts=test_counts,
         replay_counts=replay_counts,
         overlap=overlap,
+        ends=_ends(train),
         notices=notices,
     )
 
@@ -171,13 +173,17 @@ def _template_notices(template: ChatTemplate | None, train: Dataset, header: Mod
         yield f"The chat template writes today's date; {day}."
 
 
-def _end_notices(train: Dataset, header: ModelHeader) -> Iterator[str]:
-    """Say where answers end with a token at which generation does not stop."""
-    stops = model.configured_ends(header)
+def _ends(train: Dataset) -> frozenset[int]:
+    """Return the tokens that answers end with, one sequence of each file looked at."""
     whole = np.flatnonzero(train.whole_lengths <= train.limit)
     begins = np.searchsorted(whole, np.cumsum([0, *train.sizes[:-1]]))  # of each file, its first sequence that is whole
-    ends = {train[int(whole[begin])].labels[-1] for begin in begins if begin < len(whole)}
-    for token in sorted(ends - stops - {IGNORED}):
+    return frozenset(train[int(whole[begin])].labels[-1] for begin in begins if begin < len(whole)) - {IGNORED}
+
+
+def _end_notices(ends: frozenset[int], header: ModelHeader) -> Iterator[str]:
+    """Say where answers end with a token at which generation does not stop."""
+    stops = model.configured_ends(header)
+    for token in sorted(ends - stops):
         name, known = (header.tokenizer.decode(ids) for ids in ([token], sorted(stops)))
         yield (
             f"Answers end with {name}, at which this model's generation does not stop by itself (it stops at "

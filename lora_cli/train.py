@@ -58,6 +58,9 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
     for name, held_out in (("validation", prepared.validation), ("test", prepared.test)):
         environment[f"{name}_fingerprint"] = held_out.fingerprint() if held_out else None
     language_model = model.load_model(prepared.header, config.model, world.device)
+    for end in sorted(prepared.ends):
+        if problem := model.untrained_end(language_model, prepared.header.tokenizer, end):
+            yield Notice(problem)
     with run_dir.held(run):
         run_dir.create(run, config, environment)
         templates = prepared.template.files(*adapter.TEMPLATES) if prepared.template and prepared.templated else {}

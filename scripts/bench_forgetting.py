@@ -1,7 +1,8 @@
 """What holds forgetting down, on a task that forgets and on one that hardly does: train, then report.
 
     python scripts/bench_forgetting.py train  MODEL DATA OUT    a run of each task, method and seed
-    python scripts/bench_forgetting.py report MODEL DATA OUT    evaluates what is there and prints the tables
+    python scripts/bench_forgetting.py measure MODEL DATA OUT   measures what is there; can be run several times
+    python scripts/bench_forgetting.py report MODEL DATA OUT    prints the tables
 
 DATA holds banking77/, tldr/ (train.jsonl: prompt, completion) and wikitext2/valid.txt. General text for measuring is
 the second half of wikitext2, rows for replay are the first half.
@@ -13,12 +14,19 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+
+from lora_cli.intervals import difference, estimate
+from lora_cli.records import Estimate
 
 TASKS = {"banking77": ["train.learning_rate=1e-3"], "tldr": ["train.learning_rate=3e-4"]}
 STEPS, BATCH = 150, 8
 VALIDATION, TEST, GENERAL = 200, 400, 6144  # prompts held out, tokens of general text
 SEEDS = (0, 1, 2)
+POINTS = [("plain", 1.0), ("replay", 1.0), ("kl", 1.0), ("replay + kl", 1.0), ("plain", 0.7), ("plain", 0.5)]
 
 
 def methods(out: Path) -> dict[str, list[str]]:
@@ -90,13 +98,123 @@ output_dir: unset
             print(lora("train", str(config), *TASKS[task], *more, f"seed={seed}", f"output_dir={folder}"), flush=True)
 
 
+# --- the report ---
+
+
+def measure_all(model: Path, out: Path, tasks: list[str]) -> None:
+    """Measure every finished run on its test rows and on general text; the base once a task. Kept in OUT/measured."""
+    import torch
+
+    from lora_cli import adapter, scoring, tuned
+    from lora_cli import lora as layers
+    from lora_cli.compare import general_text, held_out_rows
+    from lora_cli.evaluate import measure
+    from lora_cli.generate import GREEDY
+    from lora_cli.questions import answer, expected_texts, questions_of
+
+    (out / "measured").mkdir(exist_ok=True)
+    for task in tasks:
+        loaded = rows = general = None
+        for seed, (method, gain) in itertools.product(SEEDS, POINTS):
+            run, kept = place(out, task, method, seed), measured_at(out, task, method, seed, gain)
+            if not (run / "adapter").exists() or kept.exists():
+                continue
+            result = tuned.find(run)
+            if loaded is None:
+                loaded = tuned.load(result, torch.device("cpu"))
+                rows = held_out_rows(result, str(out / f"{task}-test.jsonl"))[0]
+                general = general_text(result, None)
+            adapter.load_weights(loaded.module, result.adapter)
+            tokenizer = result.header.tokenizer
+            base, tuned_on_task = measure(loaded, rows, 1024, (0.0, gain))
+            base_general, tuned_general = measure(loaded, general, 1024, (0.0, gain))
+            asked = questions_of(rows, len(rows))
+            with layers.gain(loaded.module, gain):
+                said = answer(loaded, tokenizer, asked, result.header.max_positions, GREEDY, None)
+            hits = scoring.score("exact-match", expected_texts(loaded, tokenizer, asked), said)[0].sums
+            np.savez(
+                kept,
+                loss=tuned_on_task.per_target("loss"),
+                kl=tuned_on_task.per_target("kl"),
+                base_loss=base.per_target("loss"),
+                general=tuned_general.per_target("loss"),
+                base_general=base_general.per_target("loss"),
+                hits=hits,
+            )
+            print(f"measured {kept.name}", flush=True)
+
+
+def measured_at(out: Path, task: str, method: str, seed: int, gain: float) -> Path:
+    return out / "measured" / f"{place(out, task, method, seed).name}-{gain:g}.npz"
+
+
+def report(out: Path) -> None:
+    """Print, for each task, a row a method: means over seeds, their intervals over rows, and the spread of seeds."""
+    kls, rises = [], []
+    for task in TASKS:
+        print(f"\n{task}: {STEPS} steps of {BATCH}, {' '.join(TASKS[task])}\n")
+        print("| | seeds | test loss | exact match | rise on general text | spread over seeds | KL to the base |")
+        print("|---|---|---|---|---|---|---|")
+        for method, gain in POINTS:
+            files = [measured_at(out, task, method, seed, gain) for seed in SEEDS]
+            found = [np.load(file) for file in files if file.exists()]
+            if not found:
+                continue
+            mean = {name: np.mean([each[name] for each in found], axis=0) for name in found[0].files}
+            rise = difference(mean["base_general"], mean["general"])
+            each_rise = [difference(each["base_general"], each["general"]).value or 0.0 for each in found]
+            kls += [estimate(each["kl"]).value for each in found]
+            rises += each_rise
+            cells = [
+                method if gain == 1 else f"{method}, gain {gain:g}",
+                str(len(found)),
+                in_words(estimate(mean["loss"]), ".3f"),
+                in_words(estimate(mean["hits"]), ".1%"),
+                in_words(rise, "+.3f"),
+                f"{min(each_rise):+.3f} to {max(each_rise):+.3f}",
+                in_words(estimate(mean["kl"]), ".2f"),
+            ]
+            print(f"| {' | '.join(cells)} |")
+        plain = [
+            np.load(measured_at(out, task, "plain", s, 1))
+            for s in SEEDS
+            if measured_at(out, task, "plain", s, 1).exists()
+        ]
+        print(f"\nexact match less the plain run's, over the same rows and seeds ({task}):")
+        for method, gain in POINTS[1:]:
+            files = [measured_at(out, task, method, seed, gain) for seed in SEEDS]
+            if all(file.exists() for file in files[: len(plain)]) and plain:
+                both = [
+                    np.mean([each["hits"] for each in some], axis=0)
+                    for some in (plain, [np.load(f) for f in files[: len(plain)]])
+                ]
+                print(f"  {method}, gain {gain:g}: {in_words(difference(*both), '+.1%')}")
+    print(f"\nSpearman of KL and rise over {len(kls)} runs and gains: {spearman(kls, rises):.2f}")
+
+
+def in_words(found: Estimate, spec: str) -> str:
+    return f"{format(found.value, spec)} ({format(found.low, spec)} to {format(found.high, spec)})"
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation."""
+    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "report"))
+    parser.add_argument("what", choices=("train", "measure", "report"))
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--task", action="append", choices=list(TASKS))
     asked = parser.parse_args()
-    write_data(asked.data, asked.out)
-    train(asked.model, asked.out, asked.task or list(TASKS))
+    tasks = asked.task or list(TASKS)
+    if asked.what == "train":
+        write_data(asked.data, asked.out)
+        train(asked.model, asked.out, tasks)
+    elif asked.what == "measure":
+        measure_all(asked.model, asked.out, tasks)
+    else:
+        report(asked.out)

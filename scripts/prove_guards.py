@@ -149,6 +149,27 @@ EDITS = [
     (93, "corpus", "if reader.file.digest() != content:", "if False:"),
     (94, "parallel", "except BrokenProcessPool:", "except BrokenProcessPool:\n        return"),
     (95, "run_dir", '("data_fingerprint", "data', '("base_fingerprint", "data'),
+    (97, "model", "if not twins:", "if True:"),
+    # evaluation and forgetting
+    (
+        98,
+        "intervals",
+        "if not len(sums):\n        return Estimate(None, None, None, 0)",
+        "if not len(sums):\n        return Estimate(0.0, 0.0, 0.0, 0)",
+    ),
+    (99, "intervals", "return sums.shape[1] == 2 and bool(", "return False and bool("),
+    (
+        100,
+        "evaluate",
+        "if not isinstance(examples, Dataset):\n        return np.arange",
+        "if True:\n        return np.arange",
+    ),
+    (101, "checkpoint", "excess = max(0.0, forgetting - budget)", "excess = 0.0 * max(0.0, forgetting - budget)"),
+    (102, "loss", "self.total.detach() - self.penalty", "self.total.detach()"),
+    (103, "scoring", "if lost := [", "if lost := [] and ["),
+    (104, "prepare", 'dataset.require_no_overlap(dataset.find_overlap(trained_on, test), config.data, "test")', "pass"),
+    (105, "loop", "adapter.load_weights(self.model.module, adapter.read(self.run.adapter))\n", "pass\n"),
+    (106, "adapter", "other * gain for pattern", "other for pattern"),
 ]
 
 

@@ -17,6 +17,7 @@ import torch
 from conftest import (
     CHATML,
     build_examples,
+    build_model,
     build_tokenizer,
     conversation,
     data_reader,
@@ -925,3 +926,24 @@ def test_a_killed_data_process_is_an_error():
     """When a process that prepares rows is killed, nothing waits for it and its rows are not left out."""
     with pytest.raises(SurroundingsError, match="A process that prepares the data was killed"):
         list(ordered_map(end_at_three, range(8), 2))
+
+
+def test_an_end_token_that_was_never_trained_is_named(make_config: Callable[..., Path], tmp_path: Path):
+    """Where its output weights are those of other tokens, no training of the blocks can make it the most likely."""
+    loaded = build_model("llama")
+    with torch.no_grad():
+        weight = loaded.get_output_embeddings().weight
+        for token in (2, 7, 9):
+            weight[token] = weight[1].clone()
+    loaded.save_pretrained(tmp_path / "untrained")
+    build_tokenizer().save_pretrained(tmp_path / "untrained")
+    settings = {"train.max_steps": 1}
+    events = list(
+        train(config_file.load(make_config(**settings, **{"model.path": str(tmp_path / "untrained")})), StopRequest())
+    )
+    said = [event.text for event in events if isinstance(event, Notice) and "never trained" in event.text]
+    usual = train(config_file.load(make_config(**settings, output_dir=str(tmp_path / "usual"))), StopRequest())
+
+    assert len(said) == 1
+    assert "<|im_end|>, whose output weights are exactly those of 3 other tokens" in said[0]
+    assert not [event for event in usual if isinstance(event, Notice) and "never trained" in event.text]

@@ -87,14 +87,16 @@ def estimate_seconds(
     """Estimate how long training takes; rough, from the speed of a matrix product here, measured for a moment.
 
     A step with a frozen base takes 4 operations a parameter and token (2 forward, 2 towards the input), a validation
-    pass 2. To that comes what every layer of every forward costs however small it is, most of the time of a tiny model
-    (measured on stories260k).
+    pass 2, and so does the base wherever it is asked. To that comes what every layer of every forward costs however
+    small it is, most of the time of a tiny model (measured on stories260k).
     """
     mean = float(prepared.train.examples.lengths.mean())
     trained = mean * timetable.total_steps * config.train.batch_size
     passes = timetable.total_steps / timetable.steps_per_epoch * config.eval.per_epoch + 1
     evaluated = passes * prepared.validation_counts.tokens if prepared.validation_counts else 0
-    operations = parameters * (4 * trained + 2 * evaluated)
+    evaluated += passes * sum(map(len, prepared.general or ()))
+    asked = sum((config.train.kl_to_base > 0, config.train.surprise_limit is not None))
+    operations = parameters * ((4 + 2 * asked) * trained + 2 * evaluated)
     speed = _operations_a_second(choose_dtype(config.model.dtype, device), device) * _SHARE_OF_PEAK
     forwards = (trained + evaluated / 3) / tokens
     return operations / speed + forwards * len(decoder_blocks(prepared.skeleton)[1]) * _SECONDS_A_LAYER

@@ -13,7 +13,8 @@ from lora_cli.errors import UserError
 from lora_cli.records import DataCounts, Estimate, Finished
 from lora_cli.reports import CheckReport, Marked, MergeReport
 
-out = Console(highlight=False, emoji=False)
+_WIDTH = None if sys.stdout.isatty() else 140  # lines of a file need not be folded as early as a terminal's
+out = Console(highlight=False, emoji=False, width=_WIDTH)
 err = Console(stderr=True, highlight=False, emoji=False)
 _SHOWN_CHARACTERS = 2000  # of a row in a preview
 

@@ -16,7 +16,7 @@ Figure = Callable[[np.ndarray], np.ndarray]  # sums [..., K] -> figures [...]
 
 _LEVEL = 0.95
 _DRAWS = 2000
-_AT_ONCE = 4_000_000  # numbers drawn at the same time
+_MOST_DRAWN = 4096  # units; more are drawn in bags
 _NORMAL = NormalDist()
 
 
@@ -105,16 +105,25 @@ def _bootstrap(value: float, tables: np.ndarray, figure: Figure) -> Estimate:
     if units < 2:
         return Estimate(value, None, None, units)
     generator = np.random.default_rng(0)
-    even = np.full(units, 1 / units)
-    figures = []
-    size = max(1, min(_DRAWS, _AT_ONCE // units))
-    for begin in range(0, _DRAWS, size):
-        counts = generator.multinomial(units, even, size=min(size, _DRAWS - begin))  # [draws, units]
-        figures.append(figure(counts.astype(np.float64) @ tables))
+    tables = _in_bags(tables, generator)
+    even = np.full(tables.shape[1], 1 / tables.shape[1])
+    counts = generator.multinomial(tables.shape[1], even, size=_DRAWS).astype(np.float64)  # [draws, units or bags]
+    drawn = figure(counts @ tables)
     outside = _NORMAL.cdf(-_student(units - 1) * float(np.sqrt(units / (units - 1))))
-    drawn = np.concatenate(figures)
     low, high = np.quantile(drawn[np.isfinite(drawn)], (outside, 1 - outside))  # 0 / 0 where all drawn have nothing
     return Estimate(value, float(low), float(high), units)
+
+
+def _in_bags(tables: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return tables [tables, units, K] with many units put into as many bags as are drawn at most, at random.
+
+    Sums of bags vary as those of their units do.
+    """
+    units = tables.shape[1]
+    if units <= _MOST_DRAWN:
+        return tables
+    shuffled = tables[:, generator.permutation(units)]
+    return np.stack([bag.sum(1) for bag in np.array_split(shuffled, _MOST_DRAWN, axis=1)], axis=1)
 
 
 def _student(freedom: int) -> float:

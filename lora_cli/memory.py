@@ -26,6 +26,7 @@ _PROCESS = 440 << 20
 _PASSING = {"cpu": 5.5, "cuda": 2.0}
 _MOST_TOKENS = {"cpu": 1024, "cuda": 8192}
 _FEWEST_TOKENS = 128
+_CHUNKS_WITH_KL = 7  # arrays of a chunk's logits that exist together; 1 without a KL
 _OPTIMIZER = 16  # bytes for each trained number: itself, its gradient, both moments
 
 
@@ -49,11 +50,12 @@ def estimate_memory(header: ModelHeader, config: RunConfig, longest: int, device
     passing = kept / blocks * _PASSING[device.type]
     if config.train.activation_checkpointing:  # each block's input, and one block at a time
         kept = blocks * _vector(skeleton) + kept / blocks
+    chunks = _CHUNKS_WITH_KL if config.train.kl_to_base else 1
     fixed = base + adapter + (_PROCESS if device.type == "cpu" else 0)
 
     def estimate(count: int) -> MemoryEstimate:
         seen = max(count, longest)
-        activations = int((kept + passing) * seen) + min(seen, CHUNK) * vocabulary * 4
+        activations = int((kept + passing) * seen) + chunks * min(seen, CHUNK) * vocabulary * 4
         return MemoryEstimate(count, base, adapter, activations, fixed + activations)
 
     if config.train.micro_batch_tokens != "auto":

@@ -8,19 +8,14 @@ from typing import Literal
 
 import numpy as np
 
-from lora_cli import lora, run_dir, scoring, storage, tuned
-from lora_cli.config import DataConfig, EvalConfig, SourceConfig
-from lora_cli.data_reader import DataReader, held_out_of, run_to_end
-from lora_cli.dataset import Dataset
+from lora_cli import intervals, lora, scoring, storage, tuned
 from lora_cli.distributed import current_world
-from lora_cli.errors import DataError
 from lora_cli.evaluate import Measured, measure
 from lora_cli.examples import Example
 from lora_cli.forgetting import forgetting
-from lora_cli.general import read_general
 from lora_cli.generate import GREEDY, Sampling
+from lora_cli.held_out import general_text, held_out_rows
 from lora_cli.intervals import Figure, ratio
-from lora_cli.intervals import compare as compared
 from lora_cli.memory import tokens_worth_it
 from lora_cli.model import LanguageModel
 from lora_cli.questions import Question, answer, choose, expected_texts, options_of, questions_of, units_of
@@ -68,9 +63,9 @@ def compare(path: Path, asked: Asked) -> EvalReport:
     base, adapted = measure(loaded, held_out, tokens, GAINS)
     losses = base.per_target("loss"), adapted.per_target("loss")
     figures = {
-        "loss": compared(*losses, lower_is_better=True),
-        "perplexity": compared(*losses, _perplexity, lower_is_better=True),
-        "token_accuracy": compared(base.per_target("correct"), adapted.per_target("correct")),
+        "loss": intervals.compare(*losses, lower_is_better=True),
+        "perplexity": intervals.compare(*losses, _perplexity, lower_is_better=True),
+        "token_accuracy": intervals.compare(base.per_target("correct"), adapted.per_target("correct")),
     }
     questions = questions_of(held_out, asked.answers)
     samples, more = _answered(loaded, result, questions, asked)
@@ -106,40 +101,6 @@ def _perplexity(sums: np.ndarray) -> np.ndarray:
 
 def _budget(result: Result) -> float | None:
     return result.config.eval.forgetting_budget if result.config else None
-
-
-# --- what is measured on ---
-
-
-def held_out_rows(result: Result, data_path: str | None) -> tuple[Dataset, int, str]:
-    """Return held-out rows, how many there are, and their name: those of a file, or the run's own. Raises DataError."""
-    if data_path is not None:
-        settings = result.data or DataConfig(train=data_path)
-        reader = DataReader(settings, result.header)
-        rows, counts = run_to_end(reader.held_out(settings.source(SourceConfig(path=data_path))))
-        return rows, counts.rows, data_path
-    if result.config is None or result.data is None:
-        raise DataError(f"{result.adapter.folder}: belongs to no run with validation rows; give --data FILE.")
-    held_out, counts, name = run_to_end(held_out_of(result.data, result.config.seed, result.header))
-    if name == "training":
-        raise DataError("The run had no validation rows (data.validation: 0); give --data FILE.")
-    assert result.run is not None, "it has a config"
-    before = run_dir.read_environment(result.run).get(f"{name}_fingerprint")
-    if before not in (None, held_out.fingerprint()):
-        raise DataError(
-            f"{result.run.path}: the data changed since this run, so its {name} rows cannot be told from those it "
-            "was trained on. Put it back, or give --data FILE."
-        )
-    return held_out, counts.rows, f"the run's {name} rows"
-
-
-def general_text(result: Result, path: str | None) -> Sequence[Example]:
-    """Return the general text of a path, else that of the run, else ours; empty for false, here or in the run."""
-    settings = result.config.eval if result.config else EvalConfig()
-    if path is not None:
-        settings = settings.model_copy(update={"general": path if path != "false" else False})
-    reader = DataReader(result.data or DataConfig(train="-"), result.header)
-    return run_to_end(read_general(settings, reader)) or ()
 
 
 # --- answers ---
@@ -179,7 +140,7 @@ def _compared(tables: Sequence[np.ndarray], units: np.ndarray, figure: Figure = 
         by_unit = np.zeros((int(units.max(initial=-1)) + 1, table.shape[1]))
         np.add.at(by_unit, units, table)
         added.append(by_unit)
-    return compared(added[0], added[1], figure)
+    return intervals.compare(added[0], added[1], figure)
 
 
 def _on_tasks(loaded: LanguageModel, result: Result, asked: Asked) -> dict[str, Comparison]:

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from lora_cli import adapter, storage, tuned
-from lora_cli.compare import general_text, held_out_rows
 from lora_cli.distributed import current_world
 from lora_cli.errors import InputError
+from lora_cli.held_out import general_text, held_out_rows
 from lora_cli.memory import tokens_worth_it
 from lora_cli.reports import ScaleReport, ScanPoint
 from lora_cli.scan import scan

@@ -107,9 +107,9 @@ def measure_all(model: Path, out: Path, tasks: list[str]) -> None:
 
     from lora_cli import adapter, scoring, tuned
     from lora_cli import lora as layers
-    from lora_cli.compare import general_text, held_out_rows
     from lora_cli.evaluate import measure
     from lora_cli.generate import GREEDY
+    from lora_cli.held_out import general_text, held_out_rows
     from lora_cli.questions import answer, expected_texts, questions_of
 
     (out / "measured").mkdir(exist_ok=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from lora_cli import tuned
-from lora_cli.compare import held_out_rows
 from lora_cli.generate import generate
+from lora_cli.held_out import held_out_rows
 from lora_cli.model import end_tokens, generating
 from lora_cli.questions import questions_of
 

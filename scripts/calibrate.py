@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from lora_cli import config_file, lora, scoring, tuned
-from lora_cli.compare import GAINS, held_out_rows
+from lora_cli.compare import GAINS
 from lora_cli.distributed import current_world
 from lora_cli.evaluate import measure
 from lora_cli.generate import GREEDY
+from lora_cli.held_out import held_out_rows
 from lora_cli.interrupt import StopRequest
 from lora_cli.intervals import compare, difference, estimate
 from lora_cli.questions import answer, expected_texts, questions_of

@@ -62,6 +62,7 @@ FLOORS = [
     "harness",
     "loop",
     "tuned",
+    "held_out",
     "train",
     "compare",
     "scale",

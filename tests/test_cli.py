@@ -337,3 +337,50 @@ def test_real_data_on_a_real_tiny_model(invoke: Invoke, shared_model: str, tmp_p
 
     assert code == 0
     assert finished["best_loss"] < 0.8 * finished["base_loss"]
+
+
+def test_eval_and_scale_are_readable(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
+    """Figures with intervals and verdicts, forgetting, the scan as table and curve, and what scale wrote."""
+    invoke("train", make_config(**{"eval.general": None, "eval.general_tokens": 512, "train.epochs": 3}))
+    code, out, _ = invoke("eval", tmp_path / "run", "--scan", "--metric", "label", "--metric", "exact-match")
+    lines = out.splitlines()
+    row = next(line for line in lines if line.strip().startswith("loss"))
+
+    assert code == 0
+    assert row.count("[") == 3
+    assert "better" in row
+    assert any(line.startswith("forgetting: loss on general text") for line in lines)
+    assert any(line.strip().startswith("0.25 ") for line in lines)
+    assert any("lowest loss" in line for line in lines)
+    assert "a = 0  b = 0.25" in out
+    assert "label accuracy" in out
+    assert max(map(len, lines)) < 300
+
+    code, out, _ = invoke("scale", tmp_path / "run", "--gain", "0.5", "--output", tmp_path / "half")
+    assert (code, "gain 0.5, lora_alpha 4." in out) == (0, True)
+    code, out, _ = invoke("scale", tmp_path / "run", "--budget", "9", "--output", tmp_path / "within", "--json")
+    assert (code, json.loads(out)["point"]["gain"]) == (0, json.loads(out)["gain"])
+    assert invoke("eval", tmp_path / "half", "--data", tmp_path / "rows.jsonl", "--answers", "2")[0] == 0
+
+
+def test_the_end_of_a_run_tells_of_test_rows_and_budget(
+    invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path
+):
+    """What was forgotten, whether it is within the budget, the test loss, and how choosing flattered validation."""
+    settings = {"eval.general": None, "eval.general_tokens": 512, "data.test": 6}
+    code, out, err = invoke("train", make_config(**settings, **{"eval.forgetting_budget": 9.0}))
+    assert code == 0
+    assert "Forgetting: the loss on general text rose by" in out
+    assert "chose nothing); validation was flattered by" in out
+    assert "No evaluation was within" not in out
+    assert "forgetting: loss on general text" in err
+    assert invoke("train", tmp_path / "config.yaml")[1].splitlines()[1:] == out.splitlines()[1:]
+
+
+def test_unknown_metrics_are_named(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
+    """With those that are known, before a weight is read."""
+    invoke("train", make_config(**{"train.max_steps": 1}))
+    code, _, err = invoke("eval", tmp_path / "run", "--metric", "blue")
+
+    assert code == 2
+    assert "--metric: there is no blue; known are exact-match, json, rouge-l, bleu, chrf, label." in err

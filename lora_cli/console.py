@@ -72,7 +72,11 @@ def show_finished(event: Finished, run: str, already: bool) -> None:
         test, flattery = event.test, event.test.flattery
         lines.append(
             f"Test loss {test.base_loss:.4f} (base) -> {test.loss:.4f} ({test.targets:,} targets that chose nothing)"
-            + (f"; validation was flattered by {change_in_words(flattery)}." if flattery.value is not None else ".")
+            + (
+                f"; validation was flattered by {with_interval(flattery, '+.4f')}."
+                if flattery.value is not None
+                else "."
+            )
         )
     lines.append(f"Adapter: {event.adapter}")
     lines.append(f"Next: lora eval {run}   or   lora merge {run} --output {run.rstrip('/')}-merged")
@@ -80,10 +84,13 @@ def show_finished(event: Finished, run: str, already: bool) -> None:
         out.print(line, markup=False, soft_wrap=True)
 
 
-def change_in_words(estimate: Estimate) -> str:
-    """Return a change and its interval."""
-    known = estimate.low is not None and estimate.high is not None
-    return f"{estimate.value:+.4f}" + (f" ({estimate.low:+.4f} to {estimate.high:+.4f})" if known else "")
+def with_interval(estimate: Estimate, spec: str) -> str:
+    """Return "value [low, high]", without what is not known; `spec` is that of a number."""
+    if estimate.value is None:
+        return "-"
+    if estimate.low is None or estimate.high is None:
+        return format(estimate.value, spec)
+    return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
 
 
 # --- check ---

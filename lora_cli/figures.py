@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from lora_cli.console import change_in_words, out
-from lora_cli.records import Estimate, Forgetting
+from lora_cli.console import out, with_interval
+from lora_cli.records import Forgetting
 from lora_cli.reports import EvalReport, ScaleReport, ScanPoint, ScanReport
 
 _PERCENT = ("token_accuracy", "exact_match", "label_accuracy", "json_valid", "json_fields", "rouge_l", "bleu", "chrf")
@@ -19,9 +19,12 @@ def show_eval(report: EvalReport) -> None:
     table = Table("", "base", "adapter", "difference", "the adapter is", "n", box=None)
     for name, both in {**report.figures, **report.tasks}.items():
         spec = ".1%" if name in _PERCENT else ",.2f" if name == "perplexity" else ".4f"
-        figures = (both.base, both.tuned, both.difference)
-        cells = [_estimate(figure, spec, "+" if figure is both.difference else "") for figure in figures]
-        table.add_row(escape(name.replace("_", " ")), *cells, both.verdict or "-", f"{both.tuned.n:,}")
+        cells = [
+            with_interval(both.base, spec),
+            with_interval(both.tuned, spec),
+            with_interval(both.difference, f"+{spec}"),
+        ]
+        table.add_row(*map(escape, (name.replace("_", " "), *cells)), both.verdict or "-", f"{both.tuned.n:,}")
     out.print(table)
     if report.forgetting is not None:
         out.print(f"forgetting: {forgetting_in_words(report.forgetting)}", markup=False, soft_wrap=True)
@@ -35,23 +38,13 @@ def show_eval(report: EvalReport) -> None:
         out.print(f"\nKept in {report.saved}, all answers beside it.", markup=False, soft_wrap=True)
 
 
-def _estimate(estimate: Estimate, spec: str, sign: str = "") -> str:
-    """Return value [low, high], without what is not known."""
-    if estimate.value is None:
-        return "-"
-    text = format(estimate.value, sign + spec)
-    if estimate.low is None or estimate.high is None:
-        return text
-    return escape(f"{text} [{format(estimate.low, sign + spec)}, {format(estimate.high, sign + spec)}]")
-
-
 def forgetting_in_words(found: Forgetting) -> str:
     """Return the rise on general text and the KL to the base in one sentence."""
     rise, kl = found.rise, found.kl
 
     return (
-        f"loss on general text {found.base_loss:.4f} (base) {change_in_words(rise)} on {found.tokens:,} tokens; "
-        f"KL to the base {change_in_words(kl)} on {found.kl_tokens:,} targets"
+        f"loss on general text {found.base_loss:.4f} (base) {with_interval(rise, '+.4f')} on {found.tokens:,} tokens; "
+        f"KL to the base {with_interval(kl, '.4f')} on {found.kl_tokens:,} targets"
     )
 
 
@@ -64,10 +57,10 @@ def show_scan(report: ScanReport) -> None:
         what = f"best within {report.budget:g}"
         marks[report.best_within] = f"{marks.get(report.best_within, '')}, {what}".removeprefix(", ")
     for point in report.points:
-        figures = (point.loss, point.change, point.forgetting.rise, point.forgetting.kl)
-        loss, change, rise, kl = (_estimate(each, ".4f", "+" if i in (1, 2) else "") for i, each in enumerate(figures))
-        mark = marks.get(point.gain, "")
-        table.add_row(f"{point.gain:g}", loss, change, f"{point.token_accuracy:.1%}", rise, kl, mark)
+        change, rise = (with_interval(each, "+.4f") for each in (point.change, point.forgetting.rise))
+        figures = (f"{point.loss.value:.4f}", change, f"{point.token_accuracy:.1%}", rise)
+        kl = f"{point.forgetting.kl.value:.4f}"
+        table.add_row(f"{point.gain:g}", *map(escape, figures), kl, marks.get(point.gain, ""))
     out.print(table)
     for line in _curve(report.points):
         out.print(line, markup=False)

@@ -352,6 +352,7 @@ def test_eval_and_scale_are_readable(invoke: Invoke, make_config: Callable[..., 
     assert any(line.startswith("forgetting: loss on general text") for line in lines)
     assert any(line.strip().startswith("0.25 ") for line in lines)
     assert any("lowest loss" in line for line in lines)
+    assert "None" not in out
     assert "a = 0  b = 0.25" in out
     assert "label accuracy" in out
     assert max(map(len, lines)) < 300

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import build_examples, data_reader, read_rows, write_rows
 
-from lora_cli import data, dataset
+from lora_cli import data
 from lora_cli.config import DataConfig
 from lora_cli.data_file import DataFile
 from lora_cli.data_reader import run_to_end
@@ -39,9 +39,9 @@ def test_several_sources(tmp_path: Path):
     ]
     config = DataConfig.model_validate({"train": sources, "validation": 0})
 
-    everything, _, _ = run_to_end(data_reader(config).training_and_validation())
+    sets = run_to_end(data_reader(config).sets(0))
 
-    assert [corpus.templated for corpus in everything.corpora] == [False, True]
+    assert [corpus.templated for corpus in sets.train.corpora] == [False, True]
 
 
 def test_roles_and_extras_are_kept(tmp_path: Path):
@@ -198,11 +198,9 @@ def test_an_unreachable_hub_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def read_split(seed: int = 0, **settings: Any) -> tuple[list[int], list[int]]:
     """The numbers of the training and the validation rows."""
-    config = DataConfig(**settings)
-    train, _, validation = run_to_end(data_reader(config).training_and_validation())
-    if validation is None:
-        train, validation = dataset.split(train, config, seed)
-    return train.column("numbers").tolist(), [] if validation is None else validation.column("numbers").tolist()
+    sets = run_to_end(data_reader(DataConfig(**settings)).sets(seed))
+    held_out = [] if sets.validation is None else sets.validation.column("numbers").tolist()
+    return sets.train.column("numbers").tolist(), held_out
 
 
 def test_the_split_is_deterministic_and_whole(rows_file: str):

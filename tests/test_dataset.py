@@ -49,9 +49,9 @@ def test_weights_come_from_the_config(tmp_path: Path):
         write_rows(tmp_path / "b.jsonl", rows(7, "b")),
     ]
     config = DataConfig.model_validate({"train": sources, "validation": 0})
-    train, weights, _ = run_to_end(data_reader(config).training_and_validation())
+    sets = run_to_end(data_reader(config).sets(0))
 
-    assert [(part.count, part.times) for part in dataset.mix(train, weights, None, 0).mixture.parts] == [
+    assert [(part.count, part.times) for part in dataset.mix(sets.train, sets.weights, None, 0).mixture.parts] == [
         (10, 3),
         (7, 1),
     ]
@@ -219,10 +219,8 @@ def split_rows() -> Callable[..., tuple[list[Any], list[Any]]]:
     """Return a function that gives the numbers of the training and the validation rows of a config."""
 
     def split(**settings: Any) -> tuple[list[Any], list[Any]]:
-        config = DataConfig(**settings)
-        everything, _, _ = run_to_end(data_reader(config).training_and_validation())
-        train, validation = dataset.split(everything, config, seed=0)
-        assert validation is not None
-        return np.unique(train.column("numbers")).tolist(), np.unique(validation.column("numbers")).tolist()
+        sets = run_to_end(data_reader(DataConfig(**settings)).sets(0))
+        assert sets.validation is not None
+        return tuple(np.unique(each.column("numbers")).tolist() for each in (sets.train, sets.validation))
 
     return split

@@ -790,9 +790,9 @@ def test_a_small_weight_of_many_files_is_a_share_of_their_rows(tmp_path: Path):
     one = write_rows(tmp_path.parent / f"{tmp_path.name}-one.jsonl", [{"text": "alone"}])
     sources = [{"path": str(tmp_path), "weight": 0.1}, {"path": one, "weight": 0.3}]
     config = DataConfig.model_validate({"train": sources, "validation": 0})
-    (everything, weights, _), _ = finish(data_reader(config).training_and_validation())
+    sets, _ = finish(data_reader(config).sets(0))
 
-    assert [part.drawn for part in dataset.mix(everything, weights, None, 0).mixture.parts] == [4, 1]
+    assert [part.drawn for part in dataset.mix(sets.train, sets.weights, None, 0).mixture.parts] == [4, 1]
 
 
 # --- batches ---

@@ -9,6 +9,7 @@ from lora_cli.dataset import Dataset
 from lora_cli.evaluate import Measured, batches, measure
 from lora_cli.examples import IGNORED, Example
 from lora_cli.forward import target_scores
+from lora_cli.general import spread
 from lora_cli.intervals import difference, estimate, independent_difference
 from lora_cli.model import LanguageModel
 from lora_cli.records import Forgetting, Tested
@@ -30,8 +31,7 @@ class Validation:
         if not self.general:
             return measure(self.model, self.examples, tokens)[0], None
         near = np.zeros(len(self.examples), bool)
-        taken = max(1, min(len(near), int(_KL_TOKENS / self.examples.lengths.mean())))
-        near[np.arange(taken) * len(near) // taken] = True
+        near[spread(len(near), _KL_TOKENS / self.examples.lengths.mean())] = True
         _, beside_base = measure(self.model, self.examples.where(near), tokens, (0.0, 1.0))
         (rest,) = measure(self.model, self.examples.where(~near), tokens)
         if self._base is None:
@@ -51,7 +51,7 @@ def forgetting(base_general: Measured, general: Measured, on_task: Measured) -> 
     )
 
 
-def test_chosen(model: LanguageModel, validation: Sequence[Example], rows: Sequence[Example], tokens: int) -> Tested:
+def measure_chosen(model: LanguageModel, validation: Sequence[Example], rows: Sequence[Example], tokens: int) -> Tested:
     """Measure a chosen adapter on rows that chose nothing, beside the validation rows that chose it."""
     changes = []
     for examples in (validation, rows):

@@ -27,7 +27,7 @@ def read_general(config: EvalConfig, reader: DataReader) -> Generator[News, None
         path = Path(source.path).expanduser() if source else OURS
         return _windows(path, reader, config.general_tokens)
     rows, _ = yield from reader.held_out(source)
-    return [rows[int(index)] for index in _spread(len(rows), config.general_tokens / float(rows.lengths.mean()))]
+    return [rows[int(index)] for index in spread(len(rows), config.general_tokens / float(rows.lengths.mean()))]
 
 
 def _windows(path: Path, reader: DataReader, tokens: int) -> list[Example]:
@@ -40,11 +40,11 @@ def _windows(path: Path, reader: DataReader, tokens: int) -> list[Example]:
     whole = [(*start, *ids[begin : begin + size]) for begin in range(0, max(1, len(ids) - size + 1), size)]
     return [
         Example(whole[index], whole[index], f"{path.name}: window {index + 1} of {len(whole)}")
-        for index in map(int, _spread(len(whole), tokens / (size + len(start))))
+        for index in map(int, spread(len(whole), tokens / (size + len(start))))
     ]
 
 
-def _spread(count: int, wanted: float) -> np.ndarray:
-    """Return at most the wanted number of indices below a count, at least one, evenly spread."""
+def spread(count: int, wanted: float) -> np.ndarray:
+    """Return indices below a count, evenly spread: the wanted number of them, at most all and at least one."""
     taken = max(1, min(count, int(wanted)))
     return np.arange(taken) * count // taken

@@ -18,7 +18,7 @@ from lora_cli.dataset import Dataset, TrainingSet
 from lora_cli.distributed import keep_freed_memory, memory_error
 from lora_cli.errors import AdapterError, Interrupted, TrainingStopped
 from lora_cli.examples import Example
-from lora_cli.forgetting import Validation, test_chosen, without_surprising
+from lora_cli.forgetting import Validation, measure_chosen, without_surprising
 from lora_cli.forward import base_states, embedding_noise, form, lay_out, share_inputs, target_loss
 from lora_cli.fused import fuse
 from lora_cli.interrupt import StopRequest
@@ -284,4 +284,4 @@ class Loop:
         if self.test is None or self.validation is None:
             return None
         adapter.load_weights(self.model.module, adapter.read(self.run.adapter))
-        return test_chosen(self.model, self.validation.examples, self.test, self.tokens)
+        return measure_chosen(self.model, self.validation.examples, self.test, self.tokens)

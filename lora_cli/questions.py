@@ -9,6 +9,7 @@ from lora_cli import examples
 from lora_cli.errors import DataError
 from lora_cli.evaluate import measure
 from lora_cli.examples import IGNORED, Example, Tokenizer
+from lora_cli.general import spread
 from lora_cli.generate import Sampling, generate
 from lora_cli.model import LanguageModel, end_tokens
 
@@ -29,8 +30,7 @@ class Question:
 def questions_of(held_out: Sequence[Example], most: int) -> list[Question]:
     """Return at most so many rows as questions, spread evenly over the set; rows with nothing to ask are left out."""
     possible = [Question(each.where, *parts) for each in held_out if (parts := examples.last_answer(each))]
-    count = min(most, len(possible))
-    return [possible[index * len(possible) // count] for index in range(count)]
+    return [possible[index] for index in spread(len(possible), most)] if possible and most else []
 
 
 def units_of(questions: Sequence[Question]) -> np.ndarray:

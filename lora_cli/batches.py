@@ -31,6 +31,7 @@ class Group(NamedTuple):
 
 
 MicroBatch = tuple[Group, ...]  # what one forward sees
+ALONE: MicroBatch = (Group((0,)),)  # of a single example
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli import lora
-from lora_cli.batches import Batch, Form, Group, MicroBatch, collate
+from lora_cli.batches import ALONE, Batch, Form, MicroBatch, collate
 from lora_cli.examples import Example
 from lora_cli.layout import only_rows
 from lora_cli.loss import LossSum, Pull, chunks, compare_logits, head_logits, head_loss, logits_loss
@@ -86,7 +86,7 @@ def share_inputs(model: LanguageModel) -> None:
     """Have adapted layers that read the same input computed together; which ones do is found by a short forward."""
     some = Example((0, 1, 2), (0, 1, 2), "tokens of no row")
     with lora.sharing_inputs(model.module):
-        target_loss(model, lay_out(model, (Group((0,)),), [some]))
+        target_loss(model, lay_out(model, ALONE, [some]))
 
 
 @contextlib.contextmanager

@@ -47,6 +47,11 @@ class LoraLinear(nn.Module):
         low = F.linear(x, self.lora_A.to(x.dtype)) * (self.scale * self.gain)  # [..., rank]
         return output + F.linear(low, self.lora_B.to(x.dtype))
 
+    @property
+    def active_dropout(self) -> float:
+        """The dropout of this forward."""
+        return self.dropout if self.training else 0.0
+
     def projection(self) -> Projection:
         """Return what `project` needs of this layer."""
         weight = self.base.weight if is_conv1d(self.base) else self.base.weight.T
@@ -75,7 +80,7 @@ class SharedInput:
         """Return one layer's output [..., out] for `x` [..., in]."""
         if layer not in self._outputs or self._input is None or self._input() is not x:
             projections = [each.projection() for each in self.layers]
-            outputs = project(x, projections, layer.dropout if layer.training else 0.0)
+            outputs = project(x, projections, layer.active_dropout)
             self._outputs = dict(zip(self.layers, outputs, strict=True))
             self._input = weakref.ref(x)
         return self._outputs.pop(layer)

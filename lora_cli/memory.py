@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_cli import lora
 from lora_cli.attention import PACKED
-from lora_cli.batches import Group
+from lora_cli.batches import ALONE
 from lora_cli.config import RunConfig
 from lora_cli.distributed import free_memory
 from lora_cli.examples import Example
@@ -94,7 +94,7 @@ def kept_by_a_token(skeleton: nn.Module, config: RunConfig, length: int = 256) -
             model = LanguageModel(skeleton, Layout(packed, not packed, HeadForm(), None), own)
             share_inputs(model)
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                target_loss(model, lay_out(model, (Group((0,)),), [example]))
+                target_loss(model, lay_out(model, ALONE, [example]))
             return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in params) / length
     return 40.0 * _block_count(skeleton) * _vector(skeleton)
 

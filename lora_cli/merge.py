@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_cli import lora, model, storage, tuned
 from lora_cli.adapter import Adapter, save_templates
-from lora_cli.batches import Group, collate
+from lora_cli.batches import ALONE, collate
 from lora_cli.data_reader import held_out_of, run_to_end
 from lora_cli.errors import AdapterError, SurroundingsError, UserError
 from lora_cli.examples import Example
@@ -118,7 +118,7 @@ def _verify(result: Result, folder: Path, output: Path, dtypes: set[torch.dtype]
     difference = largest = effect = kl = 0.0
     positions = same = 0
     for example in _probes(result):
-        batch = collate((Group((0,)),), [example], device)
+        batch = collate(ALONE, [example], device)
         wanted, got = (target_logits(each, batch) for each in (tuned_model, merged_model))  # [N, V]
         with lora.gain(tuned_model.module, 0.0):
             effect = max(effect, float((target_logits(tuned_model, batch) - wanted).abs().max()))

@@ -3,6 +3,7 @@
     python scripts/bench_forgetting.py train  MODEL DATA OUT    a run of each task, method and seed
     python scripts/bench_forgetting.py measure MODEL DATA OUT   measures what is there; can be run several times
     python scripts/bench_forgetting.py report MODEL DATA OUT    prints the tables
+    python scripts/bench_forgetting.py budget MODEL DATA OUT    holds a run to half of the plain run's forgetting
 
 DATA holds banking77/, tldr/ (train.jsonl: prompt, completion) and wikitext2/valid.txt. General text for measuring is
 the second half of wikitext2, rows for replay are the first half.
@@ -195,6 +196,44 @@ def report(out: Path) -> None:
     print(f"\nSpearman of KL and rise over {len(kls)} runs and gains: {spearman(kls, rises):.2f}")
 
 
+def budget(out: Path, task: str = "banking77") -> None:
+    """Hold a run to half of the plain run's forgetting, in training and afterwards; PEFT has to agree on the result."""
+    import peft
+    import torch
+    import transformers
+
+    from lora_cli import lora as layers
+    from lora_cli import tuned
+
+    plain = place(out, task, "plain", 0)
+    rise = json.loads((plain / "run.json").read_text(encoding="utf-8"))["best_forgetting"]
+    print(f"{task}: the plain run forgot {rise:+.4f}; the budget is {rise / 2:.4f}", flush=True)
+    print(
+        lora(
+            "train", str(out / f"{task}.yaml"), *TASKS[task], f"output_dir={out / 'runs' / 'held'}",
+            f"eval.forgetting_budget={rise / 2}", "eval.per_epoch=48", "save.per_epoch=48",
+            "train.early_stopping.patience=3",
+        ),
+        flush=True,
+    )  # fmt: skip
+    scaled = out / "scaled"
+    if not scaled.exists():
+        print(lora("scale", str(plain), "--budget", str(rise / 2), "--output", str(scaled)), flush=True)
+    gain = json.loads((scaled / "adapter_config.json").read_text(encoding="utf-8"))["lora_alpha"] / 32
+    result = tuned.find(plain)
+    ours = tuned.load(result, torch.device("cpu"), "float32")
+    ours.module.set_attn_implementation(ours.own_attention)
+    base = transformers.AutoModelForCausalLM.from_pretrained(result.header.folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, scaled)
+    ids = torch.tensor([result.header.tokenizer((out / "general.txt").read_text(encoding="utf-8")[:2000])["input_ids"]])
+    with torch.no_grad(), layers.gain(ours.module, gain):
+        wanted, got = ours.module(input_ids=ids).logits, theirs(input_ids=ids).logits
+    print(
+        f"PEFT with the scaled adapter, ours at gain {gain:g}: "
+        f"largest logit difference {(wanted - got).abs().max():.2g} of {wanted.abs().max():.1f}"
+    )
+
+
 def in_words(found: Estimate, spec: str) -> str:
     return f"{format(found.value, spec)} ({format(found.low, spec)} to {format(found.high, spec)})"
 
@@ -207,7 +246,7 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "measure", "report"))
+    parser.add_argument("what", choices=("train", "measure", "report", "budget"))
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
@@ -217,6 +256,8 @@ if __name__ == "__main__":
     if asked.what == "train":
         write_data(asked.data, asked.out)
         train(asked.model, asked.out, tasks)
+    elif asked.what == "budget":
+        budget(asked.out)
     elif asked.what == "measure":
         measure_all(asked.out, tasks)
     else:

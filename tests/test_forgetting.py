@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import build_examples, conversation, write_rows
 
 from lora_cli import config_file, lora, model
-from lora_cli.batches import Group
+from lora_cli.batches import ALONE, Group
 from lora_cli.checkpoint import Stopping
 from lora_cli.config import EvalConfig, ModelConfig
 from lora_cli.data_reader import DataReader, run_to_end
@@ -226,7 +226,7 @@ def test_surprising_targets_are_left_out(model_folder: Callable[[str], str], row
     some = found[:5]
     losses = []
     for example in some:
-        losses.append(target_scores(loaded, lay_out(loaded, (Group((0,)),), [example]), (0.0,))[0, 0].tolist())
+        losses.append(target_scores(loaded, lay_out(loaded, ALONE, [example]), (0.0,))[0, 0].tolist())
     limit = float(np.median([loss for of_example in losses for loss in of_example]))
     kept = without_surprising(loaded, some, limit, 64)
     none = without_surprising(loaded, some, 1e-9, 64)

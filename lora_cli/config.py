@@ -228,7 +228,7 @@ class EvalConfig(Section):
     general: Text | Literal[False] | None = Field(
         None, description="general text to measure forgetting on; null: a small one of ours | false: not measured"
     )
-    general_tokens: Int = Field(8192, ge=256, description="so many tokens of it are used")
+    general_tokens: Int = Field(4096, ge=256, description="so many tokens of it are used")
     forgetting_budget: Float | None = Field(
         None,
         gt=0,

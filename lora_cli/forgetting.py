@@ -14,7 +14,7 @@ from lora_cli.intervals import difference, estimate, independent_difference
 from lora_cli.model import LanguageModel
 from lora_cli.records import Forgetting, Tested
 
-_KL_TOKENS = 4096  # of the validation set, whose targets the base is asked about too
+_KL_TOKENS = 2048  # of the validation set, whose targets the base is asked about too
 
 
 class Validation:

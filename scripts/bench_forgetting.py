@@ -154,7 +154,7 @@ def measured_at(out: Path, task: str, method: str, seed: int, gain: float) -> Pa
 
 def report(out: Path) -> None:
     """Print, for each task, a row a method: means over seeds, their intervals over rows, and the spread of seeds."""
-    kls, rises = [], []
+    points: list[tuple[str, float, float]] = []  # method, KL to the base, rise on general text
     for task in TASKS:
         print(f"\n{task}: {STEPS} steps of {BATCH}, {' '.join(TASKS[task])}\n")
         print("| | seeds | test loss | exact match | rise on general text | spread over seeds | KL to the base |")
@@ -167,8 +167,8 @@ def report(out: Path) -> None:
             mean = {name: np.mean([each[name] for each in found], axis=0) for name in found[0].files}
             rise = difference(mean["base_general"], mean["general"])
             each_rise = [difference(each["base_general"], each["general"]).value or 0.0 for each in found]
-            kls += [estimate(each["kl"]).value for each in found]
-            rises += each_rise
+            kls = [estimate(each["kl"]).value or 0.0 for each in found]
+            points += [(method, kl, up) for kl, up in zip(kls, each_rise, strict=True)]
             cells = [
                 method if gain == 1 else f"{method}, gain {gain:g}",
                 str(len(found)),
@@ -193,7 +193,9 @@ def report(out: Path) -> None:
                     for some in (plain, [np.load(f) for f in files[: len(plain)]])
                 ]
                 print(f"  {method}, gain {gain:g}: {in_words(difference(*both), '+.1%')}")
-    print(f"\nSpearman of KL and rise over {len(kls)} runs and gains: {spearman(kls, rises):.2f}")
+    for name, some in (("all", points), ("those without replay", [p for p in points if "replay" not in p[0]])):
+        _, kls, rises = zip(*some, strict=True)
+        print(f"\nSpearman of KL and rise over {len(some)} runs and gains ({name}): {spearman(kls, rises):.2f}")
 
 
 def budget(out: Path, task: str = "banking77") -> None:

@@ -101,7 +101,8 @@ class Follower:
             f"({event.targets:,} targets){note}{left}"
         )
         if event.forgetting is not None and event.step:
-            self._say(f"  forgetting: {forgetting_in_words(event.forgetting)}")
+            over = "; over the budget" if event.within_budget is False else ""
+            self._say(f"  forgetting: {forgetting_in_words(event.forgetting)}{over}")
 
 
 def follow_preparation(news: Generator[Notice | Preparing, None, Result]) -> Result:

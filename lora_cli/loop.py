@@ -222,12 +222,12 @@ class Loop:
         result, forgetting = self.validation.measure(self.tokens)
         loss, targets = result.mean("loss"), int(result.targets.sum())
         self._require_finite(loss, "validation loss", self.state.step, self.validation.examples, applied=True)
+        rise = forgetting.rise.value if forgetting else None
+        min_delta, budget = self.config.train.early_stopping.min_delta, self.config.eval.forgetting_budget
         improved = False
         if self.state.step == 0:
             stopping.base_loss = loss
         else:
-            rise = forgetting.rise.value if forgetting else None
-            min_delta, budget = self.config.train.early_stopping.min_delta, self.config.eval.forgetting_budget
             improved = stopping.update(self.state.step, loss, min_delta, rise, budget)
         return Evaluated(
             step=self.state.step,
@@ -240,6 +240,7 @@ class Loop:
             patience_left=None if patience is None else max(0, patience - stopping.without_improvement),
             seconds=time.perf_counter() - began,
             forgetting=forgetting,
+            within_budget=None if rise is None or budget is None else rise <= budget,
         )
 
     def _patience_spent(self) -> bool:
@@ -267,6 +268,7 @@ class Loop:
                 adapter.copy(chosen, folder)
         early = self.state.step < self.timetable.total_steps
         patience = self.config.train.early_stopping.patience
+        within = " within the forgetting budget" if self.config.eval.forgetting_budget else ""
         return Finished(
             step=self.state.step,
             best_step=stopping.best_step,
@@ -275,7 +277,7 @@ class Loop:
             best_forgetting=stopping.best_forgetting,
             within_budget=None if self.config.eval.forgetting_budget is None else not stopping.best_excess,
             test=self._test(),
-            reason=f"no improvement in {patience} evaluations" if early else "all steps taken",
+            reason=f"no improvement{within} in {patience} evaluations" if early else "all steps taken",
             adapter=self.run.adapter,
         )
 

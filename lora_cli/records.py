@@ -116,7 +116,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One validation pass. At step 0 it measures the base."""
+    """One validation pass. At step 0 it measures the base. `within_budget` is null where there is no budget."""
 
     step: int
     epoch: float
@@ -128,6 +128,7 @@ class Evaluated:
     patience_left: int | None
     seconds: float
     forgetting: Forgetting | None
+    within_budget: bool | None
 
 
 @dataclass(frozen=True)

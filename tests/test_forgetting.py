@@ -366,8 +366,11 @@ def test_a_budget_nothing_can_meet_is_said(learned: tuple[str, str], make_config
     """The adapter that forgets least is kept, and the record says it is over the budget."""
     config = make_config(**forgetful(learned) | {"eval.forgetting_budget": 1e-9})
     events = run(config)
-    rises = [event.forgetting.rise.value for event in events if isinstance(event, Evaluated) and event.step]
+    evaluations = [event for event in events if isinstance(event, Evaluated) and event.step]
+    rises = [event.forgetting.rise.value for event in evaluations if event.forgetting]
     end = events[-1]
+    assert {event.within_budget for event in evaluations} == {False}
+    assert end.reason in ("all steps taken", "no improvement within the forgetting budget in 3 evaluations")
 
     assert end.within_budget is False
     assert end.best_forgetting == min(rises)

@@ -123,9 +123,9 @@ EDITS = [
     (76, "dataset", "np.flatnonzero(same_row | same_prompt)", "np.flatnonzero(same_row)"),
     (77, "dataset", 'keys = dataset.column("prompt_keys")[first]', "keys = np.arange(len(first))"),
     (78, "dataset", 'keys = dataset.column("group_keys")[first]', "keys = np.arange(len(first))"),
-    (79, "prepare", "[everything, replay] if replay else [everything]", "[everything]"),
+    (79, "prepare", "[sets.train, replay] if replay else [sets.train]", "[sets.train]"),
     (80, "examples", 'm.extra.get("tool_calls"))', "m.extra)"),
-    (81, "compare", "if before not in (None, held_out.fingerprint()):", "if False:"),
+    (81, "held_out", "if before not in (None, held_out.fingerprint()):", "if False:"),
     (82, "dataset", "duplicates=len(keys) - len(np.unique(keys))", "duplicates=0"),
     (83, "dataset", "if not 0 < count < len(first):", "if False:"),
     # mixing, batches and order

@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_cli import intervals, lora, scoring, storage, tuned
 from lora_cli.distributed import current_world
+from lora_cli.errors import InputError
 from lora_cli.evaluate import Measured, measure
 from lora_cli.examples import Example
 from lora_cli.forgetting import forgetting
@@ -56,6 +57,8 @@ def compare(path: Path, asked: Asked) -> EvalReport:
     result = tuned.find(path, asked.base)
     held_out, rows, name = held_out_rows(result, asked.data)
     general = general_text(result, asked.general)
+    if asked.scan and not general:
+        raise InputError("--scan: needs general text, and the run measures none (eval.general: false); give --general.")
     options = options_of(held_out) if LABEL in asked.metrics else []
     loaded = tuned.load(result, current_world().device)
     tokens = tokens_worth_it(loaded.device)
@@ -82,7 +85,7 @@ def compare(path: Path, asked: Asked) -> EvalReport:
         figures=figures,
         forgetting=_forgetting(loaded, general, tokens, adapted) if general else None,
         tasks=_on_tasks(loaded, result, asked),
-        scan=scan(loaded, held_out, general, tokens, _budget(result)) if asked.scan and general else None,
+        scan=scan(loaded, held_out, general, tokens, _budget(result)) if asked.scan else None,
         samples=samples,
         saved=None,
     )

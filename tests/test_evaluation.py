@@ -305,6 +305,14 @@ def test_the_scan_goes_from_the_base_to_beyond(finished: Path, held_out: str):
     assert rises == sorted(rises)
 
 
+def test_a_scan_without_general_text_is_an_error(finished: Path, held_out: str):
+    """It would leave out what it is for; so would a budget with nothing to hold it against."""
+    with pytest.raises(InputError, match="--scan: needs general text"):
+        compare(finished, Asked(data=held_out, answers=0, scan=True, general="false"))
+    with pytest.raises(InputError, match="--budget: the run measures no forgetting"):
+        scale(finished, finished / "x", None, 0.1, data=held_out, general="false")
+
+
 def test_a_scaled_adapter_is_the_same_in_peft(finished: Path, tmp_path: Path):
     """Gain 0.7 in `lora_alpha`: PEFT's logits are ours at gain 0.7."""
     report = scale(finished, tmp_path / "scaled", 0.7, None)

@@ -11,7 +11,7 @@ import numpy as np
 from lora_cli import intervals, lora, scoring, storage, tuned
 from lora_cli.distributed import current_world
 from lora_cli.errors import InputError
-from lora_cli.evaluate import Measured, measure
+from lora_cli.evaluate import BASE_AND_ADAPTER, Measured, measure
 from lora_cli.examples import Example
 from lora_cli.forgetting import forgetting
 from lora_cli.generate import GREEDY, Sampling
@@ -25,7 +25,6 @@ from lora_cli.reports import Comparison, EvalReport, Sample
 from lora_cli.scan import scan
 from lora_cli.tuned import Result
 
-GAINS = (0.0, 1.0)  # the base, the adapter
 LABEL: Literal["label"] = "label"
 METRICS = (*scoring.METRICS, LABEL)
 
@@ -63,7 +62,7 @@ def compare(path: Path, asked: Asked) -> EvalReport:
     loaded = tuned.load(result, current_world().device)
     tokens = tokens_worth_it(loaded.device)
 
-    base, adapted = measure(loaded, held_out, tokens, GAINS)
+    base, adapted = measure(loaded, held_out, tokens, BASE_AND_ADAPTER)
     losses = base.per_target("loss"), adapted.per_target("loss")
     figures = {
         "loss": intervals.compare(*losses, lower_is_better=True),
@@ -74,7 +73,7 @@ def compare(path: Path, asked: Asked) -> EvalReport:
     samples, more = _answered(loaded, result, questions, asked)
     figures |= more
     if options:
-        hits = choose(loaded, questions, options, tokens, GAINS)
+        hits = choose(loaded, questions, options, tokens, BASE_AND_ADAPTER)
         figures["label_accuracy"] = _compared([scoring.over_ones(each) for each in hits], units_of(questions))
     report = EvalReport(
         adapter=result.adapter.folder,
@@ -93,7 +92,7 @@ def compare(path: Path, asked: Asked) -> EvalReport:
 
 
 def _forgetting(loaded: LanguageModel, general: Sequence[Example], tokens: int, adapted: Measured) -> Forgetting:
-    base_general, tuned_general = measure(loaded, general, tokens, GAINS)
+    base_general, tuned_general = measure(loaded, general, tokens, BASE_AND_ADAPTER)
     return forgetting(base_general, tuned_general, adapted)
 
 
@@ -118,7 +117,7 @@ def _answered(
     expected = expected_texts(loaded, tokenizer, questions)
     scoring.require_found(expected, [each.where for each in questions], asked.extract)
     said = []
-    for gain in GAINS if metrics else ():
+    for gain in BASE_AND_ADAPTER if metrics else ():
         with lora.gain(loaded.module, gain):
             said.append(
                 answer(loaded, tokenizer, questions, result.header.max_positions, asked.sampling, asked.max_new_tokens)

@@ -13,6 +13,7 @@ from lora_cli.examples import Example
 from lora_cli.forward import form, lay_out, target_scores
 from lora_cli.model import LanguageModel
 
+BASE_AND_ADAPTER = (0.0, 1.0)  # the gains
 _BLOCK = 256  # examples that are divided into micro-batches together
 
 

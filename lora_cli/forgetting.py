@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from lora_cli.dataset import Dataset
-from lora_cli.evaluate import Measured, batches, measure
+from lora_cli.evaluate import BASE_AND_ADAPTER, Measured, batches, measure
 from lora_cli.examples import IGNORED, Example
 from lora_cli.forward import target_scores
 from lora_cli.general import spread
@@ -32,7 +32,7 @@ class Validation:
             return measure(self.model, self.examples, tokens)[0], None
         near = np.zeros(len(self.examples), bool)
         near[spread(len(near), _KL_TOKENS / self.examples.lengths.mean())] = True
-        _, beside_base = measure(self.model, self.examples.where(near), tokens, (0.0, 1.0))
+        _, beside_base = measure(self.model, self.examples.where(near), tokens, BASE_AND_ADAPTER)
         (rest,) = measure(self.model, self.examples.where(~near), tokens)
         if self._base is None:
             (self._base,) = measure(self.model, self.general, tokens, (0.0,))
@@ -55,7 +55,7 @@ def measure_chosen(model: LanguageModel, validation: Sequence[Example], rows: Se
     """Measure a chosen adapter on rows that chose nothing, beside the validation rows that chose it."""
     changes = []
     for examples in (validation, rows):
-        base, tuned = measure(model, examples, tokens, (0.0, 1.0))
+        base, tuned = measure(model, examples, tokens, BASE_AND_ADAPTER)
         changes.append(difference(base.per_target("loss"), tuned.per_target("loss")))
     return Tested(
         targets=int(tuned.targets.sum()),

@@ -12,6 +12,7 @@ import torch
 
 from lora_cli import lora
 from lora_cli.errors import InputError, SurroundingsError
+from lora_cli.evaluate import BASE_AND_ADAPTER
 from lora_cli.examples import Tokenizer
 from lora_cli.intervals import compare
 from lora_cli.model import LanguageModel, generating
@@ -39,7 +40,7 @@ def run_tasks(
         except ImportError as error:
             raise SurroundingsError(f"--tasks needs lm-eval: pip install 'lora-cli[harness]' ({error}).") from None
         known = not all(task.endswith((".yaml", ".yml")) for task in tasks)
-        for gain in (0.0, 1.0):
+        for gain in BASE_AND_ADAPTER:
             try:
                 loaded = TaskManager(include_defaults=known).load(list(tasks))
                 for task in loaded["tasks"].values():

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from lora_cli import config_file, lora, scoring, tuned
-from lora_cli.compare import GAINS
 from lora_cli.distributed import current_world
-from lora_cli.evaluate import measure
+from lora_cli.evaluate import BASE_AND_ADAPTER, measure
 from lora_cli.generate import GREEDY
 from lora_cli.held_out import held_out_rows
 from lora_cli.interrupt import StopRequest
@@ -56,10 +55,10 @@ def tables(run: Path, held_out: Path, extract: str | None) -> dict[str, Sequence
     result = tuned.find(run)
     rows, _, _ = held_out_rows(result, str(held_out))
     loaded = tuned.load(result, current_world().device)
-    losses = [each.per_target("loss") for each in measure(loaded, rows, 1024, (*GAINS, 1.0))]
+    losses = [each.per_target("loss") for each in measure(loaded, rows, 1024, (*BASE_AND_ADAPTER, 1.0))]
     asked = questions_of(rows, len(rows))
     expected, hits = expected_texts(loaded, result.header.tokenizer, asked), []
-    for gain in GAINS:
+    for gain in BASE_AND_ADAPTER:
         with lora.gain(loaded.module, gain):
             said = answer(loaded, result.header.tokenizer, asked, result.header.max_positions, GREEDY, None)
         hits.append(scoring.score("exact-match", expected, said, extract)[0].sums)

@@ -211,12 +211,13 @@ def untrained_end(model: LanguageModel, tokenizer: Tokenizer, end: int) -> str |
     blocks.
     """
     weight = model.head.weight
-    near = (weight[:, 0] == weight[end, 0]).nonzero()[:, 0]
-    twins = int((weight[near] == weight[end]).all(1).sum()) - 1
+    margin = 1e-2 * weight[end].abs().max()
+    near = ((weight[:, :8] - weight[end, :8]).abs() <= margin).all(1).nonzero()[:, 0]  # few, before whole rows are read
+    twins = int(((weight[near] - weight[end]).abs() <= margin).all(1).sum()) - 1
     if not twins:
         return None
     return (
-        f"Answers end with {tokenizer.decode([end])}, whose output weights are exactly those of {twins} other tokens: "
+        f"Answers end with {tokenizer.decode([end])}, whose output weights are those of {twins} other tokens: "
         "the base was never trained on it and cannot tell them apart, so answers may not end. Use a base or a chat "
         "template whose end token was trained."
     )

@@ -934,7 +934,7 @@ def test_an_end_token_that_was_never_trained_is_named(make_config: Callable[...,
     with torch.no_grad():
         weight = loaded.get_output_embeddings().weight
         for token in (2, 7, 9):
-            weight[token] = weight[1].clone()
+            weight[token] = weight[1] * 1.0001  # nearly: weight decay moved them all alike
     loaded.save_pretrained(tmp_path / "untrained")
     build_tokenizer().save_pretrained(tmp_path / "untrained")
     settings = {"train.max_steps": 1}
@@ -945,5 +945,5 @@ def test_an_end_token_that_was_never_trained_is_named(make_config: Callable[...,
     usual = train(config_file.load(make_config(**settings, output_dir=str(tmp_path / "usual"))), StopRequest())
 
     assert len(said) == 1
-    assert "<|im_end|>, whose output weights are exactly those of 3 other tokens" in said[0]
+    assert "<|im_end|>, whose output weights are those of 3 other tokens" in said[0]
     assert not [event for event in usual if isinstance(event, Notice) and "never trained" in event.text]

@@ -118,22 +118,23 @@ def _shortest_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
     return sorted(names) if selected == set(paths) else sorted(paths)
 
 
-def copy(source: Path, folder: Path, gain: float = 1.0) -> float:
-    """Copy the files of an adapter out of its folder or a checkpoint, its alphas times `gain`; return the new alpha."""
-    shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
-    values = _read_config(source)
-    alpha = float(values.get("lora_alpha", 8))
-    if gain == 1.0:
-        shutil.copyfile(source / CONFIG, folder / CONFIG)
-    else:
-        alpha *= gain
-        special = {pattern: other * gain for pattern, other in (values.get("alpha_pattern") or {}).items()}
-        values |= {"lora_alpha": alpha, "alpha_pattern": special}
-        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def copy(source: Path, folder: Path) -> None:
+    """Copy the files of an adapter out of its folder or a checkpoint."""
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(source / name, folder / name)
     for name in (BASE, *TEMPLATES):
         if (source / name).is_file():  # adapters from elsewhere have not all of them
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
+
+
+def scale_alphas(folder: Path, gain: float) -> float:
+    """Multiply every alpha of an adapter's folder by `gain`, in place; return the new one."""
+    values = _read_config(folder)
+    alpha = float(values.get("lora_alpha", 8)) * gain
+    special = {pattern: other * gain for pattern, other in (values.get("alpha_pattern") or {}).items()}
+    values |= {"lora_alpha": alpha, "alpha_pattern": special}
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return alpha
 
 

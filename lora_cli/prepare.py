@@ -80,6 +80,7 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
     general = (yield from read_general(config.eval, reader)) if validation is not None else None
     ratio = config.data.replay.ratio if config.data.replay else 0.0
     training_set = dataset.mix(train, sets.weights, replay, ratio)
+    ends = _ends(train)
     notices = [
         *_adapter_notices(skeleton, targets, config),
         *_data_notices("train", train_counts),
@@ -88,7 +89,7 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
         *(_data_notices("replay", replay_counts) if replay_counts else ()),
         *_set_notices(training_set, overlap, config),
         *_template_notices(reader.template, train, header),
-        *_end_notices(_ends(train), header),
+        *_end_notices(ends, header),
     ]
     return Prepared(
         header=header,
@@ -104,7 +105,7 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
         test_counts=test_counts,
         replay_counts=replay_counts,
         overlap=overlap,
-        ends=_ends(train),
+        ends=ends,
         notices=notices,
     )
 

@@ -36,7 +36,8 @@ def scale(
     if gain <= 0:
         raise InputError(f"--gain: must be above 0, not {gain}; at 0 an adapter is the base model.")
     with storage.new_directory(output) as folder:
-        alpha = adapter.copy(result.adapter.folder, folder, gain)
+        adapter.copy(result.adapter.folder, folder)
+        alpha = adapter.scale_alphas(folder, gain)
     return ScaleReport(output, gain, alpha, point)
 
 

@@ -41,13 +41,14 @@ def run(config: Path) -> list[Event]:
     return list(train(config_file.load(config), StopRequest()))
 
 
-def adapted(folder: str) -> model.LanguageModel:
+def adapted(folder: str, dtype: torch.dtype = torch.float32) -> model.LanguageModel:
     """A model with an adapter that does something."""
     config = ModelConfig(path=folder)
     loaded = model.load_model(model.read_header(config), config, CPU)
     lora.apply_lora(loaded.module, LoraConfig(rank=4), seed=0)
     for _, layer in lora.lora_layers(loaded.module):
         torch.nn.init.normal_(layer.lora_B, std=0.3)
+    loaded.module.to(dtype)
     share_inputs(loaded)
     fuse(loaded.module)
     return loaded
@@ -93,8 +94,13 @@ def test_sums_add_and_divide_once():
 def test_any_split_into_micro_batches_gives_the_same_step(
     kind: str, model_folder: Callable[[str], str], make_rows: Callable[[int], str]
 ):
-    """Loss and gradients of a step agree to 1e-6 whether it is one forward, several, or one a sequence."""
-    loaded = adapted(model_folder(kind))
+    """Loss and gradients of a step agree whether it is one forward, several, or one a sequence.
+
+    In float64, where the same sum shows as such: float32 rounds gradients by 1e-6. Mamba's scan and Bloom's position
+    biases are float32 whatever the model's dtype.
+    """
+    tolerance = 1e-6 if kind in ("mamba", "bloom") else 1e-12
+    loaded = adapted(model_folder(kind), torch.float64)
     found, _ = build_examples(make_rows(16))
     results = []
     for order in (found[:], found[::-1]):
@@ -112,8 +118,8 @@ def test_any_split_into_micro_batches_gives_the_same_step(
 
     assert len({count for _, _, count in results}) == 4
     for loss, gradients, _ in results[1:]:
-        assert abs(loss / results[0][0] - 1) < 1e-6
-        assert (gradients - results[0][1]).norm() <= 1e-6 * results[0][1].norm()
+        assert abs(loss / results[0][0] - 1) < tolerance
+        assert (gradients - results[0][1]).norm() < tolerance * results[0][1].norm()
 
 
 def step_gradients(loaded: model.LanguageModel, examples: list[Example], tokens: int, share: bool) -> Any:
@@ -132,8 +138,7 @@ def step_gradients(loaded: model.LanguageModel, examples: list[Example], tokens:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
 def test_shared_prefixes_run_once_and_change_nothing(kind: str, model_folder: Callable[[str], str]):
     """Rows that begin alike, in part with trained tokens, some equal: fewer tokens, the same loss and gradients."""
-    loaded = adapted(model_folder(kind))
-    loaded.module.double()
+    loaded = adapted(model_folder(kind), torch.float64)
     prompts = [tuple(range(3, 33)), tuple(range(3, 23)) + tuple(range(60, 90))]
     answers = [(100, 101, 102), (100, 101, 103, 104), (110,), (100, 101, 102)]
     ids = [prompt + answer for prompt in prompts for answer in answers]

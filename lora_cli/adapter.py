@@ -73,30 +73,60 @@ class Origin:
 
 def save(folder: Path, model: nn.Module, config: LoraConfig, origin: Origin) -> None:
     """Write the files of an adapter into a folder."""
-    paths = [path for path, _ in lora.lora_layers(model)]
-    conv1d = any(lora.is_conv1d(layer.base) for _, layer in lora.lora_layers(model))
+    values = {
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.method == "rslora",
+        "target_modules": _shortest_names(model, [path for path, _ in lora.lora_layers(model)]),
+        "fan_in_fan_out": any(lora.is_conv1d(layer.base) for _, layer in lora.lora_layers(model)),
+    }
+    _write(folder, values, lora.trainable(model), origin)
+
+
+def save_factors(
+    folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], origin: Origin, fan_in_fan_out: bool
+) -> None:
+    """Write the files of an adapter whose layers add B A, given as (A [r, in], B [out, r]) by their paths."""
+    ranks = {path: len(down) for path, (down, _) in factors.items()}
+    most = max(ranks.values())
+    special = {re.escape(path): rank for path, rank in ranks.items() if rank != most}
+    values = {
+        "r": most,
+        "lora_alpha": most,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": fan_in_fan_out,
+        "rank_pattern": special,
+        "alpha_pattern": special,
+    }
+    tensors = {
+        f"{path}.{name}": tensor
+        for path, pair in factors.items()
+        for name, tensor in zip(("lora_A", "lora_B"), pair, strict=True)
+    }
+    _write(folder, values, tensors, origin)
+
+
+def _write(folder: Path, special: Mapping[str, Any], parameters: Mapping[str, Tensor], origin: Origin) -> None:
+    """Write an adapter's files, its settings with what all adapters have in common."""
     values: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": origin.base,
         "revision": origin.revision,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.method == "rslora",
         "use_dora": False,
-        "target_modules": _shortest_names(model, paths),
-        "fan_in_fan_out": conv1d,
         "bias": "none",
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},
         "init_lora_weights": True,
         "inference_mode": True,
+        **special,
     }
     tensors = {
-        f"{_PREFIX}{name}.weight": parameter.detach().cpu().contiguous()
-        for name, parameter in lora.trainable(model).items()
+        f"{_PREFIX}{name}.weight": parameter.detach().cpu().contiguous() for name, parameter in parameters.items()
     }
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))  # an OSError where it fails
@@ -206,6 +236,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def is_transposed(folder: Path) -> bool:
+    """Return whether an adapter is of layers that store their weights as [in, out] (GPT-2's Conv1D)."""
+    return bool(_read_config(folder).get("fan_in_fan_out"))
+
+
 def _base_fingerprint(folder: Path) -> str | None:
     """Return the fingerprint of the base an adapter was trained on; None for adapters from elsewhere."""
     path = folder / BASE
@@ -227,11 +262,8 @@ def _scale(path: str, rank: int, values: Mapping[str, Any]) -> float:
     return lora.scale_of("rslora" if values.get("use_rslora") else "lora", float(alpha), rank)
 
 
-def attach(model: nn.Module, adapter: Adapter) -> None:
-    """Wrap a base model's layers with an adapter, in place.
-
-    Raises AdapterError unless every tensor finds its layer and fits it.
-    """
+def require_fit(model: nn.Module, adapter: Adapter) -> None:
+    """Raise AdapterError unless every tensor of an adapter finds its layer in a base model and fits it."""
     linear = lora.linear_modules(model)
     problems = []
     for path, down in adapter.lora_A.items():
@@ -251,6 +283,11 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
             )
     if problems:
         raise AdapterError("The adapter does not fit this base model.", *problems)
+
+
+def attach(model: nn.Module, adapter: Adapter) -> None:
+    """Wrap a base model's layers with an adapter that fits it, in place. Raises AdapterError where it does not."""
+    require_fit(model, adapter)
     lora.wrap(model, {path: (down.shape[0], adapter.scales[path]) for path, down in adapter.lora_A.items()})
     load_weights(model, adapter)
 

@@ -1,5 +1,6 @@
 """The commands. Each is a short path; what is slow to import is imported inside, and errors become exit codes here."""
 
+import math
 import os
 import shlex
 import signal
@@ -8,7 +9,7 @@ import tempfile
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -183,19 +184,70 @@ def scale(
 
 @app.command()
 def merge(
-    run: Run,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Runs, checkpoints or PEFT adapters.", show_default=False)
+    ],
     output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16: what is written.")] = "keep",
+    rounding: Annotated[str, typer.Option(help="nearest, or stochastic: small updates are not lost.")] = "nearest",
+    weights: Annotated[
+        str | None, typer.Option(metavar="W...", help="Of several adapters: 0.7 0.3; else 1 each.", show_default=False)
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="linear (the exact sum), ties or dare: how several are added.")
+    ] = "linear",
+    density: Annotated[
+        float | None, typer.Option(help="Share of entries that ties (0.2) or dare (0.1) keeps.", show_default=False)
+    ] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Write one adapter, not a merged model.")] = False,
+    speed: Annotated[bool, typer.Option("--speed", help="Time base, base + adapter and merged model.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write even what differs more than is allowed.")] = False,
     base: Base = None,
     json: Json = False,
 ) -> None:
-    """Write adapter + base as an ordinary Hugging Face model, verified."""
+    """Write base + adapter, or several adapters, as an ordinary Hugging Face model, verified."""
     from lora_cli import merge as merging
+    from lora_cli import merged_folder, update
 
-    report = merging.merge(run, output, base)
+    paths, numbers = _paths_and_weights(runs, weights)
+    form = merged_folder.Form(
+        _one_of("--dtype", dtype, merged_folder.Dtype), _one_of("--rounding", rounding, merged_folder.Rounding)
+    )
+    together = merging.Together(numbers, _one_of("--method", method, update.Method), density)
+    if adapter:
+        combined = merging.combine(paths, output, base, together)
+        console.print_json(as_json(combined)) if json else console.show_combine(combined)
+        return
+    report = merging.merge(paths, output, base, together, form, force, speed)
     if json:
         console.print_json(as_json(report))
     else:
         console.show_merge(report)
+
+
+def _paths_and_weights(runs: list[Path], weights: str | None) -> tuple[list[Path], list[float] | None]:
+    """Return the adapters and their weights: of `A B --weights 0.7 0.3` the second number comes among the adapters."""
+    if weights is None:
+        return runs, None
+    paths = [run for run in runs if run.exists() or not _is_number(str(run))]
+    texts = [*weights.replace(",", " ").split(), *(str(run) for run in runs if run not in paths)]
+    if wrong := [text for text in texts if not _is_number(text)]:
+        raise InputError(f"--weights: expected numbers, found {wrong[0][:40]}.")
+    return paths, [float(text) for text in texts]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _one_of(option: str, value: str, known: Any) -> Any:
+    """Return an option's value if it is one of a Literal's. Raises InputError."""
+    if value not in get_args(known):
+        raise InputError(f"{option}: expected {', '.join(get_args(known))}, not {value[:40]}.")
+    return value
 
 
 @app.command()

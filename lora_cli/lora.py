@@ -217,9 +217,3 @@ def gain(model: nn.Module, value: float) -> Iterator[None]:
     finally:
         for layer, old in zip(layers, before, strict=True):
             layer.gain = old
-
-
-def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, transposed: bool) -> Tensor:
-    """Return W + scale * B A in float32, in W's own layout ([in, out] when `transposed`, as Conv1D has it)."""
-    update = (lora_B.float() @ lora_A.float()) * scale
-    return weight.float() + (update.T if transposed else update)

@@ -139,10 +139,10 @@ def with_chat_templates(tokenizer: Tokenizer, templates: Mapping[str, str]) -> T
     return changed
 
 
-def build_skeleton(header: ModelHeader, trust_remote_code: bool = False) -> nn.Module:
+def build_skeleton(header: ModelHeader, trust_remote_code: bool = False, device: str = "meta") -> nn.Module:
     """Build the model without weights (on torch's meta device), to look at its layers. Raises ModelError."""
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             return AutoModelForCausalLM.from_config(header.config, trust_remote_code=trust_remote_code).eval()
     except ValueError as error:
         raise ModelError(

@@ -134,14 +134,60 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class MergedLayer:
+    """A merged weight: its update's size against its own (Frobenius norms), and how much of the update is written.
+
+    `kept` is the written change's projection on the update: 1 where rounding loses nothing on balance, 0 where the
+    update vanishes. Null where the update is zero.
+    """
+
+    name: str
+    relative: float
+    kept: float | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A merged model, read from disk, against base + adapter at `positions` of real text."""
+
+    positions: int
+    largest_logit_difference: float
+    largest_logit: float
+    effect: float  # the largest logit difference between base and base + adapter
+    mean_kl: float  # nats, of base + adapter from the merged model
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second of one model, and as a share of the base's, with 95 % intervals over rounds."""
+
+    prompt: Estimate  # read at once
+    answer: Estimate  # one after the other
+    prompt_of_base: Estimate
+    answer_of_base: Estimate
+
+
+@dataclass(frozen=True)
 class MergeReport:
     """A merged model, reloaded from disk and compared with base + adapter."""
 
     output: Path
     adapted_tensors: int
     dtype: str
-    positions: int
-    largest_logit_difference: float
-    mean_kl: float
-    top1_agreement: float
-    bound: float
+    rounding: str
+    layers: Sequence[MergedLayer]
+    agreement: Agreement
+    bound: float  # of the largest logit difference
+    forced: bool  # over the bound, and kept as asked
+    speeds: Mapping[str, Speed] | None  # of base, base + adapter, merged
+
+
+@dataclass(frozen=True)
+class CombineReport:
+    """One adapter made of several. `kept` is the smallest share of a layer's update (sum of squares) that it holds."""
+
+    output: Path
+    adapted_tensors: int
+    rank: int
+    kept: float

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lora_cli.errors import AdapterError, SurroundingsError
 
 MANIFEST = "MANIFEST.json"
 _TEMPORARY = ".lora-tmp-"  # of what is being written; safe to delete when nobody holds the run's lock
+_SECONDS_UNTIL_HELD = 60  # between a temporary folder's making and its lock there is far less
 
 
 @contextlib.contextmanager
@@ -92,8 +94,11 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise AdapterError(f"{path}: already exists; it is never overwritten. Delete it or name another folder.")
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_unheld(path.parent)
         temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+    held = os.open(temporary, os.O_RDONLY)
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         with explained(path):
@@ -108,6 +113,21 @@ def new_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(held)
+
+
+def _sweep_unheld(folder: Path) -> None:
+    """Delete what killed processes left here: temporary folders that nobody holds, older than one about to be held."""
+    for left in folder.glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError):  # of another user, or gone meanwhile
+            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                if time.time() - os.stat(descriptor).st_mtime > _SECONDS_UNTIL_HELD:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left)
+            finally:
+                os.close(descriptor)
 
 
 def _seal(folder: Path) -> None:

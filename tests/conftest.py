@@ -10,6 +10,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["LORA_CACHE"] = tempfile.mkdtemp(prefix="lora-tests-")
 
+import peft
 import pytest
 import torch
 import transformers
@@ -52,22 +53,31 @@ def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def build_model(kind: str) -> Any:
+def build_model(kind: str, **settings: Any) -> Any:
     """A small random model of a real architecture, far enough from its initialisation for its logits to differ."""
     torch.manual_seed(7)
-    common = {"vocab_size": 400, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
     blocks = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    blocks |= {name: settings.pop(name) for name in blocks.keys() & settings.keys()}
+    common = {"vocab_size": 400, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2, **settings}
     match kind:
         case "llama":
-            config: Any = transformers.LlamaConfig(**common, **blocks, num_key_value_heads=2, tie_word_embeddings=True)
+            config: Any = transformers.LlamaConfig(
+                **blocks, num_key_value_heads=2, **{"tie_word_embeddings": True} | common
+            )
         case "tall":
             config = transformers.LlamaConfig(**common, **blocks | {"num_hidden_layers": 4})
+        case "qwen2":  # biases on query, key and value
+            config = transformers.Qwen2Config(**common, **blocks, num_key_value_heads=2)
         case "qwen3":
             config = transformers.Qwen3Config(**common, **blocks, num_key_value_heads=2, head_dim=16)
         case "gpt2":
             config = transformers.GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=256)
         case "gemma2":  # soft-capped logits and attention
             config = transformers.Gemma2Config(**common, **blocks, num_key_value_heads=2, head_dim=8, sliding_window=12)
+        case "gemma":
+            config = transformers.GemmaConfig(**common, **blocks, num_key_value_heads=1, head_dim=8)
+        case "mixtral":  # a mixture of experts, stored one by one and run together
+            config = transformers.MixtralConfig(**common, **blocks, num_key_value_heads=2, num_local_experts=4)
         case "granite":  # logits divided by a number
             config = transformers.GraniteConfig(**common, **blocks, num_key_value_heads=2, logits_scaling=3.0)
         case "cohere":  # logits times a number, attention and MLP side by side
@@ -86,6 +96,16 @@ def build_model(kind: str) -> Any:
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.15)
     return model.eval()
+
+
+def save_with_peft(folder: str, path: Path, **options: Any) -> Any:
+    """An adapter that PEFT made, with random weights."""
+    torch.manual_seed(11)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    made = peft.get_peft_model(base, peft.LoraConfig(**({"init_lora_weights": False} | settings | options)))
+    made.save_pretrained(path)
+    return made.eval()
 
 
 @pytest.fixture(scope="session")

@@ -57,8 +57,8 @@ def test_from_config_to_merged_model(invoke: Invoke, make_config: Callable[..., 
 
     code, out, _ = invoke("merge", run, "--output", tmp_path / "merged", "--json")
     merged = json.loads(out)
-    assert (code, merged["adapted_tensors"], merged["top1_agreement"]) == (0, 14, 1.0)
-    assert merged["largest_logit_difference"] <= merged["bound"]
+    assert (code, merged["adapted_tensors"], merged["agreement"]["top1_agreement"]) == (0, 14, 1.0)
+    assert merged["agreement"]["largest_logit_difference"] <= merged["bound"]
 
     code, _, _ = invoke("export", run, "--format", "peft", "--output", tmp_path / "exported")
     base = transformers.AutoModelForCausalLM.from_pretrained(config_file.load(config).model.path)

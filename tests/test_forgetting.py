@@ -70,7 +70,7 @@ def learned(model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPat
     }
     (folder / "config.yaml").write_text(json.dumps(values), encoding="utf-8")
     run(folder / "config.yaml")
-    merge(folder / "run", folder / "base", None)
+    merge([folder / "run"], folder / "base")
     return str(folder / "base"), str(folder / "general.txt")
 
 

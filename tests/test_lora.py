@@ -1,4 +1,4 @@
-"""The layer, the adapter file and the merge, against PEFT and Hugging Face as references."""
+"""The layer and the adapter file, against PEFT and Hugging Face as references."""
 
 import json
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import build_examples, conversation, one_batch, write_rows
+from conftest import build_examples, conversation, one_batch, save_with_peft, write_rows
 
-from lora_cli import adapter, lora, merge, model, tuned
+from lora_cli import adapter, lora, model, tuned
 from lora_cli.adapter import Origin
 from lora_cli.batches import Group
 from lora_cli.config import LoraConfig, ModelConfig
@@ -179,22 +179,12 @@ def test_peft_loads_our_adapter(
     assert torch.allclose(logits(loaded.module), logits(theirs), atol=1e-5)
 
 
-def save_with_peft(folder: str, path: Path, **options: Any) -> Any:
-    """An adapter that PEFT made, with random weights."""
-    torch.manual_seed(11)
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    made = peft.get_peft_model(base, peft.LoraConfig(**({"init_lora_weights": False} | settings | options)))
-    made.save_pretrained(path)
-    return made.eval()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"0": 2}, "alpha_pattern": {"1.*": 3}}])
 def test_an_adapter_of_peft_works_here(
     kind: str, options: dict[str, Any], model_folder: Callable[[str], str], tmp_path: Path
 ):
-    """It attaches with the same logits, and merges into a folder that plain transformers loads."""
+    """It attaches with the same logits."""
     if "rank_pattern" in options:
         linear = lora.find_targets(load(model_folder(kind))[0].module, "all-linear")
         options = {
@@ -206,114 +196,6 @@ def test_an_adapter_of_peft_works_here(
     loaded = tuned.load(result, CPU)
 
     assert torch.allclose(logits(loaded.module), logits(theirs), atol=1e-5)
-    report = merge.merge(tmp_path / "theirs", tmp_path / "merged", None)
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert report.adapted_tensors == len(list(lora.lora_layers(loaded.module)))
-    assert torch.allclose(logits(merged), logits(theirs), atol=1e-5)
-
-
-def test_a_merge_keeps_everything_else(model_folder: Callable[[str], str], tmp_path: Path):
-    """Tensor names, dtypes and files stay, what holds no weights byte for byte; an output is never replaced."""
-    base = Path(model_folder("llama"))
-    save_with_peft(str(base), tmp_path / "a", target_modules=["q_proj"])
-    merge.merge(tmp_path / "a", tmp_path / "merged", None)
-    before, after = (dict(_tensors(folder / "model.safetensors")) for folder in (base, tmp_path / "merged"))
-
-    assert {name for name in before if not torch.equal(before[name], after[name])} == {
-        "model.layers.0.self_attn.q_proj.weight",
-        "model.layers.1.self_attn.q_proj.weight",
-    }
-    assert before.keys() == after.keys()
-    for file in base.iterdir():
-        if file.suffix != ".safetensors":
-            assert file.read_bytes() == (tmp_path / "merged" / file.name).read_bytes()
-    with pytest.raises(AdapterError, match="already exists"):
-        merge.merge(tmp_path / "a", tmp_path / "merged", None)
-
-
-def _tensors(path: Path) -> list[tuple[str, torch.Tensor]]:
-    import safetensors.torch
-
-    return list(safetensors.torch.load_file(path).items())
-
-
-def test_a_sharded_bfloat16_base(model_folder: Callable[[str], str], tmp_path: Path):
-    """Shards, index and dtype stay; the merge is compared in float32; foreign weight files are not taken along."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder("qwen3"), dtype=torch.bfloat16)
-    base.save_pretrained(tmp_path / "base", max_shard_size="30KB")
-    load(model_folder("qwen3"))[1].tokenizer.save_pretrained(tmp_path / "base")
-    (tmp_path / "base" / "consolidated.safetensors").write_bytes(b"another copy of the weights")
-    theirs = save_with_peft(str(tmp_path / "base"), tmp_path / "a")
-    report = merge.merge(tmp_path / "a", tmp_path / "merged", None)
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    names = sorted(p.name for p in (tmp_path / "base").iterdir() if p.name != "consolidated.safetensors")
-
-    assert (report.dtype, report.adapted_tensors) == ("bfloat16", 14)
-    assert sorted(p.name for p in (tmp_path / "merged").iterdir() if p.name != "MANIFEST.json") == names
-    assert len([name for name in names if name.endswith(".safetensors")]) > 2
-    theirs.float()
-    scale = logits(theirs).abs().max()
-    assert (logits(merged) - logits(theirs)).abs().max() < 0.05 * scale
-
-
-def test_a_gpt2_base_whose_names_have_no_prefix(model_folder: Callable[[str], str], tmp_path: Path):
-    """Old checkpoints store `h.0.attn...` without `transformer.`; the merge finds them and keeps their names."""
-    import safetensors.torch
-
-    (tmp_path / "base").mkdir()
-    for file in Path(model_folder("gpt2")).iterdir():
-        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
-    tensors = dict(_tensors(tmp_path / "base" / "model.safetensors"))
-    short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    safetensors.torch.save_file(short, tmp_path / "base" / "model.safetensors", {"format": "pt"})
-    theirs = save_with_peft(str(tmp_path / "base"), tmp_path / "a")
-    merge.merge(tmp_path / "a", tmp_path / "merged", None)
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-
-    assert dict(_tensors(tmp_path / "merged" / "model.safetensors")).keys() == short.keys()
-    assert torch.allclose(logits(merged), logits(theirs), atol=1e-5)
-
-
-def test_a_bfloat16_merge_that_loses_the_update_is_refused(model_folder: Callable[[str], str], tmp_path: Path):
-    """An update below bfloat16's resolution would vanish; that is not called a merge."""
-    import safetensors.torch
-
-    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.bfloat16)
-    base.save_pretrained(tmp_path / "base")
-    load(model_folder("llama"))[1].tokenizer.save_pretrained(tmp_path / "base")
-    save_with_peft(str(tmp_path / "base"), tmp_path / "a")
-    weights = tmp_path / "a" / "adapter_model.safetensors"
-    small = {n: t * 1e-5 if "lora_B" in n else t for n, t in safetensors.torch.load_file(weights).items()}
-    safetensors.torch.save_file(small, weights)
-    with pytest.raises(AdapterError, match="The adapter itself moves them"):
-        merge.merge(tmp_path / "a", tmp_path / "merged", None)
-    assert not (tmp_path / "merged").exists()
-
-
-def test_a_wrong_merge_is_refused_and_leaves_nothing(
-    model_folder: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """When the written weights are not base + adapter, the command fails and the folder is gone."""
-    save_with_peft(model_folder("llama"), tmp_path / "a")
-    right = lora.merged_weight
-    monkeypatch.setattr(lora, "merged_weight", lambda w, a, b, scale, t: right(w, a, b, scale * 1.01, t))
-    with pytest.raises(AdapterError, match="differ from base"):
-        merge.merge(tmp_path / "a", tmp_path / "merged", None)
-
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
-
-
-def test_an_untrained_adapter_is_not_merged(model_folder: Callable[[str], str], tmp_path: Path):
-    """All lora_B zero: there is nothing to merge."""
-    loaded, _ = load(model_folder("llama"))
-    lora.apply_lora(loaded.module, LoraConfig(rank=4), seed=0)
-    adapter.save(tmp_path, loaded.module, LoraConfig(rank=4), Origin(model_folder("llama"), None, "f", {}))
-    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "kept")
-    import safetensors.torch
-
-    safetensors.torch.save_file(safetensors.torch.load_file(tmp_path / "kept"), tmp_path / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="untrained"):
-        merge.merge(tmp_path, tmp_path / "merged", None)
 
 
 @pytest.mark.parametrize(

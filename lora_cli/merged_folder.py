@@ -1,0 +1,140 @@
+"""The files of a merged model, written tensor by tensor.
+
+The base's files, tensor names and order are kept, its dtypes too unless another is asked for, and what holds no weights
+is copied byte for byte: a folder saved anew by another library version may be read differently by an older one.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_cli import model, storage
+from lora_cli.adapter import save_templates
+from lora_cli.errors import AdapterError, SurroundingsError
+from lora_cli.model import weight_files
+from lora_cli.randomness import derive_seed
+from lora_cli.reports import MergedLayer
+from lora_cli.tuned import Result
+from lora_cli.weights import TensorInfo, Weights, read_infos, read_metadata, read_tensor, write_tensors
+
+Dtype = Literal["keep", "float32", "bfloat16", "float16"]
+Rounding = Literal["nearest", "stochastic"]
+
+RECORD = "merge.json"  # in a merged folder: what it was made of
+_OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt"}
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How merged weights are written."""
+
+    dtype: Dtype = "keep"
+    rounding: Rounding = "nearest"
+
+    def dtype_of(self, info: TensorInfo) -> torch.dtype:
+        """Return the dtype a tensor is written in; numbers that are no floats keep theirs."""
+        if self.dtype == "keep" or not info.dtype.is_floating_point:
+            return info.dtype
+        written: torch.dtype = getattr(torch, self.dtype)
+        return written
+
+
+def require_space(weights: Weights, base: Path, output: Path, form: Form) -> None:
+    """Raise SurroundingsError where the disk has not the room for what will be written."""
+    needed = sum(info.size // info.dtype.itemsize * form.dtype_of(info).itemsize for info in weights.infos.values())
+    needed += sum(file.stat().st_size for file in base.iterdir() if file.is_file() and not _holds_weights(file))
+    near = next(parent for parent in output.absolute().parents if parent.exists())
+    if (free := shutil.disk_usage(near).free) < needed * 1.01 + 1e6:
+        raise SurroundingsError(f"{output}: needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.")
+
+
+def write(weights: Weights, result: Result, folder: Path, form: Form) -> list[MergedLayer]:
+    """Write the merged model's files; return what became of each update."""
+    base, layers = result.header.folder, list[MergedLayer]()
+    for source in weight_files(base):
+        infos = {name: replace(info, dtype=form.dtype_of(info)) for name, info in read_infos(source).items()}
+        write_tensors(folder / source.name, infos, read_metadata(source), _merged(weights, infos, form, layers))
+    for source in sorted(base.iterdir()):
+        if source.is_file() and not _holds_weights(source) and not source.name.startswith("."):
+            shutil.copyfile(source, folder / source.name)
+    if form.dtype != "keep":
+        _say_dtype(folder, form.dtype)
+    own = model.read_header(result.base).tokenizer.chat_template
+    if own != result.header.tokenizer.chat_template:
+        save_templates(folder, result.adapter.chat_templates)
+    return layers
+
+
+def _holds_weights(file: Path) -> bool:
+    return file.suffix in _OTHER_WEIGHTS or file.name in (storage.MANIFEST, RECORD)
+
+
+def _merged(
+    weights: Weights, infos: Mapping[str, TensorInfo], form: Form, layers: list[MergedLayer]
+) -> Iterator[Tensor | TensorInfo]:
+    """Give a file's tensors in its order as they are to be written, and add what became of each update to `layers`."""
+    for name, written in infos.items():
+        stored = weights.infos[name]
+        if name in weights.adapted:
+            before, change = read_tensor(stored).float(), weights.change(name)
+            merged = before + change
+            _require_finite(name, merged)
+            rounded = round_to(merged, written.dtype, form.rounding, derive_seed(0, "rounding", name))
+            _require_finite(name, rounded)
+            layers.append(_layer(name, before, change, rounded))
+            yield rounded
+        elif written.dtype == stored.dtype:
+            yield stored
+        else:
+            rounded = read_tensor(stored).to(written.dtype)
+            _require_finite(name, rounded)
+            yield rounded
+
+
+def _require_finite(name: str, tensor: Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise AdapterError(f"{name}: has numbers that are not finite in {dtype}; --dtype takes another.")
+
+
+def round_to(tensor: Tensor, dtype: torch.dtype, rounding: Rounding, seed: int) -> Tensor:
+    """Return a float32 tensor in another dtype, each number rounded to its nearest there, or by chance.
+
+    By chance (stochastic rounding): up as often as it is far from the lower neighbour, so that the mean of many numbers
+    stays what it was, and updates far below the dtype's resolution are not lost on balance.
+    """
+    if rounding == "nearest" or dtype == torch.float32:
+        return tensor.to(dtype)
+    size = tensor.abs()
+    low = size.to(dtype)
+    bits = low.view(torch.int16)  # of positive numbers: the next bit pattern is the next number
+    bits -= (low.float() > size).to(torch.int16)
+    high = (bits + 1).view(dtype)
+    chance = (size - low.float()) / (high.float() - low.float())
+    up = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed)) < chance
+    return torch.where(up, high, low).copysign(tensor.to(dtype))
+
+
+def _layer(name: str, before: Tensor, change: Tensor, written: Tensor) -> MergedLayer:
+    size = float(change.norm())
+    kept = float(((written.float() - before) * change).sum()) / size**2 if size else None
+    return MergedLayer(name, size / max(float(before.norm()), 1e-38), kept)
+
+
+def _say_dtype(folder: Path, dtype: Dtype) -> None:
+    """Say in config.json, and in the index's total, what the weights are now."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    storage.write_json(folder / "config.json", config)
+    if (index := folder / _INDEX).is_file():
+        values = json.loads(index.read_text(encoding="utf-8"))
+        total = sum(info.size for file in weight_files(folder) for info in read_infos(file).values())
+        values["metadata"] = {**values.get("metadata", {}), "total_size": total}
+        storage.write_json(index, values)

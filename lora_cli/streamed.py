@@ -1,0 +1,154 @@
+"""A model whose weights stay on the disk: each is read when its layer runs, and forgotten after it.
+
+So that a model of any size can be run for a few tokens in the memory of its largest pieces, in float32.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_cli import lora
+from lora_cli.model import ModelHeader, build_skeleton
+from lora_cli.update import Update
+from lora_cli.weights import TensorInfo, Weights, read_rows, read_tensor
+
+_PIECE = 1 << 24  # numbers of a weight that are read and multiplied at once
+
+
+def open_model(header: ModelHeader, weights: Weights, trust_remote_code: bool = False) -> nn.Module | None:
+    """Return a model that reads its weights as it runs.
+
+    None where a parameter is not in the files under its own name, as where experts are stored one by one and run
+    together.
+    """
+    with _parameters_on_meta():
+        module = build_skeleton(header, trust_remote_code, device="cpu")
+    names = _find_names(module, weights)
+    if names is None:
+        return None
+    for path, layer in module.named_modules():
+        own = {
+            name: names[f"{path}.{name}" if path else name]
+            for name, there in layer._parameters.items()
+            if there is not None
+        }
+        if type(layer) is nn.Linear:
+            layer.forward = _LinearOnDisk(**own)
+        elif isinstance(layer, nn.Embedding):
+            layer.register_forward_pre_hook(_rows_before(own["weight"]))
+        elif isinstance(layer, nn.Linear) or lora.is_conv1d(layer):
+            layer.register_forward_pre_hook(_all_before(own))
+        else:  # norms, convolutions and the like are small
+            _all_before(own)(layer)
+            continue
+        layer.register_forward_hook(_forget)
+        _forget(layer)
+    return module
+
+
+@contextlib.contextmanager
+def adding(module: nn.Module, update: Update) -> Iterator[None]:
+    """Run a block with an update added to what its layers give."""
+
+    def add(path: str) -> Any:
+        return lambda layer, inputs, output: output + update.output(path, inputs[0])
+
+    handles = [module.get_submodule(path).register_forward_hook(add(path)) for path in update.paths]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def runs(module: nn.Module) -> bool:
+    """Return whether a streamed model runs; not where code reads a layer's weights from elsewhere than the layer."""
+    try:
+        with torch.inference_mode():
+            module(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+    except (RuntimeError, AttributeError, IndexError):
+        return False
+    return True
+
+
+class _LinearOnDisk:
+    """x W^T + b [..., out] for x [..., in], W read some rows at a time."""
+
+    def __init__(self, weight: TensorInfo, bias: TensorInfo | None = None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows, columns = self.weight.shape
+        step = max(1, _PIECE // columns)
+        pieces = [
+            F.linear(x, read_rows(self.weight, begin, min(rows, begin + step)).float())
+            for begin in range(0, rows, step)
+        ]
+        output = torch.cat(pieces, -1)
+        return output if self.bias is None else output + read_tensor(self.bias).float()
+
+
+def _all_before(own: dict[str, TensorInfo]) -> Any:
+    def read(layer: nn.Module, *_: Any) -> None:
+        for name, info in own.items():
+            layer._parameters[name] = nn.Parameter(read_tensor(info).float(), requires_grad=False)
+
+    return read
+
+
+def _rows_before(weight: TensorInfo) -> Any:
+    """Read the rows of the tokens that are there; the others are memory that nothing touches."""
+
+    def read(layer: nn.Module, inputs: Any) -> None:
+        table = torch.empty(weight.shape, dtype=torch.float32)
+        for row in inputs[0].unique().tolist():
+            table[row] = read_rows(weight, row, row + 1)[0]
+        layer._parameters["weight"] = nn.Parameter(table, requires_grad=False)
+
+    return read
+
+
+def _forget(layer: nn.Module, *_: Any) -> None:
+    """Leave no numbers where weights were, so that code which reads them elsewhere than in their layer fails."""
+    nothing = nn.Parameter(torch.empty(0), requires_grad=False)
+    layer._parameters.update({name: nothing for name, there in layer._parameters.items() if there is not None})
+
+
+def _find_names(module: nn.Module, weights: Weights) -> dict[str, TensorInfo] | None:
+    """Return where each parameter is; tied ones where any of those tied to them is."""
+    found, missing = dict[str, TensorInfo](), dict[str, nn.Parameter]()
+    by_parameter: dict[nn.Parameter, TensorInfo] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        stored = weights.name_of(name)
+        if stored is None:
+            missing[name] = parameter
+        elif weights.infos[stored].shape != tuple(parameter.shape):
+            return None
+        else:
+            found[name] = by_parameter[parameter] = weights.infos[stored]
+    for name, parameter in missing.items():
+        if parameter not in by_parameter:
+            return None
+        found[name] = by_parameter[parameter]
+    return found
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Have modules built in the block put their parameters on torch's meta device; buffers stay real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register

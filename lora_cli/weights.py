@@ -1,0 +1,201 @@
+"""A base model's weights on disk, one tensor at a time, an adapter added where there is one; written the same way.
+
+The files are safetensors (https://github.com/huggingface/safetensors#format): 8 bytes little-endian N, N bytes of JSON
+that gives each tensor's dtype, shape and place, then the tensors. They are read and written here tensor by tensor, so
+that memory holds one of them, whatever a file's size.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli import lora
+from lora_cli.errors import AdapterError, ModelError
+from lora_cli.model import weight_files
+from lora_cli.update import Update
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST_HEADER = 100_000_000  # bytes, as the format's own library allows
+_PIECE = 1 << 24  # bytes copied at once
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor in a file: its dtype and shape, and where its bytes are."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_infos(file: Path) -> dict[str, TensorInfo]:
+    """Return what a safetensors file holds, in the order of its bytes. Raises ModelError where it is not whole."""
+    return _read_header(file)[0]
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the notes in a safetensors file's header."""
+    return _read_header(file)[1]
+
+
+def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > min(size, _LARGEST_HEADER):
+                raise ValueError(f"a header of {length} bytes")
+            entries = json.loads(opened.read(length))
+        metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
+        infos = {
+            name: TensorInfo(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])
+        }
+    except KeyError as error:
+        raise ModelError(f"{file}: holds tensors of a dtype that is not read here ({error}).") from None
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(f"{file}: is no whole safetensors file: {str(error)[:120]}.") from None
+    end = 8 + length
+    for name, info in infos.items():
+        if info.begin != end:
+            raise ModelError(f"{file}: the bytes of {name[:80]} are not where they should be.")
+        end += info.size
+    if end != size:
+        raise ModelError(f"{file}: has {size:,} bytes, and its header speaks of {end:,}; it is cut or damaged.")
+    return infos, metadata
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Read one tensor, as it is stored."""
+    raw = bytearray(info.size)
+    with info.file.open("rb") as file:
+        file.seek(info.begin)
+        if file.readinto(raw) != info.size:
+            raise ModelError(f"{info.file}: ends too early.")
+    return (
+        torch.frombuffer(raw, dtype=info.dtype).reshape(info.shape)
+        if raw
+        else torch.empty(info.shape, dtype=info.dtype)
+    )
+
+
+def read_rows(info: TensorInfo, begin: int, end: int) -> Tensor:
+    """Read some rows of a matrix [rows, columns], as they are stored."""
+    columns = info.shape[1]
+    offset = info.begin + begin * columns * info.dtype.itemsize
+    return read_tensor(replace(info, begin=offset, shape=(end - begin, columns)))
+
+
+class Weights:
+    """A base model's tensors by their names in its files; `adapted` gives the layer's path of those that change."""
+
+    def __init__(self, folder: Path, skeleton: nn.Module, update: Update | None = None) -> None:
+        """Read the headers of a model's files, and find the tensor of every layer that is changed.
+
+        Raises ModelError where a file is not whole; AdapterError where a changed layer has no tensor, or one of another
+        shape.
+        """
+        self.infos: Mapping[str, TensorInfo] = {
+            name: info for file in weight_files(folder) for name, info in read_infos(file).items()
+        }
+        self.update = update
+        self.adapted: dict[str, str] = {}
+        self._prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
+        self._transposed: set[str] = set()
+        problems = []
+        for path in update.paths if update else ():
+            name = self.name_of(f"{path}.weight")
+            if name is None:
+                problems.append(f"{path}: is adapted, and the base's files have no {path}.weight.")
+                continue
+            self.adapted[name] = path
+            expected, found = update.shape(path) if update else (), self.infos[name].shape
+            if lora.is_conv1d(skeleton.get_submodule(path)):
+                self._transposed.add(path)
+                expected = expected[::-1]
+            if found != expected:
+                problems.append(f"{path}: the adapter's is {expected}, and {name} in the base's files is {found}.")
+        if problems:
+            raise AdapterError("The adapter does not fit this base model's files.", *problems)
+
+    def name_of(self, parameter: str) -> str | None:
+        """Return the name in the files of a model's parameter; None where they have none of that name.
+
+        Files may name tensors from inside the model's base (`h.0...` for `transformer.h.0...`) or from outside.
+        """
+        places = (parameter, f"{self._prefix}{parameter}", parameter.removeprefix(self._prefix))
+        return next((place for place in places if place in self.infos), None)
+
+    def change(self, name: str) -> Tensor:
+        """Return what is added to an adapted tensor, in its own layout ([in, out] for Conv1D), float32."""
+        assert self.update is not None, "only adapted tensors change"
+        path = self.adapted[name]
+        matrix = self.update.matrix(path)
+        return matrix.T if path in self._transposed else matrix
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor: as it is stored, or W + scale * B A in float32 where it is adapted."""
+        tensor = read_tensor(self.infos[name])
+        return tensor.float() + self.change(name) if name in self.adapted else tensor
+
+
+def write_tensors(
+    file: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], tensors: Iterable[Tensor | TensorInfo]
+) -> None:
+    """Write a safetensors file one tensor at a time.
+
+    `infos` give the names, dtypes and shapes; `tensors` come in their order, a TensorInfo standing for bytes to copy as
+    they are.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, info in infos.items():
+        entries[name] = {"dtype": _NAMES[info.dtype], "shape": info.shape, "data_offsets": [end, end + info.size]}
+        end += info.size
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with file.open("wb") as target:
+        target.write(len(header).to_bytes(8, "little") + header)
+        for info, tensor in zip(infos.values(), tensors, strict=True):
+            if isinstance(tensor, TensorInfo):
+                _copy_bytes(tensor, target)
+            else:
+                assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape), "as the header says"
+                target.write(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _copy_bytes(info: TensorInfo, target: BinaryIO) -> None:
+    """Copy a tensor's bytes, piece by piece."""
+    with info.file.open("rb") as file:
+        file.seek(info.begin)
+        left = info.size
+        while left:
+            piece = file.read(min(left, _PIECE))
+            if not piece:
+                raise ModelError(f"{info.file}: ends too early.")
+            target.write(piece)
+            left -= len(piece)

@@ -5,8 +5,9 @@ is copied byte for byte: a folder saved anew by another library version may be r
 """
 
 import json
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,13 +22,14 @@ from lora_cli.model import weight_files
 from lora_cli.randomness import derive_seed
 from lora_cli.reports import MergedLayer
 from lora_cli.tuned import Result
-from lora_cli.weights import TensorInfo, Weights, read_infos, read_metadata, read_tensor, write_tensors
+from lora_cli.weights import TensorInfo, Weights, read_infos, read_metadata, read_rows, write_tensors
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 Rounding = Literal["nearest", "stochastic"]
 
 RECORD = "merge.json"  # in a merged folder: what it was made of
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt"}
+_PIECE = 1 << 19  # numbers that are merged at once
 _INDEX = "model.safetensors.index.json"
 
 
@@ -82,20 +84,34 @@ def _merged(
     """Give a file's tensors in its order as they are to be written, and add what became of each update to `layers`."""
     for name, written in infos.items():
         stored = weights.infos[name]
-        if name in weights.adapted:
-            before, change = read_tensor(stored).float(), weights.change(name)
-            merged = before + change
-            _require_finite(name, merged)
-            rounded = round_to(merged, written.dtype, form.rounding, derive_seed(0, "rounding", name))
-            _require_finite(name, rounded)
-            layers.append(_layer(name, before, change, rounded))
-            yield rounded
-        elif written.dtype == stored.dtype:
+        if name not in weights.adapted and written.dtype == stored.dtype:
             yield stored
-        else:
-            rounded = read_tensor(stored).to(written.dtype)
+            continue
+        sums = torch.zeros(3, dtype=torch.float64)
+        for begin, end in _pieces(stored.shape):
+            before = read_rows(stored, begin, end).float()
+            change = weights.change(name, begin, end) if name in weights.adapted else None
+            rounding, seed = (form.rounding, derive_seed(0, name, begin)) if change is not None else ("nearest", 0)
+            rounded = round_to(before if change is None else before + change, written.dtype, rounding, seed)
             _require_finite(name, rounded)
             yield rounded
+            if change is not None:
+                there = rounded.float().sub_(before)
+                sums += torch.stack(
+                    [
+                        torch.vdot(a.flatten(), b.flatten())
+                        for a, b in ((before, before), (change, change), (there, change))
+                    ]
+                )
+        if name in weights.adapted:
+            layers.append(_layer(name, *sums.tolist()))
+
+
+def _pieces(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Split a tensor's rows into pieces that fit a processor's cache; what is no matrix is small, and stays whole."""
+    rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+    step = max(1, _PIECE // max(1, columns))
+    return ((begin, min(rows, begin + step)) for begin in range(0, rows, step))
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:
@@ -122,10 +138,9 @@ def round_to(tensor: Tensor, dtype: torch.dtype, rounding: Rounding, seed: int) 
     return torch.where(up, high, low).copysign(tensor.to(dtype))
 
 
-def _layer(name: str, before: Tensor, change: Tensor, written: Tensor) -> MergedLayer:
-    size = float(change.norm())
-    kept = float(((written.float() - before) * change).sum()) / size**2 if size else None
-    return MergedLayer(name, size / max(float(before.norm()), 1e-38), kept)
+def _layer(name: str, weight: float, change: float, along: float) -> MergedLayer:
+    """Return a layer's report from the sums of squares of weight and change, and that of what is written along it."""
+    return MergedLayer(name, math.sqrt(change / max(weight, 1e-38)), along / change if change else None)
 
 
 def _say_dtype(folder: Path, dtype: Dtype) -> None:

@@ -16,7 +16,7 @@ from lora_cli.model import ModelHeader, build_skeleton
 from lora_cli.update import Update
 from lora_cli.weights import TensorInfo, Weights, read_rows, read_tensor
 
-_PIECE = 1 << 24  # numbers of a weight that are read and multiplied at once
+_PIECE = 1 << 20  # numbers of a weight that are read and multiplied at once
 
 
 def open_model(header: ModelHeader, weights: Weights, trust_remote_code: bool = False) -> nn.Module | None:

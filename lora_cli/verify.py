@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_cli import model, streamed
 from lora_cli.config import ModelConfig
@@ -18,7 +19,7 @@ from lora_cli.update import Update
 from lora_cli.weights import Weights
 
 _ROWS, _LONGEST = 4, 128
-_OPERATIONS = 4e11  # of a pass, so that a large model is compared on fewer tokens
+_OPERATIONS = 2e11  # of a pass, so that a large model is compared on fewer tokens
 _SENTENCES = (
     "The library opens at nine on weekdays and at ten on Saturdays.",
     "def mean(values):\n    return sum(values) / len(values)",
@@ -29,7 +30,9 @@ _SENTENCES = (
 @torch.inference_mode()
 def compare(result: Result, update: Update, merged: Path) -> Agreement:
     """Run base + update and the merged folder, read from disk, on the same tokens."""
-    base = _open(result.header, result.base)
+    base = _from_disk(result.header, result.base)
+    open_model = _from_disk if base is not None and streamed.runs(base) else _loaded
+    base = open_model(result.header, result.base)
     parameters = sum(p.numel() for p in model.build_skeleton(result.header, result.base.trust_remote_code).parameters())
     ids = _probes(result, round(min(_ROWS * _LONGEST, max(64, _OPERATIONS / (2 * parameters)))))
     plain = _logits(base, ids)
@@ -38,7 +41,7 @@ def compare(result: Result, update: Update, merged: Path) -> Agreement:
     effect = float((wanted - plain).abs().max())
     del base, plain
     section = result.base.model_copy(update={"path": str(merged), "revision": None})
-    got = _logits(_open(model.read_header(section), section), ids)
+    got = _logits(open_model(model.read_header(section), section), ids)
     difference = float((got - wanted).abs().max())
     kl = F.kl_div(got.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="sum") / len(got)
     return Agreement(
@@ -51,18 +54,20 @@ def compare(result: Result, update: Update, merged: Path) -> Agreement:
     )
 
 
-def _open(header: ModelHeader, section: ModelConfig) -> nn.Module:
-    """Return a model that reads its weights as it runs, or else a loaded one; float32."""
-    weights = Weights(header.folder, model.build_skeleton(header, section.trust_remote_code))
-    module = streamed.open_model(header, weights, section.trust_remote_code)
-    if module is not None and streamed.runs(module):
-        return module
+def _from_disk(header: ModelHeader, section: ModelConfig) -> Any:
+    """Return a model that reads its weights as it runs, None where its files are not its parameters one by one."""
+    skeleton = model.build_skeleton(header, section.trust_remote_code)
+    return streamed.open_model(header, Weights(header.folder, skeleton), section.trust_remote_code)
+
+
+def _loaded(header: ModelHeader, section: ModelConfig) -> Any:
+    """Return a whole model in memory."""
     loaded = model.load_model(header, section.model_copy(update={"dtype": "float32"}), torch.device("cpu"))
     loaded.module.set_attn_implementation(loaded.own_attention)
     return loaded.module
 
 
-def _logits(module: nn.Module, ids: Tensor) -> Tensor:
+def _logits(module: Any, ids: Tensor) -> Tensor:
     """Return the logits [B * T, V] for tokens [B, T]."""
     logits: Tensor = module(input_ids=ids, use_cache=False).logits
     return logits.flatten(0, 1).float()

@@ -104,10 +104,12 @@ def read_tensor(info: TensorInfo) -> Tensor:
 
 
 def read_rows(info: TensorInfo, begin: int, end: int) -> Tensor:
-    """Read some rows of a matrix [rows, columns], as they are stored."""
-    columns = info.shape[1]
-    offset = info.begin + begin * columns * info.dtype.itemsize
-    return read_tensor(replace(info, begin=offset, shape=(end - begin, columns)))
+    """Read some rows of a tensor [rows, ...], as they are stored; all of a scalar."""
+    if not info.shape:
+        return read_tensor(info)
+    shape = (end - begin, *info.shape[1:])
+    offset = info.begin + begin * math.prod(info.shape[1:]) * info.dtype.itemsize
+    return read_tensor(replace(info, begin=offset, shape=shape))
 
 
 class Weights:
@@ -124,6 +126,7 @@ class Weights:
         }
         self.update = update
         self.adapted: dict[str, str] = {}
+        self._whole: tuple[str, Tensor] | None = None  # the last update that is not made row by row
         self._prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
         self._transposed: set[str] = set()
         problems = []
@@ -150,12 +153,17 @@ class Weights:
         places = (parameter, f"{self._prefix}{parameter}", parameter.removeprefix(self._prefix))
         return next((place for place in places if place in self.infos), None)
 
-    def change(self, name: str) -> Tensor:
-        """Return what is added to an adapted tensor, in its own layout ([in, out] for Conv1D), float32."""
+    def change(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
+        """Return what is added to rows of an adapted tensor, in its own layout ([in, out] for Conv1D), float32."""
         assert self.update is not None, "only adapted tensors change"
         path = self.adapted[name]
-        matrix = self.update.matrix(path)
-        return matrix.T if path in self._transposed else matrix
+        if self.update.method == "linear":
+            down, up = self.update.factors(path)
+            return down.T[begin:end] @ up.T if path in self._transposed else up[begin:end] @ down
+        if self._whole is None or self._whole[0] != path:
+            self._whole = path, self.update.matrix(path)
+        matrix = self._whole[1]
+        return (matrix.T if path in self._transposed else matrix)[begin:end]
 
     def read(self, name: str) -> Tensor:
         """Read one tensor: as it is stored, or W + scale * B A in float32 where it is adapted."""
@@ -164,12 +172,12 @@ class Weights:
 
 
 def write_tensors(
-    file: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], tensors: Iterable[Tensor | TensorInfo]
+    file: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], pieces: Iterable[Tensor | TensorInfo]
 ) -> None:
-    """Write a safetensors file one tensor at a time.
+    """Write a safetensors file piece by piece.
 
-    `infos` give the names, dtypes and shapes; `tensors` come in their order, a TensorInfo standing for bytes to copy as
-    they are.
+    `infos` give the names, dtypes and shapes; their tensors, or rows of them, come in the same order, a TensorInfo
+    standing for bytes to copy as they are.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -180,12 +188,12 @@ def write_tensors(
     header += b" " * (-len(header) % 8)
     with file.open("wb") as target:
         target.write(len(header).to_bytes(8, "little") + header)
-        for info, tensor in zip(infos.values(), tensors, strict=True):
-            if isinstance(tensor, TensorInfo):
-                _copy_bytes(tensor, target)
+        for piece in pieces:
+            if isinstance(piece, TensorInfo):
+                _copy_bytes(piece, target)
             else:
-                assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape), "as the header says"
-                target.write(tensor.reshape(-1).view(torch.uint8).numpy())
+                target.write(piece.reshape(-1).view(torch.uint8).numpy())
+        assert target.tell() == 8 + len(header) + end, "the pieces are what the header says"
 
 
 def _copy_bytes(info: TensorInfo, target: BinaryIO) -> None:

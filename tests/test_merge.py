@@ -535,7 +535,7 @@ def test_wrong_weights_are_found_by_reading_them_back(mergeable: Path, monkeypat
     """When what is written is not base + adapter the command fails and the folder is gone; `force` keeps it."""
     before = below(mergeable)
     right = Weights.change
-    monkeypatch.setattr(Weights, "change", lambda self, name: right(self, name) * 0.2)
+    monkeypatch.setattr(Weights, "change", lambda self, name, *rows: right(self, name, *rows) * 0.2)
     with pytest.raises(AdapterError, match="differ from base"):
         merge([mergeable / "a"], mergeable / "merged")
     assert below(mergeable) == before

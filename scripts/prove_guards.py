@@ -170,6 +170,15 @@ EDITS = [
     (104, "prepare", 'dataset.require_no_overlap(dataset.find_overlap(trained_on, test), config.data, "test")', "pass"),
     (105, "loop", "adapter.load_weights(self.model.module, adapter.read(self.run.adapter))\n", "pass\n"),
     (106, "adapter", "other * gain for pattern", "other for pattern"),
+    # merging
+    (107, "merge", "if over and not force:", "if False:"),
+    (108, "merge", "agreement.effect / 2)", 'float("inf"))'),
+    (109, "merge", "adapter.WEIGHTS) in merged:", "adapter.WEIGHTS) in ():"),
+    (110, "merge", 'if getattr(first.header.config, "quantization_config", None):', "if False:"),
+    (111, "weights", "if end != size:", "if False:"),
+    (112, "merged_folder", "_require_finite(name, rounded)", "pass"),
+    (113, "adapter", 'problems.append(f"{adapter.folder}: adapts {path}, {what}.")', "pass"),
+    (114, "weights", 'problems.append(f"{path}: is adapted, and', 'str(f"{path}: is adapted, and'),
 ]
 
 

@@ -202,21 +202,36 @@ def merge(
 def export(
     run: Run,
     output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
-    format: Annotated[str, typer.Option(help="peft: the adapter alone, for PEFT, vLLM and transformers.")] = "peft",
+    format: Annotated[
+        str, typer.Option(help="peft: the adapter alone, for PEFT, vLLM and transformers; mlx: for mlx-lm.")
+    ] = "peft",
+    base: Base = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Also upload it to a new private hub repository.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write what other runtimes load."""
     from lora_cli import export as exporting
+    from lora_cli import hub
 
     chosen = next((name for name in exporting.FORMATS if name == format), None)
     if chosen is None:
         known = ", ".join(exporting.FORMATS)
         raise InputError(f"--format: there is no format {format}; this version writes: {known}.")
-    exporting.export(run, chosen, output)
+    if push is not None:
+        hub.require_pushable(push)
+    notes = exporting.export(run, chosen, output, base)
+    pushed = hub.push(output, push) if push is not None else None
     if json:
-        console.print_json({"format": chosen, "output": str(output)})
-    else:
-        console.print_text(f"Wrote {output} ({chosen}).")
+        console.print_json({"format": chosen, "output": str(output), "notes": notes, "pushed": pushed})
+        return
+    console.print_text(f"Wrote {output} ({chosen}).")
+    for note in notes:
+        console.message(f"note: {note}")
+    if pushed is not None:
+        console.print_text(f"Pushed to {pushed}.")
 
 
 @app.command()

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_cli.errors import UserError
-from lora_cli.records import DataCounts, Estimate, Finished
-from lora_cli.reports import CheckReport, Marked, MergeReport
+from lora_cli.records import DataCounts, Finished, with_interval
+from lora_cli.reports import CheckReport, Marked, MergeReport, RuntimeReport
 
 _WIDTH = None if sys.stdout.isatty() else 140  # lines of a file need not be folded as early as a terminal's
 out = Console(highlight=False, emoji=False, width=_WIDTH)
@@ -84,15 +84,6 @@ def show_finished(event: Finished, run: str, already: bool) -> None:
         out.print(line, markup=False, soft_wrap=True)
 
 
-def with_interval(estimate: Estimate, spec: str) -> str:
-    """Return "value [low, high]", without what is not known; `spec` is that of a number."""
-    if estimate.value is None:
-        return "-"
-    if estimate.low is None or estimate.high is None:
-        return format(estimate.value, spec)
-    return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
-
-
 # --- check ---
 
 
@@ -122,6 +113,8 @@ def show_check(report: CheckReport, whole: bool) -> None:
     parts = f"base {_gb(memory.base)}, adapter {_gb(memory.adapter)}, activations {_gb(memory.activations)}"
     parts += f"; {memory.tokens} tokens a forward"
     out.print(f"memory: about {_gb(memory.total)} ({parts})", markup=False)
+    for line in _runtime_lines(report.runtimes):
+        out.print(line, markup=False, soft_wrap=True)
     for notice in report.notices:
         out.print(f"note: {notice}", markup=False, soft_wrap=True)
     for shown in report.previews:
@@ -159,6 +152,15 @@ def _source_lines(name: str, counts: DataCounts) -> Iterator[str]:
             f"{name}: {counts.dropped:,} sequences dropped, {counts.truncated:,} cut, {counts.lost_targets:,} answer "
             f"tokens lost: {' '.join(counts.too_long)}{more}"
         )
+
+
+def _runtime_lines(runtimes: Sequence[RuntimeReport]) -> Iterator[str]:
+    """Say where the adapter loads, and where not or perhaps not; a merged model needs none of it."""
+    loads = ", ".join(f"{each.name} ({each.note})" for each in runtimes if each.loads)
+    yield f"loads in: {loads}; merged, wherever the base does"
+    for each in runtimes:
+        if not each.loads:
+            yield f"{'not known' if each.loads is None else 'not'} in {each.name}: {each.note}"
 
 
 def _bars(counts: DataCounts) -> str:

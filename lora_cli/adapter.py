@@ -81,7 +81,7 @@ def save(folder: Path, model: nn.Module, config: LoraConfig, origin: Origin) -> 
         "base_model_name_or_path": origin.base,
         "revision": origin.revision,
         "r": config.rank,
-        "lora_alpha": config.alpha,
+        "lora_alpha": _whole(config.alpha),
         "lora_dropout": config.dropout,
         "use_rslora": config.method == "rslora",
         "use_dora": False,
@@ -102,6 +102,11 @@ def save(folder: Path, model: nn.Module, config: LoraConfig, origin: Origin) -> 
     (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))  # an OSError where it fails
     (folder / BASE).write_text(json.dumps({"fingerprint": origin.base_fingerprint}) + "\n", encoding="utf-8")
     save_templates(folder, origin.chat_templates)
+
+
+def _whole(alpha: float) -> float:
+    """Return 8 for 8.0: readers in other languages take a whole number only (Ollama's, PEFT's own type)."""
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def save_templates(folder: Path, templates: Mapping[str, str]) -> None:
@@ -132,8 +137,8 @@ def scale_alphas(folder: Path, gain: float) -> float:
     """Multiply every alpha of an adapter's folder by `gain`, in place; return the new one."""
     values = _read_config(folder)
     alpha = float(values.get("lora_alpha", 8)) * gain
-    special = {pattern: other * gain for pattern, other in (values.get("alpha_pattern") or {}).items()}
-    values |= {"lora_alpha": alpha, "alpha_pattern": special}
+    special = {pattern: _whole(other * gain) for pattern, other in (values.get("alpha_pattern") or {}).items()}
+    values |= {"lora_alpha": _whole(alpha), "alpha_pattern": special}
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return alpha
 

@@ -72,9 +72,14 @@ def _card(kind: Kind, adapter: Adapter, model_type: str, facts: Facts | None) ->
     base = public_name(adapter.base) or "a base model"
     ranks = [down.shape[0] for down in adapter.lora_A.values()]
     modules = frozenset(path.rsplit(".", 1)[-1] for path in adapter.lora_A)
-    exactly = f" (fingerprint `{adapter.base_fingerprint}`)" if adapter.base_fingerprint else ""
+    on_hub = sources.is_hub_id(adapter.base)
+    known = [
+        "" if on_hub else "a local folder",
+        adapter.base_fingerprint and f"fingerprint `{adapter.base_fingerprint}`",
+    ]
+    exactly = f" ({', '.join(filter(None, known))})" if any(known) else ""
     head = {
-        **({"base_model": base} if sources.is_hub_id(adapter.base) else {}),
+        **({"base_model": base} if on_hub else {}),
         "library_name": _LIBRARY[kind],
         "pipeline_tag": "text-generation",
         "tags": ["lora", "text-generation"],

@@ -155,12 +155,11 @@ def _source_lines(name: str, counts: DataCounts) -> Iterator[str]:
 
 
 def _runtime_lines(runtimes: Sequence[RuntimeReport]) -> Iterator[str]:
-    """Say where the adapter loads, and where not or perhaps not; a merged model needs none of it."""
-    loads = ", ".join(f"{each.name} ({each.note})" for each in runtimes if each.loads)
-    yield f"loads in: {loads}; merged, wherever the base does"
+    """Say where the adapter will load, one line a runtime."""
+    words = {True: "yes", False: "no", None: "not known"}
+    yield "where the adapter will load (merged, it does wherever its base does):"
     for each in runtimes:
-        if not each.loads:
-            yield f"{'not known' if each.loads is None else 'not'} in {each.name}: {each.note}"
+        yield f"  {each.name:<10} {words[each.loads]}: {each.note}"
 
 
 def _bars(counts: DataCounts) -> str:

@@ -85,18 +85,18 @@ RULES: Mapping[str, Sequence[Rule]] = {
     ),
     "llama.cpp": (
         Rule(False, "a GGUF adapter has no place for DoRA", _dora),
-        Rule(True, "export --format gguf-lora", _of(GGUF_LORA)),
+        Rule(True, "after lora export --format gguf-lora", _of(GGUF_LORA)),
         Rule(None, "adapters of this architecture were not tried"),
     ),
     "MLX": (
         Rule(False, "DoRA is not written for MLX by this version", _dora),
-        Rule(True, "export --format mlx", _of(MLX)),
+        Rule(True, "after lora export --format mlx", _of(MLX)),
         Rule(None, "mlx-lm was not tried with this architecture, or has none of this name"),
     ),
     "Ollama": (
         Rule(False, "a GGUF adapter has no place for DoRA", _dora),
         Rule(False, "Ollama's own engine, which runs this architecture, takes no adapters", _of(_OLLAMA_OWN_ENGINE)),
-        Rule(True, "export --format gguf-lora, then ADAPTER in a Modelfile", _of(_OLLAMA)),
+        Rule(True, "after lora export --format gguf-lora, by ADAPTER in a Modelfile", _of(_OLLAMA)),
         Rule(None, "adapters of this architecture are not among those Ollama's documentation names"),
     ),
 }

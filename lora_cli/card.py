@@ -20,12 +20,18 @@ from lora_cli.runtimes import Produced
 from lora_cli.tuned import Result
 
 FILE = "README.md"
-Kind = Literal["peft", "mlx", "merged"]
-_LIBRARY = {"peft": "peft", "mlx": "mlx", "merged": "transformers"}  # as the hub calls what loads a folder
+Kind = Literal["peft", "mlx", "merged", "onnx"]
+_LIBRARY = {
+    "peft": "peft",
+    "mlx": "mlx",
+    "merged": "transformers",
+    "onnx": "onnx",
+}  # as the hub calls what loads a folder
 _WHAT = {
     "peft": "A LoRA adapter for",
     "mlx": "A LoRA adapter, in the format of mlx-lm, for",
     "merged": "A model: a LoRA adapter merged into",
+    "onnx": "An ONNX graph of a LoRA adapter merged into",
 }
 _PLACES = frozenset(("path", "train", "validation", "test", "general", "chat_template", "output_dir"))
 
@@ -60,12 +66,22 @@ def peft_card(adapter: Adapter, run: RunDir | None, finished: Finished | None = 
 
 def mlx_card(result: Result) -> str:
     """Return the card of an adapter that was written for mlx-lm."""
-    return _card("mlx", result.adapter, str(result.header.config.model_type), _facts_of(result.adapter, result.run))
+    return _card_of(result, "mlx")
 
 
 def merged_card(result: Result) -> str:
     """Return the card of base + adapter as one model."""
-    return _card("merged", result.adapter, str(result.header.config.model_type), _facts_of(result.adapter, result.run))
+    return _card_of(result, "merged")
+
+
+def onnx_card(result: Result) -> str:
+    """Return the card of base + adapter as one ONNX graph."""
+    return _card_of(result, "onnx")
+
+
+def _card_of(result: Result, kind: Kind) -> str:
+    facts = _facts_of(result.adapter, result.run)
+    return _card(kind, result.adapter, str(result.header.config.model_type), facts)
 
 
 def _card(kind: Kind, adapter: Adapter, model_type: str, facts: Facts | None) -> str:

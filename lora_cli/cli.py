@@ -203,7 +203,10 @@ def export(
     run: Run,
     output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
     format: Annotated[
-        str, typer.Option(help="peft: the adapter alone, for PEFT, vLLM and transformers; mlx: for mlx-lm.")
+        str,
+        typer.Option(
+            help="peft: the adapter alone, for PEFT, vLLM and transformers; mlx: for mlx-lm; onnx: merged, as a graph."
+        ),
     ] = "peft",
     base: Base = None,
     push: Annotated[

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, assert_never, get_args
 
-from lora_cli import adapter, card, mlx_adapter, run_dir, storage, tuned
+from lora_cli import adapter, card, mlx_adapter, onnx_graph, run_dir, storage, tuned
 from lora_cli.tuned import Result
 
-Format = Literal["peft", "mlx"]
+Format = Literal["peft", "mlx", "onnx"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
@@ -21,6 +21,8 @@ def export(path: Path, format: Format, output: Path, base: str | None = None) ->
             return export_peft(path, output)
         case "mlx":
             return export_mlx(tuned.find(path, base), output)
+        case "onnx":
+            return export_onnx(tuned.find(path, base), output)
         case _:
             assert_never(format)
 
@@ -42,3 +44,12 @@ def export_mlx(result: Result, output: Path) -> Sequence[str]:
         mlx_adapter.write(result, new)
         card.write(new, card.mlx_card(result))
     return [caveat] if (caveat := mlx_adapter.caveat(result)) else []
+
+
+def export_onnx(result: Result, output: Path) -> Sequence[str]:
+    """Write base + adapter as one graph, with its card."""
+    onnx_graph.require_exporter()
+    with storage.new_directory(output) as new:
+        difference = onnx_graph.write(result, new)
+        card.write(new, card.onnx_card(result))
+    return [f"In ONNX Runtime the logits of other lengths, padded ones too, differ by at most {difference:.2g}."]

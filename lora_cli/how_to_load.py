@@ -35,7 +35,8 @@ ollama create tuned
 _MLX = """```sh
 mlx_lm.generate --model {base} --adapter-path ADAPTER --prompt "..."
 ```"""
-_MERGED = """Wherever its base loads, as an ordinary model:
+_WHOLE = {
+    "merged": """Wherever its base loads, as an ordinary model:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,13 +48,26 @@ model = AutoModelForCausalLM.from_pretrained("MODEL")
 ```sh
 vllm serve MODEL
 mlx_lm.generate --model MODEL --prompt "..."
-```"""
+```""",
+    "onnx": """It gives the logits of whole sequences in float32; it keeps no cache, so it answers slowly.
+
+```python
+import numpy, onnxruntime
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("MODEL")
+session = onnxruntime.InferenceSession("MODEL/model.onnx")
+inputs = tokenizer(["..."], return_tensors="np")
+wanted = {name: inputs[name].astype(numpy.int64) for name in ("input_ids", "attention_mask")}
+(logits,) = session.run(["logits"], wanted)
+```""",
+}
 
 
 def text(kind: str, base: str, read: Adapter, produced: Produced) -> str:
-    """Return the section of a card. `kind` is peft, mlx or merged; of runtimes that cannot load it, why not."""
-    if kind == "merged":
-        return _MERGED
+    """Return the section of a card. `kind` is peft, mlx, merged or onnx; of runtimes that cannot load it, why not."""
+    if kind in _WHOLE:
+        return _WHOLE[kind]
     revision = f', revision="{read.revision}"' if read.revision else ""
     named = {"base": base, "revision": revision, "rank": runtimes.vllm_rank(produced.rank)}
     if kind == "mlx":

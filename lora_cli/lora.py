@@ -223,3 +223,13 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, 
     """Return W + scale * B A in float32, in W's own layout ([in, out] when `transposed`, as Conv1D has it)."""
     update = (lora_B.float() @ lora_A.float()) * scale
     return weight.float() + (update.T if transposed else update)
+
+
+@torch.no_grad()
+def merge_in_place(model: nn.Module) -> None:
+    """Add every adapter's update to its base's weight, rounded to that weight's dtype, and unwrap the layers."""
+    for path, layer in list(lora_layers(model)):
+        base, scale = layer.base, layer.scale * layer.gain
+        base.weight.copy_(merged_weight(base.weight, layer.lora_A, layer.lora_B, scale, is_conv1d(base)))
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, base)

@@ -16,9 +16,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lora_cli import cli, data
+from lora_cli import adapter, cli, data, lora, model, tuned
+from lora_cli.adapter import Origin
 from lora_cli.batches import Batch, Group, collate
-from lora_cli.config import DataConfig
+from lora_cli.config import DataConfig, LoraConfig, ModelConfig
 from lora_cli.data_reader import DataReader, run_to_end
 from lora_cli.dataset import Dataset
 from lora_cli.examples import Example
@@ -90,6 +91,32 @@ def build_model(kind: str) -> Any:
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.15)
     return model.eval()
+
+
+TOKENS = list(range(5, 15))  # within the sliding window of the small Gemma 2, which mlx-lm does not keep to
+
+
+def write_adapter(base: str, folder: Path, config: LoraConfig) -> dict[str, Any]:
+    """Write a random adapter of a base in PEFT's format; return its adapter_config.json."""
+    header = model.read_header(ModelConfig(path=base))
+    loaded = model.load_model(header, ModelConfig(path=base), torch.device("cpu"))
+    lora.apply_lora(loaded.module, config, seed=0)
+    torch.manual_seed(3)
+    for _, layer in lora.lora_layers(loaded.module):
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    folder.mkdir()
+    adapter.save(folder, loaded.module, config, Origin(base, None, model.fingerprint(header.folder), {}))
+    values: dict[str, Any] = json.loads((folder / adapter.CONFIG).read_text())
+    return values
+
+
+def our_logits(folder: Path) -> torch.Tensor:
+    """The logits of base + adapter as we run it, [10, V]."""
+    loaded = tuned.load(tuned.find(folder), torch.device("cpu"), "float32")
+    loaded.module.set_attn_implementation("eager")
+    with torch.no_grad():
+        result: torch.Tensor = loaded.module(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0]
+    return result
 
 
 @pytest.fixture(scope="session")

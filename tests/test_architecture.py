@@ -71,6 +71,7 @@ FLOORS = [
     "scale",
     "merge",
     "mlx_adapter",
+    "onnx_graph",
     "export",
     "hub",
     "check",
@@ -84,7 +85,7 @@ FLOORS = [
 DOORS = {
     "yaml": {"strict_yaml"},
     "pydantic": {"config", "config_file"},
-    "transformers": {"chat_template", "model", "train"},  # train only asks its version
+    "transformers": {"chat_template", "model", "onnx_graph", "train"},  # train only asks its version
     "pyarrow": {"corpus", "data_file"},
     "huggingface_hub": {"hub", "model"},
     "datasets": {"sources"},
@@ -92,6 +93,7 @@ DOORS = {
     "rich": {"console", "figures", "follower"},
     "typer": {"cli"},
     "lm_eval": {"harness"},
+    "onnxruntime": {"onnx_graph"},
     "sacrebleu": {"scoring"},
     "rouge_score": {"scoring"},
 }

@@ -4,22 +4,18 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer
+from conftest import TOKENS, build_model, build_tokenizer, our_logits, write_adapter
 
-from lora_cli import adapter, export, lora, mlx_adapter, model, tuned
-from lora_cli.adapter import Origin
-from lora_cli.config import LoraConfig, ModelConfig
+from lora_cli import adapter, export, mlx_adapter, tuned
+from lora_cli.config import LoraConfig
 from lora_cli.errors import AdapterError
 from lora_cli.runtimes import MLX
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not here")
 mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not here")
-
-IDS = list(range(5, 15))  # within the sliding window of the small Gemma 2, which mlx-lm does not keep to
 
 
 @pytest.fixture(scope="module")
@@ -44,33 +40,10 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
     return folder
 
 
-def write_adapter(base: str, folder: Path, config: LoraConfig) -> dict[str, Any]:
-    """Write a random adapter of a base in PEFT's format; return its adapter_config.json."""
-    header = model.read_header(ModelConfig(path=base))
-    loaded = model.load_model(header, ModelConfig(path=base), torch.device("cpu"))
-    lora.apply_lora(loaded.module, config, seed=0)
-    torch.manual_seed(3)
-    for _, layer in lora.lora_layers(loaded.module):
-        torch.nn.init.normal_(layer.lora_B, std=0.3)
-    folder.mkdir()
-    adapter.save(folder, loaded.module, config, Origin(base, None, model.fingerprint(header.folder), {}))
-    values: dict[str, Any] = json.loads((folder / adapter.CONFIG).read_text())
-    return values
-
-
-def our_logits(folder: Path) -> torch.Tensor:
-    """The logits of base + adapter as we run it, [10, V]."""
-    loaded = tuned.load(tuned.find(folder), torch.device("cpu"), "float32")
-    loaded.module.set_attn_implementation("eager")
-    with torch.no_grad():
-        result: torch.Tensor = loaded.module(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
-    return result
-
-
 def mlx_logits(base: str, folder: Path) -> torch.Tensor:
     """The logits of the exported adapter as mlx-lm runs it, [10, V]."""
     module, _ = mlx_lm.load(base, adapter_path=str(folder))
-    return torch.tensor(module(mx.array([IDS]))[0].astype(mx.float32).tolist())
+    return torch.tensor(module(mx.array([TOKENS]))[0].astype(mx.float32).tolist())
 
 
 CONFIGS = {

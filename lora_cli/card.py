@@ -3,6 +3,7 @@
 The hub reads its head (https://huggingface.co/docs/hub/model-cards); the licence is the user's to choose.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ _WHAT = {
     "merged": "A model: a LoRA adapter merged into",
     "onnx": "An ONNX graph of a LoRA adapter merged into",
 }
-_PLACES = frozenset(("path", "train", "validation", "test", "general", "chat_template", "output_dir"))
+_PLACES = frozenset(("path", "train", "validation", "test", "general", "chat_template"))
 
 
 @dataclass(frozen=True)
@@ -159,14 +160,16 @@ def _facts_of(adapter: Adapter, run: RunDir | None, finished: Finished | None = 
         before=evaluated.get(0),
         after=evaluated.get(step) if step is not None else None,
         finished=finished,
-        evaluations=[_evaluation(path) for path in sorted(run.evaluations.glob(f"{name}-*.json"))],
+        evaluations=list(_evaluations(run, name)),
     )
 
 
-def _evaluation(path: Path) -> Evaluation:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    figures = {name: _comparison(figure) for name, figure in values["figures"].items()}
-    return Evaluation(public_name(values["data"]), int(values["rows"]), figures)
+def _evaluations(run: RunDir, name: str) -> Iterator[Evaluation]:
+    for path in sorted(run.evaluations.glob(f"{name}-*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # of another version
+            values = json.loads(path.read_text(encoding="utf-8"))
+            figures = {name: _comparison(figure) for name, figure in values["figures"].items()}
+            yield Evaluation(public_name(values["data"]), int(values["rows"]), figures)
 
 
 def _comparison(figure: Mapping[str, Any]) -> Comparison:
@@ -234,7 +237,7 @@ def _making(facts: Facts | None) -> str:
 With {versions}, on {environment.get("device")}, by this config:
 
 ```yaml
-{strict_yaml.dump(_published(facts.config.model_dump(mode="json")))}```"""
+{strict_yaml.dump(_published(facts.config.model_dump(mode="json", exclude={"output_dir"})))}```"""
 
 
 def _published(values: Any, key: str = "") -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, assert_never, get_args
 
-from lora_cli import adapter, card, mlx_adapter, onnx_graph, run_dir, storage, tuned
+from lora_cli import adapter, card, mlx_adapter, onnx_graph, run_dir, sources, storage, tuned
 from lora_cli.tuned import Result
 
 Format = Literal["peft", "mlx", "onnx"]
@@ -31,16 +31,18 @@ def export_peft(path: Path, output: Path) -> Sequence[str]:
     """Write the adapter as it is, with its card. The base need not be here."""
     folder, run = run_dir.find_adapter(path)
     found = adapter.read(folder)
-    with storage.new_directory(output) as new:
+    with storage.explained(output), storage.new_directory(output) as new:
         adapter.copy(folder, new)
         card.write(new, card.peft_card(found, run))
-    return ()
+    if sources.is_hub_id(found.base):
+        return []
+    return [f"{adapter.CONFIG} calls the base {found.base}; readers elsewhere have to name their own."]
 
 
 def export_mlx(result: Result, output: Path) -> Sequence[str]:
     """Write the adapter for mlx-lm, with its card."""
     mlx_adapter.require_holdable(result)
-    with storage.new_directory(output) as new:
+    with storage.explained(output), storage.new_directory(output) as new:
         mlx_adapter.write(result, new)
         card.write(new, card.mlx_card(result))
     return [caveat] if (caveat := mlx_adapter.caveat(result)) else []
@@ -49,7 +51,7 @@ def export_mlx(result: Result, output: Path) -> Sequence[str]:
 def export_onnx(result: Result, output: Path) -> Sequence[str]:
     """Write base + adapter as one graph, with its card."""
     onnx_graph.require_exporter()
-    with storage.new_directory(output) as new:
+    with storage.explained(output), storage.new_directory(output) as new:
         difference = onnx_graph.write(result, new)
         card.write(new, card.onnx_card(result))
     return [f"In ONNX Runtime the logits of other lengths, padded ones too, differ by at most {difference:.2g}."]

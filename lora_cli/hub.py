@@ -27,7 +27,7 @@ def push(folder: Path, repo: str, private: bool = True) -> str:
     state = f"{folder} is whole; `hf upload {repo} {folder}` sends it when that is mended."
     try:
         url = huggingface_hub.create_repo(repo, private=private)
-        huggingface_hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload by lora export")
+        huggingface_hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload from lora")
     except hub_errors.HfHubHTTPError as error:
         status = error.response.status_code
         why = {
@@ -38,6 +38,6 @@ def push(folder: Path, repo: str, private: bool = True) -> str:
         raise SurroundingsError(f"--push: {repo}: {why}.", state=state) from None
     except Exception as error:  # the client's HTTP library changes with its version, and its errors with it
         raise SurroundingsError(
-            f"--push: {repo}: the hub cannot be reached ({str(error)[:200]}).", state=state
+            f"--push: {repo}: the hub cannot be reached ({type(error).__name__}: {str(error)[:200]}).", state=state
         ) from None
     return str(url)

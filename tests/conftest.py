@@ -64,9 +64,6 @@ def build_model(kind: str) -> Any:
             config: Any = transformers.LlamaConfig(**common, **blocks, num_key_value_heads=2, tie_word_embeddings=True)
         case "tall":
             config = transformers.LlamaConfig(**common, **blocks | {"num_hidden_layers": 4})
-        case "qwen2":  # biases on queries, keys and values; positions of another base than Llama's
-            rope = {"rope_type": "default", "rope_theta": 1e6}
-            config = transformers.Qwen2Config(**common, **blocks, num_key_value_heads=2, rope_parameters=rope)
         case "qwen3":
             config = transformers.Qwen3Config(**common, **blocks, num_key_value_heads=2, head_dim=16)
         case "gpt2":

@@ -75,7 +75,7 @@ def save(folder: Path, model: nn.Module, config: LoraConfig, origin: Origin) -> 
     """Write the files of an adapter into a folder."""
     values = {
         "r": config.rank,
-        "lora_alpha": config.alpha,
+        "lora_alpha": _whole(config.alpha),
         "lora_dropout": config.dropout,
         "use_rslora": config.method == "rslora",
         "target_modules": _shortest_names(model, [path for path, _ in lora.lora_layers(model)]),
@@ -134,6 +134,11 @@ def _write(folder: Path, special: Mapping[str, Any], parameters: Mapping[str, Te
     save_templates(folder, origin.chat_templates)
 
 
+def _whole(alpha: float) -> float:
+    """Return 8 for 8.0: readers in other languages take a whole number only (Ollama's, PEFT's own type)."""
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
 def save_templates(folder: Path, templates: Mapping[str, str]) -> None:
     """Write chat templates by their file names, into an adapter's folder or a model's."""
     for name, text in templates.items():
@@ -162,8 +167,8 @@ def scale_alphas(folder: Path, gain: float) -> float:
     """Multiply every alpha of an adapter's folder by `gain`, in place; return the new one."""
     values = _read_config(folder)
     alpha = float(values.get("lora_alpha", 8)) * gain
-    special = {pattern: other * gain for pattern, other in (values.get("alpha_pattern") or {}).items()}
-    values |= {"lora_alpha": alpha, "alpha_pattern": special}
+    special = {pattern: _whole(other * gain) for pattern, other in (values.get("alpha_pattern") or {}).items()}
+    values |= {"lora_alpha": _whole(alpha), "alpha_pattern": special}
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return alpha
 

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 
 import torch
 
-from lora_cli import examples, lora
+from lora_cli import examples, lora, runtimes
 from lora_cli.config import RunConfig
 from lora_cli.data_reader import News
 from lora_cli.dataset import Dataset
@@ -39,6 +39,12 @@ def check(config: RunConfig, row: str | None = None) -> Generator[News, None, Ch
     total = sum(p.numel() for p in prepared.skeleton.parameters())
     device = current_world().device
     memory = estimate_memory(prepared.header, config, int(train.examples.lengths.max()), device)
+    produced = runtimes.Produced(
+        str(prepared.header.config.model_type),
+        config.lora.method,
+        config.lora.rank,
+        frozenset(path.rsplit(".", 1)[-1] for path in prepared.targets),
+    )
     shown = _some_rows(train.examples, config.seed) if row is None else _named_row(prepared, row)
     return CheckReport(
         train=prepared.train_counts,
@@ -55,6 +61,7 @@ def check(config: RunConfig, row: str | None = None) -> Generator[News, None, Ch
         trainable_parameters=trainable,
         total_parameters=total + trainable,
         memory=memory,
+        runtimes=runtimes.verdicts(produced),
         notices=prepared.notices,
     )
 

@@ -1,6 +1,5 @@
 """The commands. Each is a short path; what is slow to import is imported inside, and errors become exit codes here."""
 
-import math
 import os
 import shlex
 import signal
@@ -9,11 +8,11 @@ import tempfile
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated
 
 import typer
 
-from lora_cli import __version__, config_file, console, figures, follower, interrupt, storage
+from lora_cli import __version__, arguments, config_file, console, figures, follower, interrupt, storage
 from lora_cli import data as data_rows
 from lora_cli.errors import ConfigError, InputError, Interrupted, UserError
 from lora_cli.records import Finished, as_json
@@ -209,11 +208,12 @@ def merge(
     from lora_cli import merge as merging
     from lora_cli import merged_folder, update
 
-    paths, numbers = _paths_and_weights(runs, weights)
+    paths, numbers = arguments.paths_and_weights(runs, weights)
     form = merged_folder.Form(
-        _one_of("--dtype", dtype, merged_folder.Dtype), _one_of("--rounding", rounding, merged_folder.Rounding)
+        arguments.one_of("--dtype", dtype, merged_folder.Dtype),
+        arguments.one_of("--rounding", rounding, merged_folder.Rounding),
     )
-    together = merging.Together(numbers, _one_of("--method", method, update.Method), density)
+    together = merging.Together(numbers, arguments.one_of("--method", method, update.Method), density)
     if adapter:
         combined = merging.combine(paths, output, base, together)
         console.print_json(as_json(combined)) if json else console.show_combine(combined)
@@ -225,50 +225,40 @@ def merge(
         console.show_merge(report)
 
 
-def _paths_and_weights(runs: list[Path], weights: str | None) -> tuple[list[Path], list[float] | None]:
-    """Return the adapters and their weights: of `A B --weights 0.7 0.3` the second number comes among the adapters."""
-    if weights is None:
-        return runs, None
-    paths = [run for run in runs if run.exists() or not _is_number(str(run))]
-    texts = [*weights.replace(",", " ").split(), *(str(run) for run in runs if run not in paths)]
-    if wrong := [text for text in texts if not _is_number(text)]:
-        raise InputError(f"--weights: expected numbers, found {wrong[0][:40]}.")
-    return paths, [float(text) for text in texts]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def _one_of(option: str, value: str, known: Any) -> Any:
-    """Return an option's value if it is one of a Literal's. Raises InputError."""
-    if value not in get_args(known):
-        raise InputError(f"{option}: expected {', '.join(get_args(known))}, not {value[:40]}.")
-    return value
-
-
 @app.command()
 def export(
     run: Run,
     output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
-    format: Annotated[str, typer.Option(help="peft: the adapter alone, for PEFT, vLLM and transformers.")] = "peft",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="peft: the adapter alone, for PEFT, vLLM and transformers; mlx: for mlx-lm; onnx: merged, as a graph."
+        ),
+    ] = "peft",
+    base: Base = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Also upload it to a new private hub repository.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write what other runtimes load."""
     from lora_cli import export as exporting
+    from lora_cli import hub
 
-    chosen = next((name for name in exporting.FORMATS if name == format), None)
-    if chosen is None:
-        known = ", ".join(exporting.FORMATS)
-        raise InputError(f"--format: there is no format {format}; this version writes: {known}.")
-    exporting.export(run, chosen, output)
+    chosen: exporting.Format = arguments.one_of("--format", format, exporting.Format)
+    if push is not None:
+        hub.require_pushable(push)
+    notes = exporting.export(run, chosen, output, base)
+    pushed = hub.push(output, push) if push is not None else None
     if json:
-        console.print_json({"format": chosen, "output": str(output)})
-    else:
-        console.print_text(f"Wrote {output} ({chosen}).")
+        console.print_json({"format": chosen, "output": str(output), "notes": notes, "pushed": pushed})
+        return
+    console.print_text(f"Wrote {output} ({chosen}).")
+    for note in notes:
+        console.message(f"note: {note}")
+    if pushed is not None:
+        console.print_text(f"Pushed to {pushed}.")
 
 
 @app.command()

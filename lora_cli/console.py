@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_cli.errors import UserError
-from lora_cli.records import DataCounts, Estimate, Finished
-from lora_cli.reports import CheckReport, CombineReport, Marked, MergedLayer, MergeReport
+from lora_cli.records import DataCounts, Finished, with_interval
+from lora_cli.reports import CheckReport, CombineReport, Marked, MergedLayer, MergeReport, RuntimeReport
 
 _WIDTH = None if sys.stdout.isatty() else 140  # lines of a file need not be folded as early as a terminal's
 out = Console(highlight=False, emoji=False, width=_WIDTH)
@@ -86,15 +86,6 @@ def show_finished(event: Finished, run: str, already: bool) -> None:
         out.print(line, markup=False, soft_wrap=True)
 
 
-def with_interval(estimate: Estimate, spec: str) -> str:
-    """Return "value [low, high]", without what is not known; `spec` is that of a number."""
-    if estimate.value is None:
-        return "-"
-    if estimate.low is None or estimate.high is None:
-        return format(estimate.value, spec)
-    return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
-
-
 # --- check ---
 
 
@@ -124,6 +115,8 @@ def show_check(report: CheckReport, whole: bool) -> None:
     parts = f"base {_gb(memory.base)}, adapter {_gb(memory.adapter)}, activations {_gb(memory.activations)}"
     parts += f"; {memory.tokens} tokens a forward"
     out.print(f"memory: about {_gb(memory.total)} ({parts})", markup=False)
+    for line in _runtime_lines(report.runtimes):
+        out.print(line, markup=False, soft_wrap=True)
     for notice in report.notices:
         out.print(f"note: {notice}", markup=False, soft_wrap=True)
     for shown in report.previews:
@@ -161,6 +154,14 @@ def _source_lines(name: str, counts: DataCounts) -> Iterator[str]:
             f"{name}: {counts.dropped:,} sequences dropped, {counts.truncated:,} cut, {counts.lost_targets:,} answer "
             f"tokens lost: {' '.join(counts.too_long)}{more}"
         )
+
+
+def _runtime_lines(runtimes: Sequence[RuntimeReport]) -> Iterator[str]:
+    """Say where the adapter will load, one line a runtime."""
+    words = {True: "yes", False: "no", None: "not known"}
+    yield "where the adapter will load (merged, it does wherever its base does):"
+    for each in runtimes:
+        yield f"  {each.name:<10} {words[each.loads]}: {each.note}"
 
 
 def _bars(counts: DataCounts) -> str:

@@ -1,21 +1,57 @@
 """`lora export`: what other runtimes load. One function a format."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, assert_never, get_args
 
-from lora_cli import adapter, run_dir, storage
+from lora_cli import adapter, card, mlx_adapter, onnx_graph, run_dir, sources, storage, tuned
+from lora_cli.tuned import Result
 
-Format = Literal["peft"]
+Format = Literal["peft", "mlx", "onnx"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
-def export(path: Path, format: Format, output: Path) -> None:
-    """Write RUN's adapter to a new folder in a format. Raises AdapterError."""
-    folder, _ = run_dir.find_adapter(path)
-    adapter.read(folder)
+def export(path: Path, format: Format, output: Path, base: str | None = None) -> Sequence[str]:
+    """Write RUN's adapter to a new folder in a format; return what to know of it. `base` replaces the base's place.
+
+    Raises UserError, with nothing left behind.
+    """
     match format:
         case "peft":
-            with storage.new_directory(output) as new:
-                adapter.copy(folder, new)
+            return export_peft(path, output)
+        case "mlx":
+            return export_mlx(tuned.find(path, base), output)
+        case "onnx":
+            return export_onnx(tuned.find(path, base), output)
         case _:
             assert_never(format)
+
+
+def export_peft(path: Path, output: Path) -> Sequence[str]:
+    """Write the adapter as it is, with its card. The base need not be here."""
+    folder, run = run_dir.find_adapter(path)
+    found = adapter.read(folder)
+    with storage.explained(output), storage.new_directory(output) as new:
+        adapter.copy(folder, new)
+        card.write(new, card.peft_card(found, run))
+    if sources.is_hub_id(found.base):
+        return []
+    return [f"{adapter.CONFIG} calls the base {found.base}; readers elsewhere have to name their own."]
+
+
+def export_mlx(result: Result, output: Path) -> Sequence[str]:
+    """Write the adapter for mlx-lm, with its card."""
+    mlx_adapter.require_holdable(result)
+    with storage.explained(output), storage.new_directory(output) as new:
+        mlx_adapter.write(result, new)
+        card.write(new, card.mlx_card(result))
+    return [caveat] if (caveat := mlx_adapter.caveat(result)) else []
+
+
+def export_onnx(result: Result, output: Path) -> Sequence[str]:
+    """Write base + adapter as one graph, with its card."""
+    onnx_graph.require_exporter()
+    with storage.explained(output), storage.new_directory(output) as new:
+        difference = onnx_graph.write(result, new)
+        card.write(new, card.onnx_card(result))
+    return [f"In ONNX Runtime the logits of other lengths, padded ones too, differ by at most {difference:.2g}."]

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from lora_cli.console import out, with_interval
-from lora_cli.records import Forgetting
+from lora_cli.console import out
+from lora_cli.records import Forgetting, with_interval
 from lora_cli.reports import EvalReport, ScaleReport, ScanPoint, ScanReport
 
 _PERCENT = ("token_accuracy", "exact_match", "label_accuracy", "json_valid", "json_fields", "rouge_l", "bleu", "chrf")

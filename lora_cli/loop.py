@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_cli import adapter, checkpoint, lora, run_dir, storage
+from lora_cli import adapter, card, checkpoint, lora, run_dir, storage
 from lora_cli.adapter import Origin
 from lora_cli.batches import Step, micro_batches, plan_epoch, steps_in_epoch
 from lora_cli.blocks import compile_blocks, recompute_activations
@@ -259,31 +259,34 @@ class Loop:
         """Copy the best adapter, or the last one where nothing was evaluated, to where the result stands."""
         stopping = self.state.stopping
         chosen = run_dir.checkpoint_path(self.run, stopping.best_step or self.state.step)
-        if not self.run.adapter.exists():
-            if problems := storage.problems_in(chosen):
-                raise AdapterError(
-                    *problems, state=f"The best checkpoint is damaged; the others in {chosen.parent} can be used."
-                )
-            with storage.new_directory(self.run.adapter) as folder:
-                adapter.copy(chosen, folder)
+        is_written = self.run.adapter.exists()  # by a process that was killed before it could say so
+        if not is_written and (problems := storage.problems_in(chosen)):
+            raise AdapterError(
+                *problems, state=f"The best checkpoint is damaged; the others in {chosen.parent} can be used."
+            )
         early = self.state.step < self.timetable.total_steps
         patience = self.config.train.early_stopping.patience
         within = " within the forgetting budget" if self.config.eval.forgetting_budget else ""
-        return Finished(
+        finished = Finished(
             step=self.state.step,
             best_step=stopping.best_step,
             best_loss=stopping.best_loss,
             base_loss=stopping.base_loss,
             best_forgetting=stopping.best_forgetting,
             within_budget=None if self.config.eval.forgetting_budget is None else not stopping.best_excess,
-            test=self._test(),
+            test=self._test(self.run.adapter if is_written else chosen),
             reason=f"no improvement{within} in {patience} evaluations" if early else "all steps taken",
             adapter=self.run.adapter,
         )
+        if not is_written:
+            with storage.new_directory(self.run.adapter) as folder:
+                adapter.copy(chosen, folder)
+                card.write(folder, card.peft_card(adapter.read(chosen), self.run, finished))
+        return finished
 
-    def _test(self) -> Tested | None:
+    def _test(self, chosen: Path) -> Tested | None:
         """Measure the chosen adapter on the test rows; it takes the place of the last one in the model."""
         if self.test is None or self.validation is None:
             return None
-        adapter.load_weights(self.model.module, adapter.read(self.run.adapter))
+        adapter.load_weights(self.model.module, adapter.read(chosen))
         return measure_chosen(self.model, self.validation.examples, self.test, self.tokens)

@@ -217,3 +217,14 @@ def gain(model: nn.Module, value: float) -> Iterator[None]:
     finally:
         for layer, old in zip(layers, before, strict=True):
             layer.gain = old
+
+
+@torch.no_grad()
+def merge_in_place(model: nn.Module) -> None:
+    """Add every adapter's update to its base's weight, rounded to that weight's dtype, and unwrap the layers."""
+    for path, layer in list(lora_layers(model)):
+        update = layer.lora_B @ layer.lora_A * (layer.scale * layer.gain)
+        weight = layer.base.weight
+        weight.copy_(weight.float() + (update.T if is_conv1d(layer.base) else update))
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer.base)

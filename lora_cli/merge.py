@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lora_cli import adapter, model, storage, tuned, verify
+from lora_cli import adapter, card, model, storage, tuned, verify
 from lora_cli.adapter import Origin
 from lora_cli.errors import AdapterError, ModelError
 from lora_cli.merged_folder import RECORD, Form, require_space, write
@@ -73,6 +73,7 @@ def merge(
             speeds=measure_speeds(first, folder) if speed else None,
         )
         storage.write_json(folder / RECORD, _record(results, update, report))
+        card.write(folder, card.merged_card(first))
     return report
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_cli import model, storage
+from lora_cli import card, model, storage
 from lora_cli.adapter import save_templates
 from lora_cli.errors import AdapterError, SurroundingsError
 from lora_cli.model import weight_files
@@ -51,7 +51,7 @@ class Form:
 def require_space(weights: Weights, base: Path, output: Path, form: Form) -> None:
     """Raise SurroundingsError where the disk has not the room for what will be written."""
     needed = sum(info.size // info.dtype.itemsize * form.dtype_of(info).itemsize for info in weights.infos.values())
-    needed += sum(file.stat().st_size for file in base.iterdir() if file.is_file() and not _holds_weights(file))
+    needed += sum(file.stat().st_size for file in base.iterdir() if file.is_file() and not _stays_behind(file))
     near = next(parent for parent in output.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(near).free) < needed * 1.01 + 1e6:
         raise SurroundingsError(f"{output}: needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.")
@@ -64,7 +64,7 @@ def write(weights: Weights, result: Result, folder: Path, form: Form) -> list[Me
         infos = {name: replace(info, dtype=form.dtype_of(info)) for name, info in read_infos(source).items()}
         write_tensors(folder / source.name, infos, read_metadata(source), _merged(weights, infos, form, layers))
     for source in sorted(base.iterdir()):
-        if source.is_file() and not _holds_weights(source) and not source.name.startswith("."):
+        if source.is_file() and not _stays_behind(source) and not source.name.startswith("."):
             shutil.copyfile(source, folder / source.name)
     if form.dtype != "keep":
         _say_dtype(folder, form.dtype)
@@ -74,8 +74,9 @@ def write(weights: Weights, result: Result, folder: Path, form: Form) -> list[Me
     return layers
 
 
-def _holds_weights(file: Path) -> bool:
-    return file.suffix in _OTHER_WEIGHTS or file.name in (storage.MANIFEST, RECORD)
+def _stays_behind(file: Path) -> bool:
+    """Return whether a file of the base holds weights or tells of the base alone."""
+    return file.suffix in _OTHER_WEIGHTS or file.name in (storage.MANIFEST, RECORD, card.FILE)
 
 
 def _merged(

@@ -68,6 +68,15 @@ class Estimate:
     n: int
 
 
+def with_interval(estimate: Estimate, spec: str) -> str:
+    """Return "value [low, high]", without what is not known; `spec` is that of a number."""
+    if estimate.value is None:
+        return "-"
+    if estimate.low is None or estimate.high is None:
+        return format(estimate.value, spec)
+    return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
+
+
 @dataclass(frozen=True)
 class Forgetting:
     """How far the tuned model is from the base, in nats a token.

@@ -53,7 +53,17 @@ class CheckReport:
     trainable_parameters: int
     total_parameters: int
     memory: MemoryEstimate
+    runtimes: Sequence["RuntimeReport"]
     notices: Sequence[str]
+
+
+@dataclass(frozen=True)
+class RuntimeReport:
+    """Whether a runtime loads the adapter (null: not known), and how, or why not."""
+
+    name: str
+    loads: bool | None
+    note: str
 
 
 Verdict = Literal["better", "worse", "no difference shown"]

@@ -8,14 +8,14 @@ output_dir/
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lora_cli import config_file, storage
 from lora_cli.config import RunConfig, differences
 from lora_cli.errors import AdapterError, ConfigError, DataError
-from lora_cli.records import Evaluated, StepDone, as_json, event_name
+from lora_cli.records import Estimate, Evaluated, Finished, Forgetting, StepDone, Tested, as_json, event_name
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,31 @@ def read_status(run: RunDir) -> dict[str, Any]:
         return {}
     status: dict[str, Any] = json.loads(run.status.read_text(encoding="utf-8"))
     return status
+
+
+def read_finished(run: RunDir) -> Finished | None:
+    """Return how a run ended, when it is finished."""
+    status = read_status(run)
+    if status.get("status") != "finished":
+        return None
+    facts: dict[str, Any] = {field.name: status.get(field.name) for field in fields(Finished)}
+    test = facts["test"] and Tested(
+        **facts["test"] | {name: Estimate(**facts["test"][name]) for name in ("change", "flattery")}
+    )
+    return Finished(**facts | {"adapter": run.adapter, "test": test})
+
+
+def read_evaluated(run: RunDir) -> dict[int, Evaluated]:
+    """Return the validation passes of metrics.jsonl by their step."""
+    found = {}
+    for record in read_metrics(run):
+        if record.get("event") == "evaluated":
+            facts: dict[str, Any] = {field.name: record.get(field.name) for field in fields(Evaluated)}
+            if (forgetting := facts["forgetting"]) is not None:
+                estimates = {name: Estimate(**forgetting[name]) for name in ("rise", "kl")}
+                facts["forgetting"] = Forgetting(**forgetting | estimates)
+            found[record["step"]] = Evaluated(**facts)
+    return found
 
 
 def step_folders(run: RunDir) -> Sequence[tuple[int, Path]]:

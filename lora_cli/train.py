@@ -3,28 +3,21 @@
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from lora_cli import __version__, data, run_dir
 from lora_cli.config import RunConfig
 from lora_cli.errors import Interrupted, UserError
 from lora_cli.interrupt import StopRequest
-from lora_cli.records import Estimate, Evaluated, Event, Finished, Notice, Started, StepDone, Tested, as_json
+from lora_cli.records import Evaluated, Event, Finished, Notice, Started, StepDone, as_json
 
 
 def ended(config: RunConfig) -> Finished | None:
     """Return how a run of this config ended, when it is finished; raises when the folder cannot be used."""
     run = run_dir.of(config)
     run_dir.require_usable(run, config)
-    status = run_dir.read_status(run)
-    if status.get("status") != "finished":
-        return None
-    facts: dict[str, Any] = {field.name: status.get(field.name) for field in fields(Finished)}
-    test = facts["test"] and Tested(
-        **facts["test"] | {name: Estimate(**facts["test"][name]) for name in ("change", "flattery")}
-    )
-    return Finished(**facts | {"adapter": run.adapter, "test": test})
+    return run_dir.read_finished(run)
 
 
 def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
@@ -55,6 +48,11 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
         longest = int(prepared.train.examples.lengths.max())
         tokens = estimate_memory(prepared.header, config, longest, world.device).tokens
     environment["micro_batch_tokens"] = tokens
+    environment["model_type"] = str(prepared.header.config.model_type)
+    counted = {"train": prepared.train_counts, "validation": prepared.validation_counts, "test": prepared.test_counts}
+    environment["data"] = {
+        name: {"rows": counts.rows, "targets": counts.targets} for name, counts in counted.items() if counts
+    }
     for name, held_out in (("validation", prepared.validation), ("test", prepared.test)):
         environment[f"{name}_fingerprint"] = held_out.fingerprint() if held_out else None
     language_model = model.load_model(prepared.header, config.model, world.device)

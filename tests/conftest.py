@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lora_cli import data
+from lora_cli import adapter, cli, data, lora, model, tuned
+from lora_cli.adapter import Origin
 from lora_cli.batches import Batch, Group, collate
-from lora_cli.config import DataConfig
+from lora_cli.config import DataConfig, LoraConfig, ModelConfig
 from lora_cli.data_reader import DataReader, run_to_end
 from lora_cli.dataset import Dataset
 from lora_cli.examples import Example
@@ -106,6 +108,32 @@ def save_with_peft(folder: str, path: Path, **options: Any) -> Any:
     made = peft.get_peft_model(base, peft.LoraConfig(**({"init_lora_weights": False} | settings | options)))
     made.save_pretrained(path)
     return made.eval()
+
+
+TOKENS = list(range(5, 15))  # within the sliding window of the small Gemma 2, which mlx-lm does not keep to
+
+
+def write_adapter(base: str, folder: Path, config: LoraConfig) -> dict[str, Any]:
+    """Write a random adapter of a base in PEFT's format; return its adapter_config.json."""
+    header = model.read_header(ModelConfig(path=base))
+    loaded = model.load_model(header, ModelConfig(path=base), torch.device("cpu"))
+    lora.apply_lora(loaded.module, config, seed=0)
+    torch.manual_seed(3)
+    for _, layer in lora.lora_layers(loaded.module):
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    folder.mkdir()
+    adapter.save(folder, loaded.module, config, Origin(base, None, model.fingerprint(header.folder), {}))
+    values: dict[str, Any] = json.loads((folder / adapter.CONFIG).read_text())
+    return values
+
+
+def our_logits(folder: Path) -> torch.Tensor:
+    """The logits of base + adapter as we run it, [10, V]."""
+    loaded = tuned.load(tuned.find(folder), torch.device("cpu"), "float32")
+    loaded.module.set_attn_implementation("eager")
+    with torch.no_grad():
+        result: torch.Tensor = loaded.module(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0]
+    return result
 
 
 @pytest.fixture(scope="session")
@@ -211,3 +239,22 @@ def make_config(tmp_path: Path, rows_file: str, model_folder: Callable[[str], st
         return path
 
     return make
+
+
+Invoke = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Invoke:
+    """Return a function that runs a command in this process and gives (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lora", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return run

@@ -126,7 +126,11 @@ def test_a_merge_keeps_everything_else(model_folder: Callable[[str], str], tmp_p
     assert list(read_infos(base / file)) == list(read_infos(tmp_path / "merged" / file))
     assert read_metadata(base / file) == read_metadata(tmp_path / "merged" / file)
     names = {path.name for path in base.iterdir()}
-    assert {path.name for path in (tmp_path / "merged").iterdir()} - names == {"merge.json", "MANIFEST.json"}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} - names == {
+        "merge.json",
+        "README.md",
+        "MANIFEST.json",
+    }
     for other in names - {file}:
         assert (base / other).read_bytes() == (tmp_path / "merged" / other).read_bytes()
     assert storage.problems_in(tmp_path / "merged") == []

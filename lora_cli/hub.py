@@ -1,0 +1,43 @@
+"""Folders to the Hugging Face hub, only where it is asked for."""
+
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import errors as hub_errors
+
+from lora_cli.errors import InputError, SurroundingsError
+
+
+def require_pushable(repo: str) -> None:
+    """Look at what can be known before anything is written. Raises InputError, SurroundingsError."""
+    try:
+        huggingface_hub.utils.validate_repo_id(repo)
+    except hub_errors.HFValidationError:
+        raise InputError(f"--push: {repo[:200]} is no name of a hub repository; write it as user/name.") from None
+    if huggingface_hub.get_token() is None:
+        raise SurroundingsError("--push: there is no token for the hub here: run `hf auth login`, or set HF_TOKEN.")
+
+
+def push(folder: Path, repo: str, private: bool = True) -> str:
+    """Create a repository on the hub, upload a folder to it and return its address. Raises SurroundingsError.
+
+    A repository that exists already is left as it is.
+    """
+    require_pushable(repo)
+    state = f"{folder} is whole; `hf upload {repo} {folder}` sends it when that is mended."
+    try:
+        url = huggingface_hub.create_repo(repo, private=private)
+        huggingface_hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload from lora")
+    except hub_errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        why = {
+            401: "the hub does not accept the token: run `hf auth login`",
+            403: "the token may not write there: make one with write access, and `hf auth login`",
+            409: "this repository exists already, and nothing is overwritten: name another one",
+        }.get(status, f"the hub answers {status}: {str(error)[:200]}")
+        raise SurroundingsError(f"--push: {repo}: {why}.", state=state) from None
+    except Exception as error:  # the client's HTTP library changes with its version, and its errors with it
+        raise SurroundingsError(
+            f"--push: {repo}: the hub cannot be reached ({type(error).__name__}: {str(error)[:200]}).", state=state
+        ) from None
+    return str(url)

@@ -38,6 +38,10 @@ General = Annotated[
     str | None,
     typer.Option(help="General text for forgetting, or false; else the run's.", show_default=False),
 ]
+Push = Annotated[
+    str | None,
+    typer.Option(metavar="REPO", help="Also upload it to a new private hub repository.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
@@ -202,11 +206,12 @@ def merge(
     speed: Annotated[bool, typer.Option("--speed", help="Time base, base + adapter and merged model.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write even what differs more than is allowed.")] = False,
     base: Base = None,
+    push: Push = None,
     json: Json = False,
 ) -> None:
     """Write base + adapter, or several adapters, as an ordinary Hugging Face model, verified."""
+    from lora_cli import hub, merged_folder, update
     from lora_cli import merge as merging
-    from lora_cli import merged_folder, update
 
     paths, numbers = arguments.paths_and_weights(runs, weights)
     form = merged_folder.Form(
@@ -214,15 +219,20 @@ def merge(
         arguments.one_of("--rounding", rounding, merged_folder.Rounding),
     )
     together = merging.Together(numbers, arguments.one_of("--method", method, update.Method), density)
-    if adapter:
-        combined = merging.combine(paths, output, base, together)
-        console.print_json(as_json(combined)) if json else console.show_combine(combined)
-        return
-    report = merging.merge(paths, output, base, together, form, force, speed)
+    if push is not None:
+        hub.require_pushable(push)
+    report = (
+        merging.combine(paths, output, base, together)
+        if adapter
+        else merging.merge(paths, output, base, together, form, force, speed)
+    )
+    pushed = hub.push(output, push) if push is not None else None
     if json:
-        console.print_json(as_json(report))
-    else:
-        console.show_merge(report)
+        console.print_json({**as_json(report), "pushed": pushed})
+        return
+    console.show_merge(report)
+    if pushed is not None:
+        console.print_text(f"Pushed to {pushed}.")
 
 
 @app.command()
@@ -236,10 +246,7 @@ def export(
         ),
     ] = "peft",
     base: Base = None,
-    push: Annotated[
-        str | None,
-        typer.Option(metavar="REPO", help="Also upload it to a new private hub repository.", show_default=False),
-    ] = None,
+    push: Push = None,
     json: Json = False,
 ) -> None:
     """Write what other runtimes load."""

@@ -199,8 +199,16 @@ def _gb(count: int) -> str:
 # --- merge ---
 
 
-def show_merge(report: MergeReport) -> None:
-    """Show what was merged, what rounding left of it, and how it compares."""
+def show_merge(report: MergeReport | CombineReport) -> None:
+    """Show what was merged, what rounding left of it, and how it compares; or the adapter that was made of several."""
+    if isinstance(report, CombineReport):
+        out.print(
+            f"Wrote one adapter of {report.adapted_tensors} layers, rank {report.rank}, to {report.output}; it holds "
+            f"at least {report.kept:.2%} of each layer's update.",
+            markup=False,
+            soft_wrap=True,
+        )
+        return
     agreement = report.agreement
     lines = [
         f"Merged {report.adapted_tensors} tensors ({report.dtype}, rounded {_ROUNDED[report.rounding]}) into "
@@ -235,13 +243,3 @@ def _updates(layers: Sequence[MergedLayer]) -> str:
     if worst < _LITTLE:
         line += " --dtype float32 or --rounding stochastic keeps more."
     return line
-
-
-def show_combine(report: CombineReport) -> None:
-    """Show the adapter that was made of several."""
-    out.print(
-        f"Wrote one adapter of {report.adapted_tensors} layers, rank {report.rank}, to {report.output}; it holds at "
-        f"least {report.kept:.2%} of each layer's update.",
-        markup=False,
-        soft_wrap=True,
-    )

@@ -70,10 +70,13 @@ def merge(
             agreement=agreement,
             bound=bound,
             forced=over,
-            speeds=measure_speeds(first, folder) if speed else None,
+            speeds=measure_speeds(first, folder, "adapter" if len(results) == 1 else "first adapter")
+            if speed
+            else None,
         )
         storage.write_json(folder / RECORD, _record(results, update, report))
-        card.write(folder, card.merged_card(first))
+        if len(results) == 1:  # a card tells of one run
+            card.write(folder, card.merged_card(first))
     return report
 
 

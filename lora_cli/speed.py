@@ -21,8 +21,11 @@ _BEFORE_ANSWER = 16  # tokens of prompt an answer goes on from
 
 
 @torch.inference_mode()
-def measure_speeds(result: Result, merged: Path) -> Mapping[str, Speed]:
-    """Time a prompt read at once and an answer of one token after the other, batch 1; the base's weights shared."""
+def measure_speeds(result: Result, merged: Path, tuned_by: str) -> Mapping[str, Speed]:
+    """Time a prompt read at once and an answer of one token after the other, batch 1; the base's weights shared.
+
+    `tuned_by` says what the result's adapter is to the merged model.
+    """
     device = current_world().device
     base = model.load_model(result.header, result.base, device)
     shared = {id(parameter): parameter for parameter in base.module.parameters()}
@@ -31,7 +34,7 @@ def measure_speeds(result: Result, merged: Path) -> Mapping[str, Speed]:
     section = result.base.model_copy(update={"path": str(merged), "revision": None})
     models = {
         "base": base,
-        "base + adapter": with_adapter,
+        f"base + {tuned_by}": with_adapter,
         "merged": model.load_model(model.read_header(section), section, device),
     }
     longest = (result.header.max_positions or PROMPT + ANSWER) - ANSWER

@@ -366,3 +366,25 @@ def test_unknown_metrics_are_named(invoke: Invoke, make_config: Callable[..., Pa
 
     assert code == 2
     assert "--metric: there is no blue; known are exact-match, json, rouge-l, bleu, chrf, label." in err
+
+
+def test_several_adapters_by_weight(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
+    """`A B --weights 0.7 0.3` is what it says, and `--speed` times all three; numbers, not words, are weights."""
+    config = make_config()
+    for seed in (0, 1):
+        assert invoke("train", config, "train.max_steps=4", f"seed={seed}", f"output_dir={tmp_path}/{seed}")[0] == 0
+    both = (tmp_path / "0", tmp_path / "1")
+    code, out, _ = invoke("merge", *both, "--weights", "0.7", "0.3", "--output", tmp_path / "m", "--speed", "--json")
+    report = json.loads(out)
+    record = json.loads((tmp_path / "m" / "merge.json").read_text())
+
+    assert (code, [each["weight"] for each in record["adapters"]]) == (0, [0.7, 0.3])
+    assert report["speeds"].keys() == {"base", "base + first adapter", "merged"}
+    assert not (tmp_path / "m" / "README.md").exists()
+    assert all(speed["answer"]["value"] > 0 for speed in report["speeds"].values())
+    code, out, _ = invoke("merge", *both, "--weights", "0.7,0.3", "--adapter", "--output", tmp_path / "one")
+    assert (code, "one adapter of 14 layers" in out) == (0, True)
+    code, out, _ = invoke("merge", tmp_path / "one", "--output", tmp_path / "again", "--speed")
+    assert (code, "same first choice 100.00%" in out, "base + adapter" in out) == (0, True, True)
+    code, _, err = invoke("merge", *both, "--weights", "most", "--output", tmp_path / "n")
+    assert (code, "--weights: expected numbers, found most" in err) == (2, True)

@@ -30,6 +30,7 @@ def open_model(header: ModelHeader, weights: Weights, trust_remote_code: bool = 
     names = _find_names(module, weights)
     if names is None:
         return None
+    room = _Room()
     for path, layer in module.named_modules():
         own = {
             name: names[f"{path}.{name}" if path else name]
@@ -37,7 +38,7 @@ def open_model(header: ModelHeader, weights: Weights, trust_remote_code: bool = 
             if there is not None
         }
         if type(layer) is nn.Linear:
-            layer.forward = _LinearOnDisk(**own)
+            layer.forward = _LinearOnDisk(room, **own)
         elif isinstance(layer, nn.Embedding):
             layer.register_forward_pre_hook(_rows_before(own["weight"]))
         elif isinstance(layer, nn.Linear) or lora.is_conv1d(layer):
@@ -75,20 +76,36 @@ def runs(module: nn.Module) -> bool:
     return True
 
 
+class _Room:
+    """Where pieces of matrices are read and widened: made once, because a heap that gives and takes them grows."""
+
+    def __init__(self) -> None:
+        self._raw = bytearray()
+        self._wide = torch.empty(0)
+
+    def read(self, info: TensorInfo, begin: int, end: int) -> Tensor:
+        """Return rows [end - begin, columns] in float32, until the next are read."""
+        count = (end - begin) * info.shape[1]
+        if count > len(self._wide):
+            with torch.inference_mode(False):  # or it could be used in that mode only
+                self._raw, self._wide = bytearray(8 * count), torch.empty(count)
+        wide = self._wide[:count].view(end - begin, -1)
+        return wide.copy_(read_rows(info, begin, end, self._raw))
+
+
 class _LinearOnDisk:
     """x W^T + b [..., out] for x [..., in], W read some rows at a time."""
 
-    def __init__(self, weight: TensorInfo, bias: TensorInfo | None = None) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(self, room: _Room, weight: TensorInfo, bias: TensorInfo | None = None) -> None:
+        self.room, self.weight, self.bias = room, weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, columns = self.weight.shape
         step = max(1, _PIECE // columns)
-        pieces = [
-            F.linear(x, read_rows(self.weight, begin, min(rows, begin + step)).float())
-            for begin in range(0, rows, step)
-        ]
-        output = torch.cat(pieces, -1)
+        output = x.new_empty(*x.shape[:-1], rows)
+        for begin in range(0, rows, step):
+            end = min(rows, begin + step)
+            output[..., begin:end] = F.linear(x, self.room.read(self.weight, begin, end))
         return output if self.bias is None else output + read_tensor(self.bias).float()
 
 

@@ -89,9 +89,9 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return infos, metadata
 
 
-def read_tensor(info: TensorInfo) -> Tensor:
-    """Read one tensor, as it is stored."""
-    raw = bytearray(info.size)
+def read_tensor(info: TensorInfo, room: bytearray | None = None) -> Tensor:
+    """Read one tensor, as it is stored; into `room`, where that is given."""
+    raw = bytearray(info.size) if room is None else memoryview(room)[: info.size]
     with info.file.open("rb") as file:
         file.seek(info.begin)
         if file.readinto(raw) != info.size:
@@ -103,13 +103,13 @@ def read_tensor(info: TensorInfo) -> Tensor:
     )
 
 
-def read_rows(info: TensorInfo, begin: int, end: int) -> Tensor:
-    """Read some rows of a tensor [rows, ...], as they are stored; all of a scalar."""
+def read_rows(info: TensorInfo, begin: int, end: int, room: bytearray | None = None) -> Tensor:
+    """Read some rows of a tensor [rows, ...], as they are stored; all of a scalar. Into `room`, where that is given."""
     if not info.shape:
-        return read_tensor(info)
+        return read_tensor(info, room)
     shape = (end - begin, *info.shape[1:])
     offset = info.begin + begin * math.prod(info.shape[1:]) * info.dtype.itemsize
-    return read_tensor(replace(info, begin=offset, shape=shape))
+    return read_tensor(replace(info, begin=offset, shape=shape), room)
 
 
 class Weights:

@@ -13,6 +13,7 @@ os.environ["LORA_CACHE"] = tempfile.mkdtemp(prefix="lora-tests-")
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -108,6 +109,20 @@ def save_with_peft(folder: str, path: Path, **options: Any) -> Any:
     made = peft.get_peft_model(base, peft.LoraConfig(**({"init_lora_weights": False} | settings | options)))
     made.save_pretrained(path)
     return made.eval()
+
+
+def save_base(kind: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **settings: Any) -> Path:
+    """A random base model, with its tokenizer."""
+    build_model(kind, **settings).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def shrink(folder: Path, factor: float) -> None:
+    """Make an adapter's update smaller."""
+    tensors = safetensors.torch.load_file(folder / adapter.WEIGHTS)
+    small = {name: tensor * factor if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(small, folder / adapter.WEIGHTS)
 
 
 TOKENS = list(range(5, 15))  # within the sliding window of the small Gemma 2, which mlx-lm does not keep to

@@ -201,22 +201,36 @@ def merge(
 @app.command()
 def export(
     run: Run,
-    output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
-    format: Annotated[str, typer.Option(help="peft: the adapter alone, for PEFT, vLLM and transformers.")] = "peft",
+    output: Annotated[Path, typer.Option(help="The folder or file to write.", show_default=False)],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="peft: the adapter alone, for PEFT, vLLM and transformers; gguf: base + adapter, for llama.cpp; "
+            "gguf-lora: the adapter alone, for llama.cpp; ollama: gguf and a Modelfile."
+        ),
+    ] = "peft",
+    gguf_type: Annotated[str, typer.Option(help="f32 | f16 | bf16 | q8_0: how a GGUF file stores matrices.")] = "f16",
+    base: Base = None,
     json: Json = False,
 ) -> None:
     """Write what other runtimes load."""
     from lora_cli import export as exporting
+    from lora_cli.gguf_file import KINDS
 
     chosen = next((name for name in exporting.FORMATS if name == format), None)
     if chosen is None:
         known = ", ".join(exporting.FORMATS)
         raise InputError(f"--format: there is no format {format}; this version writes: {known}.")
-    exporting.export(run, chosen, output)
+    kind = next((name for name in KINDS if name == gguf_type), None)
+    if kind is None:
+        raise InputError(f"--gguf-type: there is no type {gguf_type}; this version writes: {', '.join(KINDS)}.")
+    report = exporting.export(run, chosen, output, kind, base)
     if json:
-        console.print_json({"format": chosen, "output": str(output)})
-    else:
+        console.print_json({"format": chosen, "output": str(output)} if report is None else as_json(report))
+    elif report is None:
         console.print_text(f"Wrote {output} ({chosen}).")
+    else:
+        console.show_gguf(report)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from lora_cli.errors import UserError
 from lora_cli.records import DataCounts, Estimate, Finished
-from lora_cli.reports import CheckReport, Marked, MergeReport
+from lora_cli.reports import CheckReport, GgufReport, Marked, MergeReport
 
 _WIDTH = None if sys.stdout.isatty() else 140  # lines of a file need not be folded as early as a terminal's
 out = Console(highlight=False, emoji=False, width=_WIDTH)
@@ -206,3 +206,19 @@ def show_merge(report: MergeReport) -> None:
     )
     for line in lines:
         out.print(line, markup=False, soft_wrap=True)
+
+
+# --- export ---
+
+
+def show_gguf(report: GgufReport) -> None:
+    """Show what was written as GGUF and what was compared."""
+    for note in report.notes:
+        message(f"note: {note}")
+    rounding = f", rounded by at most {report.largest_error:.2g}" if report.largest_error else ", exact"
+    out.print(
+        f"Wrote {report.output} ({report.format}, {report.kind}, {_gb(report.bytes)}). Read back and compared: "
+        f"{report.tensors} tensors, {report.values:,} numbers{rounding}; {report.metadata} keys.",
+        markup=False,
+        soft_wrap=True,
+    )

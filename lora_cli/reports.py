@@ -145,3 +145,18 @@ class MergeReport:
     mean_kl: float
     top1_agreement: float
     bound: float
+
+
+@dataclass(frozen=True)
+class GgufReport:
+    """A GGUF file, and what was compared after it was read back."""
+
+    format: str
+    output: Path
+    kind: str  # how its matrices are stored
+    bytes: int
+    tensors: int
+    values: int  # numbers in them
+    metadata: int  # keys
+    largest_error: float  # by rounding, in units of the weights
+    notes: Sequence[str]

@@ -110,6 +110,35 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def new_file(path: Path, size: int = 0) -> Iterator[Path]:
+    """Yield a temporary name beside `path` for a file of about `size` bytes; on success it is synced and renamed.
+
+    On any error it is deleted. Raises AdapterError when `path` is already there, or is when it is to be renamed,
+    SurroundingsError when the disk has not so much room or cannot be written.
+    """
+    if path.exists():
+        raise AdapterError(f"{path}: already exists; it is never overwritten. Delete it or name another file.")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(path.parent).free) < size:
+            raise SurroundingsError(f"{path}: needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free.")
+        folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+    temporary = folder / path.name
+    try:
+        with explained(path):
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())
+            _sync(temporary)
+            try:
+                os.link(temporary, path)  # unlike a rename, never over another file
+            except FileExistsError:
+                raise AdapterError(f"{path}: was written by another process in the meantime.") from None
+            _sync(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _seal(folder: Path) -> None:
     """Sync every file and write the manifest."""
     files = {}

@@ -25,6 +25,13 @@ _WORDS = (
 )
 _LLAMA3 = _WORDS.replace("{DIGITS}", "{1,3}")
 _QWEN2 = _WORDS.replace("{DIGITS}", "")
+_CASED = (  # words by their capital letters
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+{SHORT}"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*{SHORT}"
+    r"|\p{N}{DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = _CASED.replace("{SHORT}", "").replace("{DIGITS}", "")
+_GPT4O = _CASED.replace("{SHORT}", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?").replace("{DIGITS}", "{1,3}")
 
 # How text is cut, and whether a whole word of the vocabulary is taken without merging -> the rule's name in llama.cpp.
 PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
@@ -33,6 +40,8 @@ PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((_LLAMA3,), True): "llama-bpe",
     ((_LLAMA3,), False): "smaug-bpe",
     ((_QWEN2,), False): "qwen2",
+    ((_TEKKEN,), True): "tekken",
+    ((_GPT4O,), False): "gpt-4o",
 }
 
 
@@ -70,15 +79,22 @@ def vocabulary(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> dict[str
 
 def notes(tokenizer: Tokenizer) -> list[str]:
     """Return in which cases llama.cpp's tokens differ from the tokenizer's all the same."""
-    described = _describe(tokenizer)
+    described, found = _describe(tokenizer), []
     if _normalizers(described) == ["NFC"]:
-        return ["llama.cpp does not bring text into Unicode's composed form (NFC) as this tokenizer does."]
-    pre = described["pre_tokenizer"] or {}
-    if pre.get("type") == "Metaspace" and pre["prepend_scheme"] != "never":
-        where = "after special tokens only" if _begins_with_special(tokenizer) else "in plain text only"
-        rule = f", and the mark of a word's start is right {where}" if pre["prepend_scheme"] == "first" else ""
-        return [f"Text that begins with a space gets one space more in llama.cpp{rule}."]
-    return []
+        found.append("llama.cpp does not bring text into Unicode's composed form (NFC), as this tokenizer does.")
+    if not described["model"]["byte_fallback"]:
+        if _cuts(described) in ((_TEKKEN,), (_GPT4O,)):
+            found.append(
+                "llama.cpp cuts words with combining marks, or with capitals inside them that are not ASCII, otherwise."
+            )
+        return found
+    scheme = _prefix_rule(described)
+    if scheme != "never" and described["pre_tokenizer"] is not None:
+        found.append("llama.cpp adds a space to a text that begins with one, and to one after a special token.")
+    if scheme == "first":
+        exact = "that begin with a special token" if _begins_with_special(tokenizer) else "without special tokens"
+        found.append(f"llama.cpp knows no mark of a word's start for a text's start alone: exact are texts {exact}.")
+    return found
 
 
 def _describe(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -120,6 +120,8 @@ def _problems(tokenizer: Tokenizer, described: Mapping[str, Any], rows: int) -> 
         yield "two of its tokens have one number"
     if any(f"[PAD{number}]" in known for number in set(range(rows)) - set(known.values())):
         yield "it has tokens named [PAD...] already"
+    if any("\0" in token for token in known):
+        yield "one of its tokens holds the character NUL, at which llama.cpp ends a token"
     for entry in described["added_tokens"]:
         for key in ("lstrip", "single_word", *(() if strips_like_phi3(tokenizer) else ("rstrip",))):
             if entry[key]:

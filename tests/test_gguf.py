@@ -342,12 +342,10 @@ def sentencepiece(style: str) -> transformers.PreTrainedTokenizerFast:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=700,
         special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
-        limit_alphabet=60,
         max_token_length=8,
     )
-    tokenizer.train_from_iterator(
-        (" ".join(ODD) + " the sky is blue, what is the colour of the sky? ").split() * 3, trainer
-    )
+    text = " ".join(ODD[:14]) + " the sky is blue, what is the colour of the sky? "  # the other characters are bytes
+    tokenizer.train_from_iterator(text.split(" ") * 3, trainer)
     data = json.loads(tokenizer.to_str())
     data["added_tokens"] = data["added_tokens"][:3]  # the bytes are not special
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))

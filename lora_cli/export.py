@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, assert_never, get_args
 
-from lora_cli import adapter, gguf_export, run_dir, storage, tuned
+from lora_cli import adapter, gguf_export, ollama, run_dir, storage, tuned
 from lora_cli.gguf_file import Kind
 from lora_cli.reports import GgufReport
 
@@ -28,6 +28,6 @@ def export(path: Path, format: Format, output: Path, kind: Kind = "f16", base: s
         case "gguf-lora":
             return gguf_export.export_adapter(tuned.find(path, base), output)
         case "ollama":
-            return None
+            return ollama.export(tuned.find(path, base), output, kind)
         case _:
             assert_never(format)

@@ -4,8 +4,9 @@ The base's tensors are read one by one, the adapter is added in float32, and the
 would compute otherwise is refused before anything is written; what was written is read back and compared.
 """
 
+import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,24 +28,32 @@ _HEAD, _EMBEDDING = "lm_head.weight", "token_embd.weight"
 def export_model(result: Result, output: Path, kind: Kind) -> GgufReport:
     """Write base + adapter as a GGUF file. Raises ModelError, AdapterError before anything is written."""
     plan, notes = model_plan(result, kind)
-    return _write(plan, output, "gguf", kind, notes)
+    with _new_file(output, plan) as file:
+        return write(plan, file, "gguf", kind, notes, shown=output)
 
 
 def export_adapter(result: Result, output: Path) -> GgufReport:
     """Write the adapter alone as a GGUF file in float32, for llama.cpp's --lora."""
-    return _write(adapter_plan(result), output, "gguf-lora", "f32", [])
+    plan = adapter_plan(result)
+    with _new_file(output, plan) as file:
+        return write(plan, file, "gguf-lora", "f32", [], shown=output)
 
 
-def _write(plan: Plan, output: Path, format: str, kind: Kind, notes: list[str]) -> GgufReport:
+def _new_file(output: Path, plan: Plan) -> contextlib.AbstractContextManager[Path]:
     if output.suffix != ".gguf":
-        raise AdapterError(f"--output {output}: is one file whose name ends in .gguf.")
-    with storage.new_file(output, plan.size) as file:
+        raise AdapterError(f"--output {output}: is one file, whose name ends in .gguf.")
+    return storage.new_file(output, plan.size)
+
+
+def write(plan: Plan, file: Path, format: str, kind: Kind, notes: Sequence[str], shown: Path) -> GgufReport:
+    """Write a GGUF file, read it back and compare; `shown` is where it will stand. Raises SurroundingsError."""
+    with storage.explained(shown):
         gguf_file.write(file, plan)
         verified = gguf_file.verify(file, plan)
         size = file.stat().st_size
     return GgufReport(
         format=format,
-        output=output,
+        output=shown,
         kind=kind,
         bytes=size,
         tensors=verified.tensors,

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_cli import chat_template
+from lora_cli import gguf_pre_tokenizer as pre_tokenizer
 from lora_cli.conversation import Conversation, Message, RowError
 from lora_cli.errors import ModelError
 from lora_cli.examples import Tokenizer
@@ -17,32 +18,6 @@ from lora_cli.gguf_file import Value
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 _SPACE = "\u2581"  # SentencePiece's mark of a space
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DIGIT = r"\p{N}"
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = _WORDS.replace("{DIGITS}", "{1,3}")
-_QWEN2 = _WORDS.replace("{DIGITS}", "")
-_CASED = (  # words by their capital letters
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+{SHORT}"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*{SHORT}"
-    r"|\p{N}{DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_TEKKEN = _CASED.replace("{SHORT}", "").replace("{DIGITS}", "")
-_GPT4O = _CASED.replace("{SHORT}", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?").replace("{DIGITS}", "{1,3}")
-
-# How text is cut, and whether a whole word of the vocabulary is taken without merging -> the rule's name in llama.cpp.
-PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
-    ((_GPT2,), False): "gpt-2",
-    ((_DIGIT, _GPT2), False): "smollm",
-    ((_LLAMA3,), True): "llama-bpe",
-    ((_LLAMA3,), False): "smaug-bpe",
-    ((_QWEN2,), False): "qwen2",
-    ((_TEKKEN,), True): "tekken",
-    ((_GPT4O,), False): "gpt-4o",
-}
 
 
 def vocabulary(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> dict[str, Value]:
@@ -71,7 +46,7 @@ def vocabulary(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> dict[str
     else:
         values |= {
             "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": PRE_TOKENIZERS[_cuts(described), _ignores_merges(described)],
+            "tokenizer.ggml.pre": pre_tokenizer.rule_of(described),
             "tokenizer.ggml.merges": [" ".join(pair) for pair in described["model"]["merges"]],
         }
     return values | {"tokenizer.ggml.token_type": types} | _special(tokenizer, ends) | _templates(tokenizer)
@@ -80,10 +55,12 @@ def vocabulary(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> dict[str
 def notes(tokenizer: Tokenizer) -> list[str]:
     """Return in which cases llama.cpp's tokens differ from the tokenizer's all the same."""
     described, found = _describe(tokenizer), []
+    if main_template(tokenizer) and chat_template.begins_with_bos(tokenizer) and not _begins(tokenizer, bos_only=True):
+        found.append("llama.cpp puts the start token before conversations, and the chat template does not.")
     if _normalizers(described) == ["NFC"]:
         found.append("llama.cpp does not bring text into Unicode's composed form (NFC), as this tokenizer does.")
     if not described["model"]["byte_fallback"]:
-        if _cuts(described) in ((_TEKKEN,), (_GPT4O,)):
+        if pre_tokenizer.rule_of(described) in pre_tokenizer.APPROXIMATE:
             found.append(
                 "llama.cpp cuts words with combining marks, or with capitals inside them that are not ASCII, otherwise."
             )
@@ -92,7 +69,7 @@ def notes(tokenizer: Tokenizer) -> list[str]:
     if scheme != "never" and described["pre_tokenizer"] is not None:
         found.append("llama.cpp adds a space to a text that begins with one, and to one after a special token.")
     if scheme == "first":
-        exact = "that begin with a special token" if _begins_with_special(tokenizer) else "without special tokens"
+        exact = "that begin with a special token" if _begins(tokenizer) else "without special tokens"
         found.append(f"llama.cpp knows no mark of a word's start for a text's start alone: exact are texts {exact}.")
     return found
 
@@ -133,20 +110,17 @@ def _bpe_problems(described: Mapping[str, Any]) -> Iterator[str]:
     if _normalizers(described) not in ([], ["NFC"]):
         yield f"it normalizes text ({', '.join(_normalizers(described))})"
     try:
-        cuts = _cuts(described)
+        pre_tokenizer.rule_of(described)
     except ValueError as error:
         yield str(error)
-        return
-    if (cuts, _ignores_merges(described)) not in PRE_TOKENIZERS:
-        whole = " and takes whole words without merging" if _ignores_merges(described) else ""
-        yield f"it cuts text by a rule that is not known to be one of llama.cpp's: {' then '.join(cuts)[:300]}{whole}"
 
 
 def _spm_problems(described: Mapping[str, Any], known: Mapping[str, int]) -> Iterator[str]:
     if _prefix_rule(described) is None:
-        steps = ", ".join([*_normalizers(described), *(step["type"] for step in _steps(described["pre_tokenizer"]))])
+        cuts = [step["type"] for step in pre_tokenizer.steps(described["pre_tokenizer"])]
+        steps = ", ".join([*_normalizers(described), *cuts])
         yield f"it prepares text by steps that are not known to be llama.cpp's ({steps})"
-    if _ignores_merges(described):
+    if pre_tokenizer.ignores_merges(described):
         yield "it takes whole words without merging"
     if missing := [byte for byte in range(256) if f"<0x{byte:02X}>" not in known]:
         yield f"it has no token for {len(missing)} of the 256 bytes"
@@ -176,46 +150,15 @@ def strips_like_phi3(tokenizer: Tokenizer) -> bool:
     return {"</s>", *kept} <= found.keys() and all(found[token] != (token in kept) for token in found)
 
 
-def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Return the steps of a normalizer or a pre-tokenizer, in their order."""
-    if part is None:
-        return []
-    inner = part.get("normalizers", part.get("pretokenizers"))
-    return [part] if inner is None else [step for each in inner for step in _steps(each)]
-
-
 def _normalizers(described: Mapping[str, Any]) -> list[str]:
-    return [step["type"] for step in _steps(described["normalizer"])]
-
-
-def _ignores_merges(described: Mapping[str, Any]) -> bool:
-    return bool(described["model"].get("ignore_merges"))
-
-
-def _cuts(described: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the regular expressions by which text is cut, one after the other. Raises ValueError."""
-    found, byte_level = [], False
-    for step in _steps(described["pre_tokenizer"]):
-        match step:
-            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
-                byte_level = True
-                found += [_GPT2] if use_regex else []
-            case {"type": "Digits", "individual_digits": True}:
-                found.append(_DIGIT)
-            case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}:
-                found.append(regex)
-            case _:
-                raise ValueError(f"it cuts text by a {step['type']} step that llama.cpp has not")
-    if not byte_level:
-        raise ValueError("its BPE works on characters, not on bytes")
-    return tuple(found)
+    return [step["type"] for step in pre_tokenizer.steps(described["normalizer"])]
 
 
 def _prefix_rule(described: Mapping[str, Any]) -> str | None:
     """Return where a mark of a word's start is put: always, first (only at a text's start), never; None if unknown."""
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    steps = _steps(described["normalizer"])
-    pre = [step for step in _steps(described["pre_tokenizer"]) if step.get("pattern") != {"String": " "}]
+    steps = pre_tokenizer.steps(described["normalizer"])
+    pre = [step for step in pre_tokenizer.steps(described["pre_tokenizer"]) if step.get("pattern") != {"String": " "}]
     if not pre and steps == [{"type": "Prepend", "prepend": _SPACE}, spaces]:
         return "always"
     if not pre and steps == [spaces]:
@@ -270,9 +213,7 @@ def _special(tokenizer: Tokenizer, ends: Sequence[int]) -> dict[str, Value]:
     described = _describe(tokenizer)
     if described["model"]["byte_fallback"]:
         rule = _prefix_rule(described)
-        values["tokenizer.ggml.add_space_prefix"] = rule == "always" or (
-            rule == "first" and not _begins_with_special(tokenizer)
-        )
+        values["tokenizer.ggml.add_space_prefix"] = rule == "always" or (rule == "first" and not _begins(tokenizer))
     return values
 
 
@@ -287,8 +228,8 @@ def _added_around(tokenizer: Tokenizer) -> tuple[bool, bool] | None:
     return None
 
 
-def _begins_with_special(tokenizer: Tokenizer) -> bool:
-    """Return whether a conversation begins with a special token by the chat template."""
+def _begins(tokenizer: Tokenizer, bos_only: bool = False) -> bool:
+    """Return whether a conversation begins with a special token, or with the start token, by the chat template."""
     template = chat_template.choose(None, tokenizer, "2026-01-01", False)
     if template is None:
         return False
@@ -299,7 +240,8 @@ def _begins_with_special(tokenizer: Tokenizer) -> bool:
             ).text
     except RowError:
         return False
-    return text.startswith(tuple(tokenizer.all_special_tokens))
+    bos = str(tokenizer.special_tokens_map.get("bos_token"))
+    return text.startswith((bos,) if bos_only else tuple(tokenizer.all_special_tokens))
 
 
 def main_template(tokenizer: Tokenizer) -> str | None:

@@ -39,6 +39,7 @@ FLOORS = [
     "examples",
     "gguf_file",
     "gguf_architecture",
+    "gguf_pre_tokenizer",
     "gguf_vocabulary",
     "parallel",
     "corpus",

@@ -15,7 +15,7 @@ import transformers
 from conftest import CHATML, build_tokenizer
 from tokenizers import pre_tokenizers
 
-from lora_cli import adapter, gguf_export, gguf_file, gguf_vocabulary, lora, model, tuned
+from lora_cli import adapter, gguf_export, gguf_file, gguf_pre_tokenizer, lora, model, tuned
 from lora_cli.adapter import Adapter
 from lora_cli.config import LoraConfig
 from lora_cli.tuned import Result
@@ -299,7 +299,7 @@ PRE_TOKENIZERS = {
     ),
     **{
         name: cut_by(*steps)
-        for (steps, _), name in gguf_vocabulary.PRE_TOKENIZERS.items()
+        for (steps, _), name in gguf_pre_tokenizer.PRE_TOKENIZERS.items()
         if name not in ("gpt-2", "smollm")
     },
 }

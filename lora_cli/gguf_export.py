@@ -64,13 +64,13 @@ def write(plan: Plan, file: Path, format: str, kind: Kind, notes: Sequence[str],
     )
 
 
-def model_plan(result: Result, kind: Kind) -> tuple[Plan, list[str]]:
+def model_plan(result: Result, kind: Kind, *, adapted: bool = True) -> tuple[Plan, list[str]]:
     """Return what a GGUF file of base + adapter holds, and in which cases llama.cpp differs all the same.
 
-    Raises ModelError, AdapterError where llama.cpp has no equal.
+    Without `adapted` it is the base alone. Raises ModelError, AdapterError where llama.cpp has no equal.
     """
     config, tokenizer = result.header.config, result.header.tokenizer
-    architecture, skeleton, weights = _read(result)
+    architecture, skeleton, weights = _read(result, adapted)
     vocabulary = gguf_vocabulary.vocabulary(tokenizer, config.vocab_size, sorted(model.configured_ends(result.header)))
     tensors = list(_tensors(result, architecture, skeleton, weights, kind))
     metadata: dict[str, Value] = {
@@ -106,13 +106,13 @@ def adapter_plan(result: Result) -> Plan:
     return Plan(architecture.name, metadata, tensors)
 
 
-def _read(result: Result) -> tuple[Architecture, nn.Module, Weights]:
+def _read(result: Result, adapted: bool = True) -> tuple[Architecture, nn.Module, Weights]:
     """Find how the base is written, and read the headers of its files."""
     if not any(tensor.any() for tensor in result.adapter.lora_B.values()):
         raise AdapterError(f"{result.adapter.folder}: every lora_B is zero: this adapter is untrained.")
     architecture = gguf_architecture.find(result.header.config)
     skeleton = model.build_skeleton(result.header, result.base.trust_remote_code)
-    return architecture, skeleton, Weights(result.header.folder, skeleton, result.adapter)
+    return architecture, skeleton, Weights(result.header.folder, skeleton, result.adapter if adapted else None)
 
 
 def _placed(place: Place | None, name: str, result: Result) -> Place:

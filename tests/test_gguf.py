@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from conftest import CHATML, build_tokenizer
 from tokenizers import pre_tokenizers
 
 from lora_cli import adapter, gguf_export, gguf_file, gguf_pre_tokenizer, lora, model, tuned
-from lora_cli.adapter import Adapter
 from lora_cli.config import LoraConfig
 from lora_cli.tuned import Result
 
@@ -180,15 +179,10 @@ def test_llama_cpp_computes_the_same(kind: str, trained: Callable[..., Trained],
 
 def engine_with_adapter(result: Result, folder: Path) -> Any:
     """The base without the adapter as one file, the adapter as another, in llama.cpp."""
-    plan, _ = gguf_export.model_plan(replace(result, adapter=_silent(result.adapter)), "f32")
+    plan, _ = gguf_export.model_plan(result, "f32", adapted=False)
     gguf_file.write(folder / "base.gguf", plan)
     gguf_export.export_adapter(result, folder / "adapter.gguf")
     return LlamaCpp(folder / "base.gguf", folder / "adapter.gguf")
-
-
-def _silent(adapter: Adapter) -> Adapter:
-    """An adapter that changes next to nothing, so that the base can be written."""
-    return replace(adapter, scales=dict.fromkeys(adapter.scales, 1e-12))
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora"])

@@ -69,7 +69,7 @@ def notes(tokenizer: Tokenizer) -> list[str]:
     if scheme != "never" and described["pre_tokenizer"] is not None:
         found.append("llama.cpp adds a space to a text that begins with one, and to one after a special token.")
     if scheme == "first":
-        exact = "that begin with a special token" if _begins(tokenizer) else "without special tokens"
+        exact = "that begin with a special token" if _begins(tokenizer) else "without special or added tokens"
         found.append(f"llama.cpp knows no mark of a word's start for a text's start alone: exact are texts {exact}.")
     return found
 
@@ -120,6 +120,9 @@ def _spm_problems(described: Mapping[str, Any], known: Mapping[str, int]) -> Ite
         cuts = [step["type"] for step in pre_tokenizer.steps(described["pre_tokenizer"])]
         steps = ", ".join([*_normalizers(described), *cuts])
         yield f"it prepares text by steps that are not known to be llama.cpp's ({steps})"
+    marked = [entry["content"] for entry in described["added_tokens"] if entry["normalized"]]
+    if marked and "Prepend" in _normalizers(described):
+        yield f"it finds {marked[0]} only with the mark of a word's start (normalized)"
     if pre_tokenizer.ignores_merges(described):
         yield "it takes whole words without merging"
     if missing := [byte for byte in range(256) if f"<0x{byte:02X}>" not in known]:

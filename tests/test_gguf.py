@@ -1,22 +1,27 @@
 """GGUF files give llama.cpp the numbers that base + adapter have here; what llama.cpp would do otherwise is refused."""
 
+import errno
 import json
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import peft
 import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import CHATML, build_tokenizer
+from conftest import CHATML, build_model, build_tokenizer
 from tokenizers import pre_tokenizers
+from typer.testing import CliRunner
 
-from lora_cli import adapter, gguf_export, gguf_file, gguf_pre_tokenizer, lora, model, tuned
+from lora_cli import adapter, cli, gguf_export, gguf_file, gguf_pre_tokenizer, lora, model, storage, tuned, weights
 from lora_cli.config import LoraConfig
+from lora_cli.errors import AdapterError, InputError, SurroundingsError
 from lora_cli.tuned import Result
 
 LlamaCpp = pytest.importorskip("llama_cpp", reason="needs gguf and xllamacpp").LlamaCpp
@@ -369,3 +374,278 @@ def test_sentencepiece_tokens(style: str, begins: bool, trained: Callable[..., T
         if engine.tokenize(text) != tokenizer(text)["input_ids"]
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("family", ["byte-level", "prepend", "never"])
+def test_added_tokens(family: str, trained: Callable[..., Trained], tmp_path: Path):
+    """Tokens added as text, not as control tokens: they are found first, wherever they stand."""
+    tokenizer = byte_level(PRE_TOKENIZERS["gpt-2"]) if family == "byte-level" else sentencepiece(family)
+    added = [tokenizers.AddedToken(text, normalized=False) for text in ("<tool>", "two words", "é!", "sky")]
+    tokenizer.add_tokens(added)
+    engine, _ = engine_for(tokenizer, trained, tmp_path)
+    texts = ["the sky", "<tool>x<tool> y", "a two words two words", "two  words", "xé!é!!", "skysky s ky"]
+
+    assert [engine.tokenize(text) for text in texts] == [tokenizer(text)["input_ids"] for text in texts]
+
+
+def test_phi3_drops_space_after_special_tokens(trained: Callable[..., Trained], tmp_path: Path):
+    """Phi-3's special tokens take the white space after them; llama.cpp does so by the model's name."""
+    tokenizer = sentencepiece("prepend")
+    keeps, drops = ("<unk>", "<s>", "<|endoftext|>"), ("</s>", "<|user|>", "<|end|>")
+    tokenizer.add_special_tokens(
+        {
+            "additional_special_tokens": [
+                tokenizers.AddedToken(text, rstrip=text in drops, normalized=False, special=True)
+                for text in (*keeps, *drops)
+            ]
+        }
+    )
+    tokenizer.add_tokens([tokenizers.AddedToken("</s>", rstrip=True, normalized=False, special=True)])
+    engine, _ = engine_for(tokenizer, trained, tmp_path)
+    texts = ["<|user|>\nhi<|end|>\n \n<|user|> x", "<|endoftext|> \na", "</s> a </s>"]
+
+    assert tokenizer("<|user|>\nhi")["input_ids"] == tokenizer("<|user|>hi")["input_ids"]
+    assert [engine.tokenize(text) for text in texts] == [tokenizer(text)["input_ids"] for text in texts]
+
+
+# --- how numbers are stored ---
+
+
+@pytest.mark.parametrize("kind", gguf_file.KINDS)
+def test_stored_numbers_are_the_nearest(kind: gguf_file.Kind, trained: Callable[..., Trained], tmp_path: Path):
+    """Matrices are rounded once from the sum in float32; vectors stay in float32; rows of no whole blocks in f16."""
+    made = trained("llama")
+    report = gguf_export.export_model(made.result, tmp_path / "model.gguf", kind)
+    merged = {name: weight for name, weight in merged_weights(made).items() if "down_proj" in name or "norm" in name}
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    found = {tensor.name: tensor for tensor in reader.tensors}
+
+    assert report.tensors == len(found)
+    assert found["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+    for block in range(2):
+        stored = found[f"blk.{block}.ffn_down.weight"]
+        values = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy())
+        expected = merged[f"model.layers.{block}.mlp.down_proj"]
+        assert stored.tensor_type.name == kind.upper()
+        assert float((values - expected).abs().max()) <= {"f32": 0.0, "f16": 5e-4, "bf16": 4e-3, "q8_0": 5e-3}[kind]
+
+
+def merged_weights(made: Trained) -> dict[str, torch.Tensor]:
+    """W + scale * B A of each adapted layer, in float32."""
+    return {
+        path: lora.merged_weight(layer.base.weight, layer.lora_A, layer.lora_B, layer.scale, False).detach()
+        for path, layer in lora.lora_layers(made.module)
+    }
+
+
+def test_rows_of_no_whole_blocks(trained: Callable[..., Trained], tmp_path: Path):
+    """q8_0 stores 32 numbers together; a matrix with other rows is stored in f16, and llama.cpp reads both."""
+    config = config_of("llama")
+    config.intermediate_size = 48
+    made = trained(config)
+    gguf_export.export_model(made.result, tmp_path / "model.gguf", "q8_0")
+    types = {each.name: each.tensor_type.name for each in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+
+    assert (types["blk.0.ffn_down.weight"], types["blk.0.ffn_up.weight"]) == ("F16", "Q8_0")
+    expected, engine = made.likely(PROMPTS[2]), LlamaCpp(tmp_path / "model.gguf")
+    assert all(abs(float(expected[token]) - value) < 0.3 for token, value in engine.likely(PROMPTS[2]).items())
+
+
+def test_too_large_for_f16(trained: Callable[..., Trained], tmp_path: Path):
+    """A number beyond f16's range is refused, not written as infinity."""
+    made = trained("llama")
+    for up in made.result.adapter.lora_B.values():
+        up.mul_(1e7)
+    with pytest.raises(AdapterError, match=r"too large for f16; take --gguf-type bf16"):
+        gguf_export.export_model(made.result, tmp_path / "out" / "model.gguf", "f16")
+
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_a_file_with_another_number_is_refused(
+    kind: gguf_file.Kind, trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What is read back is compared with what was meant: one changed byte is found, and nothing is left behind."""
+    made = trained("llama")
+
+    def write_damaged(path: Path, plan: gguf_file.Plan) -> None:
+        write(path, plan)
+        with path.open("r+b") as file:
+            file.seek(-9, 2)
+            byte = file.read(1)
+            file.seek(-9, 2)
+            file.write(bytes([byte[0] ^ 0x40]))
+
+    write = gguf_file.write
+    monkeypatch.setattr(gguf_file, "write", write_damaged)
+    with pytest.raises(AdapterError, match="are not those that were meant"):
+        gguf_export.export_model(made.result, tmp_path / "out" / "model.gguf", kind)
+
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# --- what is refused, before anything is written ---
+
+
+def refused(made: Trained, folder: Path) -> str:
+    """The error of an export that leaves nothing behind."""
+    with pytest.raises(InputError) as caught:
+        gguf_export.export_model(made.result, folder / "out" / "model.gguf", "f16")
+    assert not (folder / "out").exists()
+    return caught.value.paragraph()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("llama", {"rope_parameters": _ROPE | {"rope_type": "dynamic", "factor": 2.0}}, "scaled by dynamic"),
+        ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
+        ("llama", {"mlp_bias": True}, "mlp.down_proj.bias has no place"),
+        ("gemma2", {"query_pre_attn_scalar": 256}, "query_pre_attn_scalar is 256, there 16"),
+        ("gemma3", {"layer_types": ["full_attention"] * 7}, "sliding layers"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scales attention"),
+    ],
+)
+def test_models_without_an_equal(
+    kind: str, changes: dict[str, Any], reason: str, trained: Callable[..., Trained], tmp_path: Path
+):
+    """What llama.cpp would compute otherwise is refused with its reason."""
+    config = type(config_of(kind))(**config_of(kind).to_dict() | changes)
+
+    assert reason in refused(trained(config), tmp_path)
+
+
+def test_other_architectures(trained: Callable[..., Trained], tmp_path: Path):
+    """An architecture that is not in the table is refused, and those that are in it are named."""
+    made = trained(build_model("granite").config)
+    message = refused(made, tmp_path)
+
+    assert "A granite model cannot be written as GGUF" in message
+    assert "gemma3_text" in message
+
+
+def test_a_quantised_base(trained: Callable[..., Trained], tmp_path: Path):
+    """Weights in four bits are no weights to add an adapter to."""
+    made = trained("llama")
+    made.result.header.config.quantization_config = {"quant_method": "bitsandbytes"}
+
+    assert "weights are quantised" in refused(made, tmp_path)
+
+
+def test_an_adapter_on_an_expert(trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An adapted tensor that the file has no tensor of its own for cannot be exported alone."""
+    made = trained("mixtral")
+    name = next(name for name in made.result.adapter.lora_A if name.endswith("0.self_attn.q_proj"))
+    experts = "model.layers.0.block_sparse_moe.experts.1.w1"
+    read = weights.Weights.__init__
+
+    def adapts_an_expert(self: Any, *arguments: Any) -> None:
+        read(self, *arguments)
+        self.adapted = {f"{experts}.weight": name}
+
+    monkeypatch.setattr(weights.Weights, "__init__", adapts_an_expert)
+    with pytest.raises(AdapterError, match="has no place of its own"):
+        gguf_export.export_adapter(made.result, tmp_path / "adapter.gguf")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "reason"),
+    [
+        (lambda: byte_level(cut_by(r"\p{L}+|\s+|[^\p{L}\s]+")), r"by a rule that is not known here: \p{L}+"),
+        (lambda: byte_level(PRE_TOKENIZERS["qwen2"], ignore_merges=True), "and takes whole words without merging"),
+        (lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)), "by a ByteLevel step"),
+        (lambda: changed(normalizer=tokenizers.normalizers.Lowercase()), "normalizes text (Lowercase)"),
+        (lambda: with_added("<|x|>", lstrip=True), "<|x|> has lstrip"),
+        (lambda: with_added("a\0b"), "character NUL"),
+        (lambda: with_added("<x>", to=sentencepiece("prepend")), "finds <x> only with the mark"),
+        (lambda: with_added("[PAD710]"), "named [PAD...]"),
+        (lambda: with_added(*(f"<{number}>" for number in range(300))), "the model embeds 720 tokens"),
+    ],
+)
+def test_tokenizers_without_an_equal(
+    tokenizer: Callable[[], Any], reason: str, trained: Callable[..., Trained], tmp_path: Path
+):
+    """A tokenizer that llama.cpp would not follow is refused with its reason."""
+    config = config_of("llama")
+    config.vocab_size = 720
+
+    assert reason in refused(trained(config, tokenizer=tokenizer()), tmp_path)
+
+
+def changed(**parts: Any) -> Any:
+    """A byte-level tokenizer with other parts."""
+    tokenizer = byte_level(PRE_TOKENIZERS["gpt-2"])
+    for name, part in parts.items():
+        setattr(tokenizer.backend_tokenizer, name, part)
+    return tokenizer
+
+
+def with_added(*contents: str, to: Any = None, **options: Any) -> Any:
+    """A tokenizer, byte-level where none is given, with more tokens."""
+    tokenizer = to or byte_level(PRE_TOKENIZERS["gpt-2"])
+    tokenizer.add_tokens([tokenizers.AddedToken(content, **options) for content in contents])
+    return tokenizer
+
+
+# --- the command ---
+
+
+def run(*arguments: Any) -> Any:
+    """Run the program."""
+    return CliRunner().invoke(cli.app, [str(each) for each in arguments])
+
+
+def test_command(trained: Callable[..., Trained], tmp_path: Path):
+    """One line with what was verified, or one JSON object; a second time the file is there and stays."""
+    folder = trained("llama").result.adapter.folder
+    output = tmp_path / "model.gguf"
+    done = run("export", folder, "--format", "gguf", "--gguf-type", "f32", "--output", output)
+
+    assert done.exit_code == 0, done.output
+    assert "Read back and compared: 20 tensors" in done.output
+    assert "exact" in done.output
+    before = output.read_bytes()
+    again = run("export", folder, "--format", "gguf", "--output", output)
+    assert isinstance(again.exception, AdapterError)
+    assert "already exists" in again.exception.paragraph()
+    assert output.read_bytes() == before
+
+    done = run("export", folder, "--format", "gguf-lora", "--output", tmp_path / "adapter.gguf", "--json")
+    report = json.loads(done.stdout)
+    assert (report["format"], report["kind"], report["largest_error"]) == ("gguf-lora", "f32", 0.0)
+    assert isinstance(
+        run("export", folder, "--format", "gguf", "--output", tmp_path / "folder").exception, AdapterError
+    )
+    assert isinstance(run("export", folder, "--gguf-type", "q2", "--output", tmp_path / "x.gguf").exception, InputError)
+
+
+@pytest.mark.parametrize("format", ["gguf", "ollama"])
+def test_full_disk(format: str, trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A disk that fills up while writing is named, and nothing is left behind."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    output = tmp_path / "out" / "model.gguf"
+    done = run("export", trained("llama").result.adapter.folder, "--format", format, "--output", output)
+
+    assert isinstance(done.exception, SurroundingsError)
+    assert "the disk is full" in done.exception.paragraph()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_disk_without_room(tmp_path: Path):
+    """A file larger than the room there is is not begun."""
+    with pytest.raises(SurroundingsError, match="are free"), storage.new_file(tmp_path / "model.gguf", 1 << 60):
+        raise AssertionError
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_package(trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without gguf the error says what to install."""
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(SurroundingsError, match=r"pip install 'lora-cli\[gguf\]'"):
+        gguf_export.export_model(trained("llama").result, tmp_path / "model.gguf", "f16")

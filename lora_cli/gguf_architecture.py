@@ -245,8 +245,8 @@ class Place:
 
     def lay(self, tensor: Tensor) -> Tensor:
         """Return a weight or a bias as it lies in the file."""
-        tensor = tensor.float()
-        return self.rows(tensor.T if self.transposed else tensor) + float(self.plus_one)
+        tensor = self.rows(tensor.T if self.transposed else tensor).float()
+        return tensor + 1 if self.plus_one else tensor
 
 
 def placer(config: Any, architecture: Architecture, prefix: str) -> Callable[[str], Place | None]:

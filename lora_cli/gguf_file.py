@@ -4,7 +4,7 @@ A file is metadata (keys and values), the tensors' names, types and shapes, then
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +20,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # general.file_type
 _BLOCK = 32  # numbers that share one scale in q8_0
+_PIECE = 1 << 20  # numbers compared at once
 
 
 @dataclass(frozen=True)
@@ -164,13 +165,22 @@ def verify(path: Path, plan: Plan) -> Verified:
         stored = found[tensor.name]
         if stored.tensor_type.name != tensor.kind.upper() or tuple(reversed(stored.shape.tolist())) != tensor.shape:
             raise AdapterError(f"{path}: {tensor.name} has another type or shape than was written.")
-        got = torch.from_numpy(np.array(gguf.dequantize(stored.data, stored.tensor_type))).reshape(tensor.shape)
-        meant = tensor.read().float()
-        if not _within(got, meant, tensor.kind):
-            raise AdapterError(f"{path}: the numbers of {tensor.name} are not those that were meant.")
-        largest = max(largest, float((got - meant).abs().max()))
+        for got, meant in _pieces(gguf, stored, tensor.read().float()):
+            if not _within(got, meant, tensor.kind):
+                raise AdapterError(f"{path}: the numbers of {tensor.name} are not those that were meant.")
+            largest = max(largest, float((got - meant).abs().max()))
     values = sum(math.prod(tensor.shape) for tensor in plan.tensors)
     return Verified(len(plan.tensors), values, len(plan.metadata), largest)
+
+
+def _pieces(gguf: Any, stored: Any, meant: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield some rows at a time of a tensor in a file, and of what it should be, in float32."""
+    rows = stored.data.reshape(-1, stored.data.shape[-1])
+    meant = meant.reshape(len(rows), -1)
+    count = max(1, _PIECE // meant.shape[1])
+    for begin in range(0, len(rows), count):
+        got = gguf.dequantize(rows[begin : begin + count], stored.tensor_type)
+        yield torch.from_numpy(np.array(got)), meant[begin : begin + count]
 
 
 def _same(got: Any, meant: Value) -> bool:

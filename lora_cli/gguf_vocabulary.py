@@ -99,8 +99,9 @@ def _problems(tokenizer: Tokenizer, described: Mapping[str, Any], rows: int) -> 
         yield "it has tokens named [PAD...] already"
     if any("\0" in token for token in known):
         yield "one of its tokens holds the character NUL, at which llama.cpp ends a token"
+    odd = ("lstrip", "single_word") if strips_like_phi3(tokenizer) else ("lstrip", "single_word", "rstrip")
     for entry in described["added_tokens"]:
-        for key in ("lstrip", "single_word", *(() if strips_like_phi3(tokenizer) else ("rstrip",))):
+        for key in odd:
             if entry[key]:
                 yield f"{entry['content']} has {key}"
     yield from _spm_problems(described, known) if model.get("byte_fallback") else _bpe_problems(described)
@@ -134,11 +135,13 @@ def _spm_problems(described: Mapping[str, Any], known: Mapping[str, int]) -> Ite
 
 
 def _ends_problems(tokenizer: Tokenizer, ends: Sequence[int]) -> Iterator[str]:
-    """llama.cpp takes token 11 or 2 for the end where none is named, and knows three ends by number."""
+    """llama.cpp takes some token for the start and the end where none is named, and knows three ends by number."""
     if tokenizer.eos_token_id is None:
         yield "it has no end token (eos_token)"
     elif len({*ends, tokenizer.eos_token_id}) > 3:
         yield f"the model stops at {len({*ends, tokenizer.eos_token_id})} different tokens, and a GGUF names three"
+    if tokenizer.bos_token_id is None and "bos_token" in (main_template(tokenizer) or ""):
+        yield "its chat template writes a start token (bos_token), and it has none"
     if _added_around(tokenizer) is None:
         yield "it adds more to a text than a start and an end token"
 

@@ -49,12 +49,13 @@ class LlamaCpp:
         asked = {"n_predict": count, "temperature": 0.0, "n_probs": 10, "cache_prompt": False, "return_tokens": True}
         return self._post("/completion", {"prompt": list(prompt), **asked, **options})
 
-    def chat(self, messages: Sequence[dict[str, str]], count: int) -> str:
-        """Answer a conversation greedily, by the chat template in the file."""
+    def chat(self, messages: Sequence[dict[str, str]], count: int) -> tuple[str, int]:
+        """Answer a conversation greedily, by the chat template in the file; return also the prompt's tokens."""
         answer = self.server.handle_chat_completions(
             {"messages": list(messages), "max_tokens": count, "temperature": 0.0, "cache_prompt": False}
         )
-        return str(answer["choices"][0]["message"]["content"])
+        assert "choices" in answer, answer
+        return str(answer["choices"][0]["message"]["content"]), int(answer["usage"]["prompt_tokens"])
 
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """Return a text's tokens, special ones parsed."""

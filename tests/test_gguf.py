@@ -408,6 +408,35 @@ def test_phi3_drops_space_after_special_tokens(trained: Callable[..., Trained], 
     assert [engine.tokenize(text) for text in texts] == [tokenizer(text)["input_ids"] for text in texts]
 
 
+@pytest.mark.parametrize("start", [False, True])
+def test_conversations(start: bool, trained: Callable[..., Trained], tmp_path: Path):
+    """The chat template in the file gives the same prompt, its start token once."""
+    tokenizer = sentencepiece("prepend")
+    turns = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer.chat_template = ("{{ bos_token }}" if start else "") + turns
+    engine, notes = engine_for(tokenizer, trained, tmp_path)
+    messages = [{"role": "user", "content": "the sky"}, {"role": "assistant", "content": "é"}]
+    messages += [{"role": "user", "content": "?"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    assert engine.apply_template(messages) == text.removeprefix("<s>")
+    assert engine.chat(messages, 1)[1] == len(tokenizer(text, add_special_tokens=not start)["input_ids"])
+    differs = "llama.cpp puts the start token before conversations, and the chat template does not."
+    assert notes == ([] if start else [differs])
+
+
+def test_the_adapters_chat_template(tmp_path: Path):
+    """The template that the rows were written with goes into the file, not the base's."""
+    write_base(tmp_path / "base", config_of("llama"))
+    write_adapter(tmp_path / "adapter", tmp_path / "base", LoraConfig(rank=4, alpha=8))
+    adapter.save_templates(tmp_path / "adapter", {adapter.TEMPLATE: CHATML.replace("user", "human") + "!"})
+    gguf_export.export_model(tuned.find(tmp_path / "adapter"), tmp_path / "model.gguf", "f16")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+
+    assert fields["tokenizer.chat_template"].contents() == CHATML.replace("user", "human") + "!"
+    assert fields["general.name"].contents() == "base adapter"
+
+
 # --- how numbers are stored ---
 
 

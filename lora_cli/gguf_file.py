@@ -3,6 +3,7 @@
 A file is metadata (keys and values), the tensors' names, types and shapes, then the tensors. Memory holds one of them.
 """
 
+import errno
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,10 @@ def write(path: Path, plan: Plan) -> None:
         writer.write_ti_data_to_file()
         for tensor in plan.tensors:
             writer.write_tensor_data(_encoded(gguf, tensor, tensor.read()))
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise OSError(errno.ENOSPC, str(error)) from None  # numpy says only how much it could write
     finally:
         writer.close()
 

@@ -65,6 +65,7 @@ def export(result: Result, output: Path, kind: Kind) -> GgufReport:
     """Write a folder for `ollama create`. Raises ModelError where Ollama would write conversations otherwise."""
     plan, notes = gguf_export.model_plan(result, kind)
     text, more = modelfile(result.header.tokenizer, sorted(model.configured_ends(result.header)))
+    storage.require_room(output, plan.size)
     with storage.new_directory(output) as folder:
         report = gguf_export.write(plan, folder / "model.gguf", "ollama", kind, [*notes, *more], shown=output)
         storage.write_file(folder / "Modelfile", text)

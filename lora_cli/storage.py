@@ -110,6 +110,13 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise
 
 
+def require_room(path: Path, size: int) -> None:
+    """Raise SurroundingsError unless the disk of a path that is to be written has `size` bytes free."""
+    near = next(parent for parent in path.absolute().parents if parent.exists())
+    if (free := shutil.disk_usage(near).free) < size:
+        raise SurroundingsError(f"{path}: needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free.")
+
+
 @contextlib.contextmanager
 def new_file(path: Path, size: int = 0) -> Iterator[Path]:
     """Yield a temporary name beside `path` for a file of about `size` bytes; on success it is synced and renamed.
@@ -120,9 +127,8 @@ def new_file(path: Path, size: int = 0) -> Iterator[Path]:
     if path.exists():
         raise AdapterError(f"{path}: already exists; it is never overwritten. Delete it or name another file.")
     with explained(path):
+        require_room(path, size)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(path.parent).free) < size:
-            raise SurroundingsError(f"{path}: needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free.")
         folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
     temporary = folder / path.name
     try:

@@ -649,12 +649,15 @@ def test_command(trained: Callable[..., Trained], tmp_path: Path):
     assert isinstance(run("export", folder, "--gguf-type", "q2", "--output", tmp_path / "x.gguf").exception, InputError)
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), OSError("9 requested and 4 written")])
 @pytest.mark.parametrize("format", ["gguf", "ollama"])
-def test_full_disk(format: str, trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_full_disk(
+    format: str, error: OSError, trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A disk that fills up while writing is named, and nothing is left behind."""
 
     def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
     output = tmp_path / "out" / "model.gguf"

@@ -217,10 +217,7 @@ def context_length(config: Any, architecture: Architecture) -> int:
     """Return the tokens up to which llama.cpp computes the same: a window it does not know ends the context."""
     positions = int(config.max_position_embeddings)
     window = getattr(config, "sliding_window", None)
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or []) or config.model_type != "qwen2"
-    if architecture.window_period or not window or not slides:
-        return positions
-    return min(positions, int(window))
+    return positions if architecture.window_period or not window else min(positions, int(window))
 
 
 # --- tensors ---

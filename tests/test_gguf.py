@@ -73,7 +73,14 @@ def config_of(kind: str) -> Any:
             )
         case "gemma3":
             return transformers.Gemma3TextConfig(
-                **options | {"num_hidden_layers": 7}, head_dim=16, query_pre_attn_scalar=16, sliding_window=12
+                **options | {"num_hidden_layers": 7},
+                head_dim=16,
+                query_pre_attn_scalar=16,
+                sliding_window=12,
+                rope_parameters={
+                    "full_attention": {"rope_type": "default", "rope_theta": 50000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+                },
             )
         case "gpt2":
             return transformers.GPT2Config(**common, **tied, n_embd=32, n_layer=2, n_head=4, n_positions=96)
@@ -179,6 +186,19 @@ def test_llama_cpp_computes_the_same(kind: str, trained: Callable[..., Trained],
     assert_same(made, LlamaCpp(tmp_path / "model.gguf"))
 
 
+def test_a_window_that_llama_cpp_does_not_know(trained: Callable[..., Trained], tmp_path: Path):
+    """Mistral's sliding window: up to its length both compute the same, so there the context ends."""
+    config = config_of("mistral")
+    config.sliding_window = 54
+    made = trained(config)
+    gguf_export.export_model(made.result, tmp_path / "model.gguf", "f32")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+
+    assert fields["llama.context_length"].contents() == 54
+    prompt = PROMPTS[2][:46]
+    assert LlamaCpp(tmp_path / "model.gguf").continuation(prompt, TOKENS) == made.continuation(prompt)
+
+
 # --- the adapter alone ---
 
 
@@ -262,11 +282,17 @@ ODD = [
 ]
 
 
+def babble(seed: int, count: int) -> list[str]:
+    """Strings of a few letters, whose pairs overlap: what is merged first matters."""
+    draw = random.Random(seed)
+    return ["".join(draw.choices("eeettaaon  sr", k=draw.randint(2, 30))) for _ in range(count)]
+
+
 def strings() -> list[str]:
-    """Odd strings, and some hundred drawn from their characters."""
+    """Odd strings, some hundred drawn from their characters, and babble."""
     draw = random.Random(5)
     characters = sorted(set("".join(ODD)) - set("<|>")) + [" "] * 12 + list("the sky is blue")
-    return ODD + ["".join(draw.choices(characters, k=draw.randint(1, 24))) for _ in range(300)]
+    return ODD + ["".join(draw.choices(characters, k=draw.randint(1, 24))) for _ in range(300)] + babble(6, 100)
 
 
 def byte_level(pre_tokenizer: Any, ignore_merges: bool = False) -> transformers.PreTrainedTokenizerFast:
@@ -279,7 +305,7 @@ def byte_level(pre_tokenizer: Any, ignore_merges: bool = False) -> transformers.
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator([" ".join(ODD)] * 3 + ODD * 3, trainer)
+    tokenizer.train_from_iterator([" ".join(ODD)] * 3 + ODD * 3 + babble(7, 300), trainer)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
     )
@@ -344,7 +370,7 @@ def sentencepiece(style: str) -> transformers.PreTrainedTokenizerFast:
         max_token_length=8,
     )
     text = " ".join(ODD[:14]) + " the sky is blue, what is the colour of the sky? "  # the other characters are bytes
-    tokenizer.train_from_iterator(text.split(" ") * 3, trainer)
+    tokenizer.train_from_iterator([*text.split(" ") * 3, *babble(7, 300)], trainer)
     data = json.loads(tokenizer.to_str())
     data["added_tokens"] = data["added_tokens"][:3]  # the bytes are not special
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))

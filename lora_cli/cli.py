@@ -238,32 +238,37 @@ def merge(
 @app.command()
 def export(
     run: Run,
-    output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option(help="The folder to write; of gguf and gguf-lora the file.", show_default=False)
+    ],
     format: Annotated[
         str,
         typer.Option(
-            help="peft: the adapter alone, for PEFT, vLLM and transformers; mlx: for mlx-lm; onnx: merged, as a graph."
+            help="The adapter: peft (PEFT, vLLM, transformers), mlx (mlx-lm), gguf-lora (llama.cpp). Base + adapter: "
+            "gguf (llama.cpp), ollama (with a Modelfile), onnx (a graph)."
         ),
     ] = "peft",
+    gguf_type: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0: how a GGUF file stores matrices.")] = "f16",
     base: Base = None,
     push: Push = None,
     json: Json = False,
 ) -> None:
     """Write what other runtimes load."""
     from lora_cli import export as exporting
-    from lora_cli import hub
+    from lora_cli import gguf_file, hub
 
     chosen: exporting.Format = arguments.one_of("--format", format, exporting.Format)
+    kind: gguf_file.Kind = arguments.one_of("--gguf-type", gguf_type, gguf_file.Kind)
     if push is not None:
+        if chosen in exporting.FILES:
+            raise InputError(f"--push: sends folders, and {chosen} is one file: hf upload {push} {output}")
         hub.require_pushable(push)
-    notes = exporting.export(run, chosen, output, base)
+    report = exporting.export(run, chosen, output, kind, base)
     pushed = hub.push(output, push) if push is not None else None
     if json:
-        console.print_json({"format": chosen, "output": str(output), "notes": notes, "pushed": pushed})
+        console.print_json({**as_json(report), "pushed": pushed})
         return
-    console.print_text(f"Wrote {output} ({chosen}).")
-    for note in notes:
-        console.message(f"note: {note}")
+    console.show_export(report)
     if pushed is not None:
         console.print_text(f"Pushed to {pushed}.")
 

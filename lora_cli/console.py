@@ -11,7 +11,16 @@ from rich.text import Text
 
 from lora_cli.errors import UserError
 from lora_cli.records import DataCounts, Finished, with_interval
-from lora_cli.reports import CheckReport, CombineReport, Marked, MergedLayer, MergeReport, RuntimeReport
+from lora_cli.reports import (
+    CheckReport,
+    CombineReport,
+    ExportReport,
+    GgufReport,
+    Marked,
+    MergedLayer,
+    MergeReport,
+    RuntimeReport,
+)
 
 _WIDTH = None if sys.stdout.isatty() else 140  # lines of a file need not be folded as early as a terminal's
 out = Console(highlight=False, emoji=False, width=_WIDTH)
@@ -243,3 +252,20 @@ def _updates(layers: Sequence[MergedLayer]) -> str:
     if worst < _LITTLE:
         line += " --dtype float32 or --rounding stochastic keeps more."
     return line
+
+
+# --- export ---
+
+
+def show_export(report: ExportReport | GgufReport) -> None:
+    """Show what was written for another runtime, and what was compared."""
+    for note in report.notes:
+        message(f"note: {note}")
+    line = f"Wrote {report.output} ({report.format})."
+    if isinstance(report, GgufReport):
+        rounding = f", rounded by at most {report.largest_error:.2g}" if report.largest_error else ", exact"
+        line = (
+            f"Wrote {report.output} ({report.format}, {report.kind}, {_gb(report.bytes)}). Read back and compared: "
+            f"{report.tensors} tensors, {report.values:,} numbers{rounding}; {report.metadata} keys."
+        )
+    out.print(line, markup=False, soft_wrap=True)

@@ -26,6 +26,8 @@ class Tokenizer(Protocol):
 
     eos_token_id: int | None
     bos_token_id: int | None
+    pad_token_id: int | None
+    unk_token_id: int | None
     chat_template: Any
     all_special_tokens: list[str]
     added_tokens_decoder: dict[int, Any]

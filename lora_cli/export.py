@@ -2,29 +2,41 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, assert_never, get_args
+from typing import Literal, assert_never
 
-from lora_cli import adapter, card, mlx_adapter, onnx_graph, run_dir, sources, storage, tuned
+from lora_cli import adapter, card, gguf_export, mlx_adapter, ollama, onnx_graph, run_dir, sources, storage, tuned
+from lora_cli.gguf_file import Kind
+from lora_cli.reports import ExportReport, GgufReport
 from lora_cli.tuned import Result
 
-Format = Literal["peft", "mlx", "onnx"]
-FORMATS: tuple[Format, ...] = get_args(Format)
+Format = Literal["peft", "gguf", "gguf-lora", "ollama", "mlx", "onnx"]
+FILES: Sequence[Format] = ("gguf", "gguf-lora")  # the others are folders
 
 
-def export(path: Path, format: Format, output: Path, base: str | None = None) -> Sequence[str]:
-    """Write RUN's adapter to a new folder in a format; return what to know of it. `base` replaces the base's place.
+def export(
+    path: Path, format: Format, output: Path, kind: Kind = "f16", base: str | None = None
+) -> ExportReport | GgufReport:
+    """Write RUN's adapter in a format; return what was compared, and what to know of it.
 
-    Raises UserError, with nothing left behind.
+    `kind` is how a GGUF file stores matrices, `base` the base's place if it moved. Raises UserError, with nothing left
+    behind.
     """
     match format:
         case "peft":
-            return export_peft(path, output)
+            notes = export_peft(path, output)
+        case "gguf":
+            return gguf_export.export_model(tuned.find(path, base), output, kind)
+        case "gguf-lora":
+            return gguf_export.export_adapter(tuned.find(path, base), output)
+        case "ollama":
+            return ollama.export(tuned.find(path, base), output, kind)
         case "mlx":
-            return export_mlx(tuned.find(path, base), output)
+            notes = export_mlx(tuned.find(path, base), output)
         case "onnx":
-            return export_onnx(tuned.find(path, base), output)
+            notes = export_onnx(tuned.find(path, base), output)
         case _:
             assert_never(format)
+    return ExportReport(format, output, notes)
 
 
 def export_peft(path: Path, output: Path) -> Sequence[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_cli import card, model, storage
 from lora_cli.adapter import save_templates
-from lora_cli.errors import AdapterError, SurroundingsError
+from lora_cli.errors import AdapterError
 from lora_cli.model import weight_files
 from lora_cli.randomness import derive_seed
 from lora_cli.reports import MergedLayer
@@ -52,9 +52,7 @@ def require_space(weights: Weights, base: Path, output: Path, form: Form) -> Non
     """Raise SurroundingsError where the disk has not the room for what will be written."""
     needed = sum(info.size // info.dtype.itemsize * form.dtype_of(info).itemsize for info in weights.infos.values())
     needed += sum(file.stat().st_size for file in base.iterdir() if file.is_file() and not _stays_behind(file))
-    near = next(parent for parent in output.absolute().parents if parent.exists())
-    if (free := shutil.disk_usage(near).free) < needed * 1.01 + 1e6:
-        raise SurroundingsError(f"{output}: needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.")
+    storage.require_room(output, needed)
 
 
 def write(weights: Weights, result: Result, folder: Path, form: Form) -> list[MergedLayer]:

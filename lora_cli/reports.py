@@ -201,3 +201,27 @@ class CombineReport:
     adapted_tensors: int
     rank: int
     kept: float
+
+
+@dataclass(frozen=True)
+class GgufReport:
+    """A GGUF file, and what was compared after it was read back."""
+
+    format: str
+    output: Path
+    kind: str  # how its matrices are stored
+    bytes: int
+    tensors: int
+    values: int  # numbers in them
+    metadata: int  # keys
+    largest_error: float  # by rounding, in units of the weights
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written for another runtime, and what to know of it."""
+
+    format: str
+    output: Path
+    notes: Sequence[str]

@@ -90,15 +90,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     On any error it is deleted. Raises AdapterError when `path` is already there, or is when it is to be renamed.
     """
-    if path.exists():
-        raise AdapterError(f"{path}: already exists; it is never overwritten. Delete it or name another folder.")
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_unheld(path.parent)
-        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
-    held = os.open(temporary, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with _temporary_beside(path) as temporary:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         with explained(path):
@@ -110,11 +102,44 @@ def new_directory(path: Path) -> Iterator[Path]:
                     raise
                 raise AdapterError(f"{path}: was written by another process in the meantime.") from None
             _sync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+@contextlib.contextmanager
+def new_file(path: Path, size: int = 0) -> Iterator[Path]:
+    """Yield a temporary name for a file of about `size` bytes; on success it is synced and appears as `path`.
+
+    On any error it is deleted. Raises AdapterError when `path` is already there, or is when it is to appear,
+    SurroundingsError when the disk has not so much room or cannot be written.
+    """
+    require_room(path, size)
+    with _temporary_beside(path) as folder, explained(path):
+        temporary = folder / path.name
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        _sync(temporary)
+        try:
+            os.link(temporary, path)  # unlike a rename, never over another file
+        except FileExistsError:
+            raise AdapterError(f"{path}: was written by another process in the meantime.") from None
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """Yield a folder beside `path`, which must not be there; held, so that no other process sweeps it away."""
+    if path.exists():
+        raise AdapterError(f"{path}: already exists; it is never overwritten. Delete it or name another.")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_unheld(path.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+    held = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield temporary
     finally:
         os.close(held)
+        shutil.rmtree(temporary, ignore_errors=True)  # it is not there any more where all went well
 
 
 def _sweep_unheld(folder: Path) -> None:
@@ -128,6 +153,13 @@ def _sweep_unheld(folder: Path) -> None:
                     shutil.rmtree(left)
             finally:
                 os.close(descriptor)
+
+
+def require_room(path: Path, size: int) -> None:
+    """Raise SurroundingsError unless the disk of a path that is to be written has `size` bytes free."""
+    near = next(parent for parent in path.absolute().parents if parent.exists())
+    if (free := shutil.disk_usage(near).free) < size:
+        raise SurroundingsError(f"{path}: needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free.")
 
 
 def _seal(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import Invoke
 
-from lora_cli import adapter, card, export, hub, run_dir, runtimes, storage, tuned
+from lora_cli import adapter, card, hub, run_dir, runtimes, storage, tuned
 from lora_cli.errors import SurroundingsError
 from lora_cli.run_dir import RunDir
 from lora_cli.runtimes import Produced
@@ -152,8 +152,3 @@ def test_a_push_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hub.huggingface_hub, "get_token", lambda: None)
     with pytest.raises(SurroundingsError, match="no token for the hub here: run `hf auth login`"):
         hub.push(tmp_path, "someone/tuned")
-
-
-def test_the_formats_are_known():
-    """Every format is one that the command names."""
-    assert {"peft", "mlx"} <= set(export.FORMATS)

@@ -182,6 +182,6 @@ def test_a_wrong_read_back_is_refused(
 def test_a_config_that_mlx_misreads_is_told(model_folder: Callable[[str], str], tmp_path: Path):
     """mlx-lm takes its own rope_theta where config.json has it inside rope_parameters, as transformers 5 writes it."""
     write_adapter(model_folder("llama"), tmp_path / "adapter", LoraConfig(rank=2))
-    notes = export.export(tmp_path / "adapter", "mlx", tmp_path / "mlx")
+    notes = export.export(tmp_path / "adapter", "mlx", tmp_path / "mlx").notes
 
     assert re.search(r'rope_parameters, .* llama model: add "rope_theta": 10000', notes[0])

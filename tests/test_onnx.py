@@ -40,7 +40,7 @@ def test_onnx_runtime_gives_our_logits(
     """A graph for any length, its tokenizer beside it; logits that differ by a thousandth are refused."""
     base = model_folder("gpt2")
     write_adapter(base, tmp_path / "adapter", LoraConfig(rank=4, alpha=8))
-    notes = export.export(tmp_path / "adapter", "onnx", tmp_path / "onnx")
+    notes = export.export(tmp_path / "adapter", "onnx", tmp_path / "onnx").notes
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / onnx_graph.GRAPH)
     (logits,) = session.run(None, {"input_ids": IDS.numpy(), "attention_mask": torch.ones_like(IDS).numpy()})
 

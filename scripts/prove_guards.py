@@ -179,6 +179,20 @@ EDITS = [
     (112, "merged_folder", "_require_finite(name, rounded)", "pass"),
     (113, "adapter", 'problems.append(f"{adapter.folder}: adapts {path}, {what}.")', "pass"),
     (114, "weights", 'problems.append(f"{path}: is adapted, and', 'str(f"{path}: is adapted, and'),
+    # exports
+    (115, "gguf_architecture", "halves.transpose(1, 2).flatten(0, 2)", "halves.flatten(0, 2)"),
+    (116, "gguf_export", "found.rows(adapter.lora_B[path] * adapter.scales[path])", "found.rows(adapter.lora_B[path])"),
+    (117, "mlx_adapter", "up = adapter.lora_B[path] * adapter.scales[path]", "up = adapter.lora_B[path]"),
+    (
+        118,
+        "gguf_pre_tokenizer",
+        "not in PRE_TOKENIZERS:",
+        'not in PRE_TOKENIZERS:\n        return "gpt-2"\n    if False:',
+    ),
+    (119, "gguf_file", "if not _within(got, meant, tensor.kind):", "if False:"),
+    (120, "gguf_architecture", "if problems := list(_problems(config, architecture)):", "if problems := []:"),
+    (121, "ollama", "if frame.expand(messages) != _render(template, messages):", "if False:"),
+    (122, "mlx_adapter", "if theta is None or", "if True or"),
 ]
 
 

@@ -95,7 +95,7 @@ def _merged(
             _require_finite(name, rounded)
             yield rounded
             if change is not None:
-                there = rounded.float().sub_(before)
+                there = rounded.float() - before  # not in place: another thread writes it
                 sums += torch.stack(
                     [
                         torch.vdot(a.flatten(), b.flatten())

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +165,16 @@ def require_room(path: Path, size: int) -> None:
 
 def _seal(folder: Path) -> None:
     """Sync every file and write the manifest."""
-    files = {}
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    for file in paths:
         file.chmod(0o666 & ~_umask())
         _sync(file)
-        files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": sha256(file)}
+    with ThreadPoolExecutor() as pool:  # hashing holds no lock of the interpreter's
+        digests = pool.map(sha256, paths)
+    files = {
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": digest}
+        for file, digest in zip(paths, digests, strict=True)
+    }
     write_json(folder / MANIFEST, {"files": files})
     for inner in (p for p in folder.rglob("*") if p.is_dir()):
         _sync(inner)

@@ -4,7 +4,7 @@ So that a model of any size can be run for a few tokens in the memory of its lar
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,17 +19,19 @@ from lora_cli.weights import TensorInfo, Weights, read_rows, read_tensor
 _PIECE = 1 << 20  # numbers of a weight that are read and multiplied at once
 
 
-def open_model(header: ModelHeader, weights: Weights, trust_remote_code: bool = False) -> nn.Module | None:
+class CannotStream(Exception):
+    """This model runs only when it is loaded."""
+
+
+def open_model(header: ModelHeader, weights: Weights, trust_remote_code: bool = False) -> nn.Module:
     """Return a model that reads its weights as it runs.
 
-    None where a parameter is not in the files under its own name, as where experts are stored one by one and run
-    together.
+    Raises CannotStream where a parameter is not in the files under its own name, as where experts are stored one by one
+    and run together.
     """
     with _parameters_on_meta():
         module = build_skeleton(header, trust_remote_code, device="cpu")
     names = _find_names(module, weights)
-    if names is None:
-        return None
     room = _Room()
     for path, layer in module.named_modules():
         own = {
@@ -53,27 +55,52 @@ def open_model(header: ModelHeader, weights: Weights, trust_remote_code: bool = 
 
 @contextlib.contextmanager
 def adding(module: nn.Module, update: Update) -> Iterator[None]:
-    """Run a block with an update added to what its layers give."""
+    """Run a block with an update added to what a model's layers give."""
+    with _hooked(module, update, lambda path, x, output: output + update.output(path, x)):
+        yield
 
-    def add(path: str) -> Any:
-        return lambda layer, inputs, output: output + update.output(path, inputs[0])
 
-    handles = [module.get_submodule(path).register_forward_hook(add(path)) for path in update.paths]
+def with_and_without(module: nn.Module, update: Update, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits [B * T, V] of a model without and with an update, its weights read once for both.
+
+    Both run as one batch, the update added to the second half of it. Raises CannotStream where a layer sees the rows in
+    another order, or where code reads a layer's weights from elsewhere than the layer.
+    """
+    rows = 2 * len(ids)
+
+    def add(path: str, x: Tensor, output: Tensor) -> Tensor:
+        if len(x) not in (rows, rows * ids.shape[1]):
+            raise IndexError(path)
+        half = len(x) // 2
+        return torch.cat([output[:half], output[half:] + update.output(path, x[half:])])
+
+    try:
+        with _hooked(module, update, add):
+            without, with_update = logits(module, ids.repeat(2, 1)).chunk(2)
+    except (RuntimeError, AttributeError, IndexError) as error:
+        raise CannotStream(str(error)) from None
+    return without, with_update
+
+
+def logits(module: Any, ids: Tensor) -> Tensor:
+    """Return a model's logits [B * T, V] for tokens [B, T]."""
+    output: Tensor = module(input_ids=ids, use_cache=False).logits
+    return output.flatten(0, 1).float()
+
+
+@contextlib.contextmanager
+def _hooked(module: nn.Module, update: Update, add: Callable[[str, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Run a block with `add` of (path, input, output) in the place of each changed layer's output."""
+
+    def hook(path: str) -> Any:
+        return lambda layer, inputs, output: add(path, inputs[0], output)
+
+    handles = [module.get_submodule(path).register_forward_hook(hook(path)) for path in update.paths]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def runs(module: nn.Module) -> bool:
-    """Return whether a streamed model runs; not where code reads a layer's weights from elsewhere than the layer."""
-    try:
-        with torch.inference_mode():
-            module(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
-    except (RuntimeError, AttributeError, IndexError):
-        return False
-    return True
 
 
 class _Room:
@@ -135,8 +162,8 @@ def _forget(layer: nn.Module, *_: Any) -> None:
     layer._parameters.update({name: nothing for name, there in layer._parameters.items() if there is not None})
 
 
-def _find_names(module: nn.Module, weights: Weights) -> dict[str, TensorInfo] | None:
-    """Return where each parameter is; tied ones where any of those tied to them is."""
+def _find_names(module: nn.Module, weights: Weights) -> dict[str, TensorInfo]:
+    """Return where each parameter is; tied ones where any of those tied to them is. Raises CannotStream."""
     found, missing = dict[str, TensorInfo](), dict[str, nn.Parameter]()
     by_parameter: dict[nn.Parameter, TensorInfo] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -144,12 +171,12 @@ def _find_names(module: nn.Module, weights: Weights) -> dict[str, TensorInfo] | 
         if stored is None:
             missing[name] = parameter
         elif weights.infos[stored].shape != tuple(parameter.shape):
-            return None
+            raise CannotStream(name)
         else:
             found[name] = by_parameter[parameter] = weights.infos[stored]
     for name, parameter in missing.items():
         if parameter not in by_parameter:
-            return None
+            raise CannotStream(name)
         found[name] = by_parameter[parameter]
     return found
 

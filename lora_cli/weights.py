@@ -8,6 +8,7 @@ that memory holds one of them, whatever a file's size.
 import json
 import math
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -188,22 +189,27 @@ def write_tensors(
     header += b" " * (-len(header) % 8)
     with file.open("wb") as target:
         target.write(len(header).to_bytes(8, "little") + header)
-        for piece in pieces:
-            if isinstance(piece, TensorInfo):
-                _copy_bytes(piece, target)
-            else:
-                target.write(piece.reshape(-1).view(torch.uint8).numpy())
+        with ThreadPoolExecutor(1) as writer:  # which writes a piece while the next is made
+            pending: Future[None] | None = None
+            for piece in pieces:
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(_write_piece, piece, target)
+            if pending is not None:
+                pending.result()
         assert target.tell() == 8 + len(header) + end, "the pieces are what the header says"
 
 
-def _copy_bytes(info: TensorInfo, target: BinaryIO) -> None:
-    """Copy a tensor's bytes, piece by piece."""
-    with info.file.open("rb") as file:
-        file.seek(info.begin)
-        left = info.size
+def _write_piece(piece: Tensor | TensorInfo, target: BinaryIO) -> None:
+    if isinstance(piece, Tensor):
+        target.write(piece.reshape(-1).view(torch.uint8).numpy())
+        return
+    with piece.file.open("rb") as file:
+        file.seek(piece.begin)
+        left = piece.size
         while left:
-            piece = file.read(min(left, _PIECE))
-            if not piece:
-                raise ModelError(f"{info.file}: ends too early.")
-            target.write(piece)
-            left -= len(piece)
+            part = file.read(min(left, _PIECE))
+            if not part:
+                raise ModelError(f"{piece.file}: ends too early.")
+            target.write(part)
+            left -= len(part)

@@ -2,8 +2,8 @@
 
     python scripts/bench_merge.py OUT [--gigabytes 2] [--rounds 3]
 
-The disk's speed is that of writing and syncing as many bytes as the merge writes, in turns with it. The peak is the
-process's largest resident memory (ru_maxrss), Python and torch included.
+The disk's speed is that of copying the base's files and syncing the copy, in turns with the merge; both begin with
+files that are not in memory. The peak is the process's largest resident memory (ru_maxrss), Python and torch included.
 """
 
 import argparse
@@ -55,21 +55,31 @@ def make(out: Path, gigabytes: float) -> None:
     adapter.save(out / "adapter", model, settings, origin)
 
 
-def write_bytes(path: Path, count: int) -> float:
-    """Return the seconds that writing and syncing so many bytes takes."""
-    piece = os.urandom(1 << 24)
+def copy(base: Path, target: Path) -> float:
+    """Return the seconds that copying a folder and syncing the copy takes."""
+    forget(base)
     began = time.perf_counter()
-    with path.open("wb") as file:
-        for _ in range(count // len(piece)):
-            file.write(piece)
-        os.fsync(file.fileno())
+    target.mkdir()
+    for source in base.iterdir():
+        with source.open("rb") as read, (target / source.name).open("wb") as written:
+            shutil.copyfileobj(read, written, 1 << 24)
+            written.flush()
+            os.fsync(written.fileno())
     seconds = time.perf_counter() - began
-    path.unlink()
+    shutil.rmtree(target)
     return seconds
+
+
+def forget(folder: Path) -> None:
+    """Have the system drop a folder's files from its memory."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def merge(out: Path) -> tuple[float, float]:
     """Return (seconds, peak bytes) of `lora merge`."""
+    forget(out / "base")
     arguments = ["merge", str(out / "adapter"), "--output", str(out / "merged"), "--json"]
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "lora_cli", *arguments], stdout=subprocess.PIPE, text=True)
@@ -96,11 +106,11 @@ def main() -> None:
     print(f"base: {size / 1e9:.2f} GB in {len(shards)} files, the largest {shards[-1] / 1e6:.0f} MB")
     ratios = []
     for _ in range(arguments.rounds):
-        disk = write_bytes(out / "bytes", size)
+        disk = copy(out / "base", out / "copy")
         seconds, peak = merge(out)
         ratios.append(seconds / disk)
         print(
-            f"merge {seconds:5.1f} s, peak {peak / 1e6:,.0f} MB; disk {disk:5.1f} s ({size / disk / 1e6:,.0f} MB/s); "
+            f"merge {seconds:5.1f} s, peak {peak / 1e6:,.0f} MB; copy {disk:5.1f} s ({size / disk / 1e6:,.0f} MB/s); "
             f"ratio {ratios[-1]:.2f}"
         )
     print(f"median ratio {statistics.median(ratios):.2f}")

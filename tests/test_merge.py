@@ -199,14 +199,16 @@ def test_a_model_run_from_the_disk_is_the_loaded_one(
     result = tuned.find(tmp_path / "a")
     weights = Weights(result.header.folder, model.build_skeleton(result.header))
     module = streamed.open_model(result.header, weights)
-    assert module is not None
 
-    assert streamed.runs(module)
     assert torch.allclose(logits(module), logits(load(result.header.folder)), atol=1e-6)
     with streamed.adding(module, Update.of(result.adapter)):
         loaded = tuned.load(result, torch.device("cpu"))
         loaded.module.set_attn_implementation(loaded.own_attention)
         assert torch.allclose(logits(module), logits(loaded.module), atol=1e-5)
+    with torch.inference_mode():
+        without, with_update = streamed.with_and_without(module, Update.of(result.adapter), IDS)
+    assert torch.allclose(without, logits(load(result.header.folder)).flatten(0, 1), atol=1e-5)
+    assert torch.allclose(with_update, logits(loaded.module).flatten(0, 1), atol=1e-5)
 
 
 def test_a_model_that_cannot_run_from_the_disk_is_loaded(tmp_path: Path):
@@ -214,7 +216,8 @@ def test_a_model_that_cannot_run_from_the_disk_is_loaded(tmp_path: Path):
     base = save_base("mixtral", tmp_path / "base")
     header = model.read_header(ModelConfig(path=str(base)))
 
-    assert streamed.open_model(header, Weights(base, model.build_skeleton(header))) is None
+    with pytest.raises(streamed.CannotStream):
+        streamed.open_model(header, Weights(base, model.build_skeleton(header)))
 
 
 def test_our_file_format_is_theirs(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lora_cli.model import LanguageModel, generating
 from lora_cli.reports import Speed
 from lora_cli.tuned import Result
 
-ROUNDS = 8
+ROUNDS = 9
 PROMPT, ANSWER = 256, 48  # tokens
 _BEFORE_ANSWER = 16  # tokens of prompt an answer goes on from
 
@@ -41,8 +42,10 @@ def measure_speeds(result: Result, merged: Path, tuned_by: str) -> Mapping[str, 
     prompt = [3 + n % 100 for n in range(min(PROMPT, longest))]
     seconds = {name: np.zeros((ROUNDS, 2)) for name in models}
     for number in range(-1, ROUNDS):  # the first is to warm up
-        for name, each in models.items():
-            taken = _seconds(each, prompt)
+        names = deque(models)
+        names.rotate(number)  # each comes after each other one as often
+        for name in names:
+            taken = _seconds(models[name], prompt)
             if number >= 0:
                 seconds[name][number] = taken
     return {name: _speed(taken, seconds["base"], len(prompt)) for name, taken in seconds.items()}

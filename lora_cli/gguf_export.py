@@ -109,8 +109,6 @@ def adapter_plan(result: Result) -> Plan:
 
 def _read(result: Result, adapted: bool = True) -> tuple[Architecture, nn.Module, Weights]:
     """Find how the base is written, and read the headers of its files."""
-    if not any(tensor.any() for tensor in result.adapter.lora_B.values()):
-        raise AdapterError(f"{result.adapter.folder}: every lora_B is zero: this adapter is untrained.")
     architecture = gguf_architecture.find(result.header.config)
     skeleton = model.build_skeleton(result.header, result.base.trust_remote_code)
     return (

@@ -116,8 +116,6 @@ def _open(paths: Sequence[Path], base: str | None, together: Together) -> tuple[
     if len(bases) > 1:
         raise AdapterError("The adapters belong to different bases: " + ", ".join(map(str, paths)) + ".")
     for each in results:
-        if not any(tensor.any() for tensor in each.adapter.lora_B.values()):
-            raise AdapterError(f"{each.adapter.folder}: every lora_B is zero: this adapter is untrained.")
         _require_unmerged(each)
     skeleton = model.build_skeleton(first.header, first.base.trust_remote_code)
     for each in results:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_cli.adapter import Adapter
-from lora_cli.errors import InputError
+from lora_cli.errors import AdapterError, InputError
 from lora_cli.randomness import derive_seed
 
 Method = Literal["linear", "ties", "dare"]
@@ -39,6 +39,9 @@ class Update:
             raise InputError("--weights: TIES elects signs by weight, so each must be above 0.")
         if not 0 < self.density <= 1:
             raise InputError(f"--density: must be above 0 and at most 1, not {self.density:g}.")
+        for adapter in self.adapters:
+            if not any(tensor.any() for tensor in adapter.lora_B.values()):
+                raise AdapterError(f"{adapter.folder}: every lora_B is zero: this adapter is untrained.")
 
     @classmethod
     def of(cls, adapter: Adapter) -> "Update":

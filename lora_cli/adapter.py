@@ -7,8 +7,7 @@ chat_template.jinja          the chat template its rows were written with, where
 
 import json
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli import lora
-from lora_cli.config import LoraConfig
 from lora_cli.errors import AdapterError
 
 CONFIG = "adapter_config.json"
@@ -28,8 +26,8 @@ BASE = "base.json"
 TEMPLATE = "chat_template.jinja"
 TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"  # of models that have a second one for rows with tools
 TEMPLATES = (TEMPLATE, TOOL_TEMPLATE)  # where transformers looks for them
-_PREFIX = "base_model.model."
-_NAME = re.compile(rf"{re.escape(_PREFIX)}(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
+PREFIX = "base_model.model."
+_NAME = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
 
 
 # PEFT settings that make more of an adapter than W + scale * B A.
@@ -61,121 +59,9 @@ class Adapter:
     chat_templates: Mapping[str, str]  # by their file names; none where the adapter came without
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where an adapter comes from: its base, and the chat templates its rows were written with, by their file names."""
-
-    base: str
-    revision: str | None
-    base_fingerprint: str
-    chat_templates: Mapping[str, str]
-
-
-def save(folder: Path, model: nn.Module, config: LoraConfig, origin: Origin) -> None:
-    """Write the files of an adapter into a folder."""
-    values = {
-        "r": config.rank,
-        "lora_alpha": _whole(config.alpha),
-        "lora_dropout": config.dropout,
-        "use_rslora": config.method == "rslora",
-        "target_modules": _shortest_names(model, [path for path, _ in lora.lora_layers(model)]),
-        "fan_in_fan_out": any(lora.is_conv1d(layer.base) for _, layer in lora.lora_layers(model)),
-    }
-    _write(folder, values, lora.trainable(model), origin)
-
-
-def save_factors(
-    folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], origin: Origin, fan_in_fan_out: bool
-) -> None:
-    """Write the files of an adapter whose layers add B A, given as (A [r, in], B [out, r]) by their paths."""
-    ranks = {path: len(down) for path, (down, _) in factors.items()}
-    most = max(ranks.values())
-    special = {re.escape(path): rank for path, rank in ranks.items() if rank != most}
-    values = {
-        "r": most,
-        "lora_alpha": most,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "target_modules": sorted(ranks),
-        "fan_in_fan_out": fan_in_fan_out,
-        "rank_pattern": special,
-        "alpha_pattern": special,
-    }
-    tensors = {
-        f"{path}.{name}": tensor
-        for path, pair in factors.items()
-        for name, tensor in zip(("lora_A", "lora_B"), pair, strict=True)
-    }
-    _write(folder, values, tensors, origin)
-
-
-def _write(folder: Path, special: Mapping[str, Any], parameters: Mapping[str, Tensor], origin: Origin) -> None:
-    """Write an adapter's files, its settings with what all adapters have in common."""
-    values: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": origin.base,
-        "revision": origin.revision,
-        "use_dora": False,
-        "bias": "none",
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "init_lora_weights": True,
-        "inference_mode": True,
-        **special,
-    }
-    tensors = {
-        f"{_PREFIX}{name}.weight": parameter.detach().cpu().contiguous() for name, parameter in parameters.items()
-    }
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))  # an OSError where it fails
-    (folder / BASE).write_text(json.dumps({"fingerprint": origin.base_fingerprint}) + "\n", encoding="utf-8")
-    save_templates(folder, origin.chat_templates)
-
-
-def _whole(alpha: float) -> float:
-    """Return 8 for 8.0: readers in other languages take a whole number only (Ollama's, PEFT's own type)."""
-    return int(alpha) if alpha == int(alpha) else alpha
-
-
-def save_templates(folder: Path, templates: Mapping[str, str]) -> None:
-    """Write chat templates by their file names, into an adapter's folder or a model's."""
-    for name, text in templates.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
-
-
-def _shortest_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """Return names that select exactly these layers: last parts where they are enough, else whole paths."""
-    names = {path.rsplit(".", 1)[-1] for path in paths}
-    selected = {path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in names}
-    return sorted(names) if selected == set(paths) else sorted(paths)
-
-
-def copy(source: Path, folder: Path) -> None:
-    """Copy the files of an adapter out of its folder or a checkpoint."""
-    for name in (CONFIG, WEIGHTS):
-        shutil.copyfile(source / name, folder / name)
-    for name in (BASE, *TEMPLATES):
-        if (source / name).is_file():  # adapters from elsewhere have not all of them
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
-
-
-def scale_alphas(folder: Path, gain: float) -> float:
-    """Multiply every alpha of an adapter's folder by `gain`, in place; return the new one."""
-    values = _read_config(folder)
-    alpha = float(values.get("lora_alpha", 8)) * gain
-    special = {pattern: _whole(other * gain) for pattern, other in (values.get("alpha_pattern") or {}).items()}
-    values |= {"lora_alpha": _whole(alpha), "alpha_pattern": special}
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    return alpha
-
-
 def read(folder: Path) -> Adapter:
     """Read and check an adapter: ours or any PEFT LoRA. Raises AdapterError with everything that cannot be honoured."""
-    values = _read_config(folder)
+    values = read_config(folder)
     if not (folder / WEIGHTS).is_file():
         hint = " Pickled weights (.bin) are not read; save it again with PEFT." if list(folder.glob("*.bin")) else ""
         raise AdapterError(f"{folder}: has no {WEIGHTS}.{hint}", state="Nothing was read.")
@@ -214,7 +100,8 @@ def read(folder: Path) -> Adapter:
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json. Raises AdapterError with everything in it that cannot be honoured."""
     path = folder / CONFIG
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -243,7 +130,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def is_transposed(folder: Path) -> bool:
     """Return whether an adapter is of layers that store their weights as [in, out] (GPT-2's Conv1D)."""
-    return bool(_read_config(folder).get("fan_in_fan_out"))
+    return bool(read_config(folder).get("fan_in_fan_out"))
 
 
 def _base_fingerprint(folder: Path) -> str | None:

@@ -4,7 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, assert_never
 
-from lora_cli import adapter, card, gguf_export, mlx_adapter, ollama, onnx_graph, run_dir, sources, storage, tuned
+from lora_cli import (
+    adapter,
+    adapter_folder,
+    card,
+    gguf_export,
+    mlx_adapter,
+    ollama,
+    onnx_graph,
+    run_dir,
+    sources,
+    storage,
+    tuned,
+)
 from lora_cli.gguf_file import Kind
 from lora_cli.reports import ExportReport, GgufReport
 from lora_cli.tuned import Result
@@ -44,7 +56,7 @@ def export_peft(path: Path, output: Path) -> Sequence[str]:
     folder, run = run_dir.find_adapter(path)
     found = adapter.read(folder)
     with storage.explained(output), storage.new_directory(output) as new:
-        adapter.copy(folder, new)
+        adapter_folder.copy(folder, new)
         card.write(new, card.peft_card(found, run))
     if sources.is_hub_id(found.base):
         return []

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from lora_cli import adapter, card, checkpoint, lora, run_dir, storage
-from lora_cli.adapter import Origin
+from lora_cli import adapter, adapter_folder, card, checkpoint, lora, run_dir, storage
+from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Step, micro_batches, plan_epoch, steps_in_epoch
 from lora_cli.blocks import compile_blocks, recompute_activations
 from lora_cli.checkpoint import Stopping, TrainState
@@ -253,7 +253,7 @@ class Loop:
         return Saved(self.state.step, path, is_best)
 
     def _save_adapter(self, folder: Path) -> None:
-        adapter.save(folder, self.model.module, self.config.lora, self.origin)
+        adapter_folder.save(folder, self.model.module, self.config.lora, self.origin)
 
     def _finish(self) -> Finished:
         """Copy the best adapter, or the last one where nothing was evaluated, to where the result stands."""
@@ -280,7 +280,7 @@ class Loop:
         )
         if not is_written:
             with storage.new_directory(self.run.adapter) as folder:
-                adapter.copy(chosen, folder)
+                adapter_folder.copy(chosen, folder)
                 card.write(folder, card.peft_card(adapter.read(chosen), self.run, finished))
         return finished
 

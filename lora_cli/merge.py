@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from lora_cli import adapter, card, model, storage, tuned, verify
-from lora_cli.adapter import Origin
+from lora_cli import adapter, adapter_folder, card, model, storage, tuned, verify
+from lora_cli.adapter_folder import Origin
 from lora_cli.errors import AdapterError, ModelError
 from lora_cli.merged_folder import RECORD, Form, require_space, write
 from lora_cli.reports import Agreement, CombineReport, MergedLayer, MergeReport
@@ -93,7 +93,9 @@ def combine(paths: Sequence[Path], output: Path, base: str | None, together: Tog
             first.adapter.chat_templates,
         )
         transposed = adapter.is_transposed(first.adapter.folder)
-        adapter.save_factors(folder, {path: (down, up) for path, (down, up, _) in found.items()}, origin, transposed)
+        adapter_folder.save_factors(
+            folder, {path: (down, up) for path, (down, up, _) in found.items()}, origin, transposed
+        )
     return CombineReport(
         output=output,
         adapted_tensors=len(found),

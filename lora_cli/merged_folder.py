@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_cli import card, model, storage
-from lora_cli.adapter import save_templates
+from lora_cli.adapter_folder import save_templates
 from lora_cli.errors import AdapterError
 from lora_cli.model import weight_files
 from lora_cli.randomness import derive_seed

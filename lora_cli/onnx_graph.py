@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_cli import adapter, lora, model, tuned
+from lora_cli import adapter_folder, lora, model, tuned
 from lora_cli.errors import AdapterError, ModelError, SurroundingsError
 from lora_cli.model import LanguageModel
 from lora_cli.tuned import Result
@@ -57,7 +57,7 @@ def write(result: Result, folder: Path) -> float:
     for source in sorted(result.header.folder.iterdir()):
         if source.is_file() and source.suffix in _BESIDE and not source.name.endswith(".index.json"):
             shutil.copyfile(source, folder / source.name)
-    adapter.save_templates(folder, result.adapter.chat_templates)
+    adapter_folder.save_templates(folder, result.adapter.chat_templates)
     return max(_difference(folder, *each) for each in zip(examples, wanted, strict=True))
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lora_cli import adapter, storage, tuned
+from lora_cli import adapter_folder, storage, tuned
 from lora_cli.distributed import current_world
 from lora_cli.errors import InputError
 from lora_cli.held_out import general_text, held_out_rows
@@ -36,8 +36,8 @@ def scale(
     if gain <= 0:
         raise InputError(f"--gain: must be above 0, not {gain}; at 0 an adapter is the base model.")
     with storage.new_directory(output) as folder:
-        adapter.copy(result.adapter.folder, folder)
-        alpha = adapter.scale_alphas(folder, gain)
+        adapter_folder.copy(result.adapter.folder, folder)
+        alpha = adapter_folder.scale_alphas(folder, gain)
     return ScaleReport(output, gain, alpha, point)
 
 

@@ -33,7 +33,7 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
     for text in prepared.notices:
         yield Notice(text)
 
-    from lora_cli import adapter, lora, model
+    from lora_cli import adapter, adapter_folder, lora, model
     from lora_cli.distributed import current_world, memory_error
     from lora_cli.forgetting import Validation
     from lora_cli.loop import Loop
@@ -62,7 +62,7 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
     with run_dir.held(run):
         run_dir.create(run, config, environment)
         templates = prepared.template.files(*adapter.TEMPLATES) if prepared.template and prepared.templated else {}
-        origin = adapter.Origin(config.model.path, config.model.revision, base_fingerprint, templates)
+        origin = adapter_folder.Origin(config.model.path, config.model.revision, base_fingerprint, templates)
         validation = None
         if prepared.validation is not None:
             validation = Validation(language_model, prepared.validation, prepared.general)

@@ -129,7 +129,7 @@ def load_ours(job: Job, dtype: str = "auto") -> Any:
 
 def build_loop(job: Job, tokens: str, name: str = "ours") -> Any:
     """Build the loop of `lora train` over the job's rows, without validation."""
-    from lora_cli.adapter import Origin
+    from lora_cli.adapter_folder import Origin
     from lora_cli.batches import Mixture, Part
     from lora_cli.config import RunConfig
     from lora_cli.dataset import TrainingSet

@@ -20,8 +20,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models
 
-from lora_cli import adapter, lora
-from lora_cli.adapter import Origin
+from lora_cli import adapter_folder, lora
+from lora_cli.adapter_folder import Origin
 from lora_cli.config import LoraConfig
 from lora_cli.model import fingerprint
 
@@ -52,7 +52,7 @@ def make(out: Path, gigabytes: float) -> None:
         torch.nn.init.normal_(layer.lora_B, std=0.02)
     (out / "adapter").mkdir()
     origin = Origin(str(out / "base"), None, fingerprint(out / "base"), {})
-    adapter.save(out / "adapter", model, settings, origin)
+    adapter_folder.save(out / "adapter", model, settings, origin)
 
 
 def copy(base: Path, target: Path) -> float:

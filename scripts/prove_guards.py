@@ -169,7 +169,7 @@ EDITS = [
     (103, "scoring", "if lost := [", "if lost := [] and ["),
     (104, "prepare", 'dataset.require_no_overlap(dataset.find_overlap(trained_on, test), config.data, "test")', "pass"),
     (105, "loop", "adapter.load_weights(self.model.module, adapter.read(chosen))\n", "pass\n"),
-    (106, "adapter", "_whole(other * gain) for pattern", "_whole(other) for pattern"),
+    (106, "adapter_folder", "_whole(other * gain) for pattern", "_whole(other) for pattern"),
     # merging
     (107, "merge", "if over and not force:", "if False:"),
     (108, "merge", "agreement.effect / 2)", 'float("inf"))'),

@@ -18,8 +18,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lora_cli import adapter, cli, data, lora, model, tuned
-from lora_cli.adapter import Origin
+from lora_cli import adapter, adapter_folder, cli, data, lora, model, tuned
+from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Batch, Group, collate
 from lora_cli.config import DataConfig, LoraConfig, ModelConfig
 from lora_cli.data_reader import DataReader, run_to_end
@@ -137,7 +137,7 @@ def write_adapter(base: str, folder: Path, config: LoraConfig) -> dict[str, Any]
     for _, layer in lora.lora_layers(loaded.module):
         torch.nn.init.normal_(layer.lora_B, std=0.3)
     folder.mkdir()
-    adapter.save(folder, loaded.module, config, Origin(base, None, model.fingerprint(header.folder), {}))
+    adapter_folder.save(folder, loaded.module, config, Origin(base, None, model.fingerprint(header.folder), {}))
     values: dict[str, Any] = json.loads((folder / adapter.CONFIG).read_text())
     return values
 

@@ -19,7 +19,19 @@ from conftest import CHATML, build_model, build_tokenizer
 from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 
-from lora_cli import adapter, cli, gguf_export, gguf_file, gguf_pre_tokenizer, lora, model, storage, tuned, weights
+from lora_cli import (
+    adapter,
+    adapter_folder,
+    cli,
+    gguf_export,
+    gguf_file,
+    gguf_pre_tokenizer,
+    lora,
+    model,
+    storage,
+    tuned,
+    weights,
+)
 from lora_cli.config import LoraConfig
 from lora_cli.errors import AdapterError, InputError, SurroundingsError
 from lora_cli.tuned import Result
@@ -127,7 +139,7 @@ def write_adapter(folder: Path, base: Path, config: LoraConfig) -> Any:
         for _, layer in lora.lora_layers(module):
             layer.lora_B.normal_(0.0, 0.1)
     folder.mkdir()
-    adapter.save(folder, module, config, adapter.Origin(str(base), None, model.fingerprint(base), {}))
+    adapter_folder.save(folder, module, config, adapter_folder.Origin(str(base), None, model.fingerprint(base), {}))
     return module
 
 
@@ -455,7 +467,7 @@ def test_the_adapters_chat_template(tmp_path: Path):
     """The template that the rows were written with goes into the file, not the base's."""
     write_base(tmp_path / "base", config_of("llama"))
     write_adapter(tmp_path / "adapter", tmp_path / "base", LoraConfig(rank=4, alpha=8))
-    adapter.save_templates(tmp_path / "adapter", {adapter.TEMPLATE: CHATML.replace("user", "human") + "!"})
+    adapter_folder.save_templates(tmp_path / "adapter", {adapter.TEMPLATE: CHATML.replace("user", "human") + "!"})
     gguf_export.export_model(tuned.find(tmp_path / "adapter"), tmp_path / "model.gguf", "f16")
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
 

@@ -11,8 +11,8 @@ import torch
 import transformers
 from conftest import build_examples, conversation, one_batch, save_with_peft, write_rows
 
-from lora_cli import adapter, lora, model, tuned
-from lora_cli.adapter import Origin
+from lora_cli import adapter, adapter_folder, lora, model, tuned
+from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Group
 from lora_cli.config import LoraConfig, ModelConfig
 from lora_cli.errors import AdapterError, ModelError
@@ -126,7 +126,7 @@ def test_loss_and_gradients_equal_pefts(kind: str, model_folder: Callable[[str],
     config = LoraConfig(rank=4, alpha=8, target_modules=targets)
     lora.apply_lora(loaded.module, config, seed=0)
     randomise(loaded.module)
-    adapter.save(tmp_path, loaded.module, config, Origin(model_folder(kind), None, "f", {}))
+    adapter_folder.save(tmp_path, loaded.module, config, Origin(model_folder(kind), None, "f", {}))
     source = write_rows(tmp_path / "r.jsonl", [conversation(n) for n in range(6)])
     found, _ = build_examples(source, header.tokenizer)
     share_inputs(loaded)
@@ -170,7 +170,7 @@ def test_peft_loads_our_adapter(
     config = LoraConfig(rank=4, alpha=8, method=method, target_modules=chosen)
     lora.apply_lora(loaded.module, config, seed=0)
     randomise(loaded.module)
-    adapter.save(tmp_path, loaded.module, config, Origin(model_folder(kind), None, "f", {}))
+    adapter_folder.save(tmp_path, loaded.module, config, Origin(model_folder(kind), None, "f", {}))
     base = transformers.AutoModelForCausalLM.from_pretrained(model_folder(kind))
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     adapted = {n for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
@@ -225,7 +225,9 @@ def test_an_adapter_of_another_base_is_refused(model_folder: Callable[[str], str
     loaded, _ = load(model_folder("llama"))
     lora.apply_lora(loaded.module, LoraConfig(rank=4), seed=0)
     (tmp_path / "b").mkdir()
-    adapter.save(tmp_path / "b", loaded.module, LoraConfig(rank=4), Origin(model_folder("llama"), None, "another", {}))
+    adapter_folder.save(
+        tmp_path / "b", loaded.module, LoraConfig(rank=4), Origin(model_folder("llama"), None, "another", {})
+    )
     with pytest.raises(AdapterError, match="was trained on another base"):
         tuned.find(tmp_path / "b")
 

@@ -255,7 +255,8 @@ def export(
 ) -> None:
     """Write what other runtimes load."""
     from lora_cli import export as exporting
-    from lora_cli import gguf_file, hub
+    from lora_cli import hub
+    from lora_cli.formats import gguf_file
 
     chosen: exporting.Format = arguments.one_of("--format", format, exporting.Format)
     kind: gguf_file.Kind = arguments.one_of("--gguf-type", gguf_type, gguf_file.Kind)

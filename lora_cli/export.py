@@ -4,20 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, assert_never
 
-from lora_cli import (
-    adapter,
-    adapter_folder,
-    card,
-    gguf_export,
-    mlx_adapter,
-    ollama,
-    onnx_graph,
-    run_dir,
-    sources,
-    storage,
-    tuned,
-)
-from lora_cli.gguf_file import Kind
+from lora_cli import adapter, adapter_folder, card, run_dir, sources, storage, tuned
+from lora_cli.formats import gguf_export, mlx_adapter, ollama, onnx_graph
+from lora_cli.formats.gguf_file import Kind
 from lora_cli.reports import ExportReport, GgufReport
 from lora_cli.tuned import Result
 

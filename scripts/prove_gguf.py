@@ -24,7 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from llama_cpp import LlamaCpp  # noqa: E402
 
-from lora_cli import gguf_export, gguf_file, held_out, questions, tuned  # noqa: E402
+from lora_cli import held_out, questions, tuned  # noqa: E402
+from lora_cli.formats import gguf_export, gguf_file  # noqa: E402
 from lora_cli.generate import generate  # noqa: E402
 from lora_cli.model import LanguageModel, end_tokens, generating  # noqa: E402
 

@@ -180,19 +180,24 @@ EDITS = [
     (113, "adapter", 'problems.append(f"{adapter.folder}: adapts {path}, {what}.")', "pass"),
     (114, "weights", 'problems.append(f"{path}: is adapted, and', 'str(f"{path}: is adapted, and'),
     # exports
-    (115, "gguf_architecture", "halves.transpose(1, 2).flatten(0, 2)", "halves.flatten(0, 2)"),
-    (116, "gguf_export", "found.rows(adapter.lora_B[path] * adapter.scales[path])", "found.rows(adapter.lora_B[path])"),
-    (117, "mlx_adapter", "up = adapter.lora_B[path] * adapter.scales[path]", "up = adapter.lora_B[path]"),
+    (115, "formats/gguf_architecture", "halves.transpose(1, 2).flatten(0, 2)", "halves.flatten(0, 2)"),
+    (
+        116,
+        "formats/gguf_export",
+        "found.rows(adapter.lora_B[path] * adapter.scales[path])",
+        "found.rows(adapter.lora_B[path])",
+    ),
+    (117, "formats/mlx_adapter", "up = adapter.lora_B[path] * adapter.scales[path]", "up = adapter.lora_B[path]"),
     (
         118,
-        "gguf_pre_tokenizer",
+        "formats/gguf_pre_tokenizer",
         "not in PRE_TOKENIZERS:",
         'not in PRE_TOKENIZERS:\n        return "gpt-2"\n    if False:',
     ),
-    (119, "gguf_file", "if not _within(got, meant, tensor.kind):", "if False:"),
-    (120, "gguf_architecture", "if problems := list(_problems(config, architecture)):", "if problems := []:"),
-    (121, "ollama", "if frame.expand(messages) != _render(template, messages):", "if False:"),
-    (122, "mlx_adapter", "if theta is None or", "if True or"),
+    (119, "formats/gguf_file", "if not _within(got, meant, tensor.kind):", "if False:"),
+    (120, "formats/gguf_architecture", "if problems := list(_problems(config, architecture)):", "if problems := []:"),
+    (121, "formats/ollama", "if frame.expand(messages) != _render(template, messages):", "if False:"),
+    (122, "formats/mlx_adapter", "if theta is None or", "if True or"),
 ]
 
 
@@ -240,7 +245,7 @@ def run_tests(folder: Path, tests: Sequence[str], sender: Any) -> None:
     answer = Answer()
     answer.code = int(pytest.main(["-p", "no:cacheprovider", *tests], plugins=[answer]))
     files = {Path(module.__file__ or "") for name, module in sys.modules.items() if name.split(".")[0] == "lora_cli"}
-    if {file.parent for file in files} != {folder / "lora_cli"}:
+    if not all(file.is_relative_to(folder / "lora_cli") for file in files):
         answer.code = 99  # another copy of the package was tested
     sender.send(answer)
 

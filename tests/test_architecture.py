@@ -38,10 +38,10 @@ FLOORS = [
     "fidelity",
     "spans",
     "examples",
-    "gguf_file",
-    "gguf_architecture",
-    "gguf_pre_tokenizer",
-    "gguf_vocabulary",
+    "formats.gguf_file",
+    "formats.gguf_architecture",
+    "formats.gguf_pre_tokenizer",
+    "formats.gguf_vocabulary",
     "parallel",
     "corpus",
     "batches",
@@ -81,10 +81,10 @@ FLOORS = [
     "speed",
     "merged_folder",
     "merge",
-    "mlx_adapter",
-    "onnx_graph",
-    "gguf_export",
-    "ollama",
+    "formats.mlx_adapter",
+    "formats.onnx_graph",
+    "formats.gguf_export",
+    "formats.ollama",
     "export",
     "hub",
     "check",
@@ -99,16 +99,16 @@ FLOORS = [
 DOORS = {
     "yaml": {"strict_yaml"},
     "pydantic": {"config", "config_file"},
-    "transformers": {"chat_template", "model", "onnx_graph", "train"},  # train only asks its version
+    "transformers": {"chat_template", "formats.onnx_graph", "model", "train"},  # train only asks its version
     "pyarrow": {"corpus", "data_file"},
     "huggingface_hub": {"hub", "model"},
     "datasets": {"sources"},
-    "safetensors": {"adapter", "adapter_folder", "checkpoint", "mlx_adapter", "train"},
+    "safetensors": {"adapter", "adapter_folder", "checkpoint", "formats.mlx_adapter", "train"},
     "rich": {"console", "figures", "follower"},
-    "gguf": {"gguf_file"},
+    "gguf": {"formats.gguf_file"},
     "typer": {"cli"},
     "lm_eval": {"harness"},
-    "onnxruntime": {"onnx_graph"},
+    "onnxruntime": {"formats.onnx_graph"},
     "sacrebleu": {"scoring"},
     "rouge_score": {"scoring"},
 }
@@ -120,39 +120,44 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "lora_cli":
-            found |= {f"lora_cli.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(str(node.module))
+            module = str(node.module)
+            is_folder = module.startswith("lora_cli") and (PACKAGE.parent / module.replace(".", "/")).is_dir()
+            found |= {f"{module}.{alias.name}" for alias in node.names} if is_folder else {module}
     return found
 
 
-FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+def name_of(path: Path) -> str:
+    """A file's name as a module of the package."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem != "__init__")
 
 
 def test_every_file_has_a_floor():
     """The list above names every file of the package, once."""
-    assert sorted(FLOORS) == sorted(path.stem for path in FILES)
+    assert sorted(FLOORS) == sorted(map(name_of, FILES))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_point_down(path: Path):
     """A file imports only files on floors below it."""
-    below = set(FLOORS[: FLOORS.index(path.stem)]) | {"__version__"}
-    ours = {name.split(".")[1] for name in imports(path) if name.startswith("lora_cli.")}
+    below = set(FLOORS[: FLOORS.index(name_of(path))]) | {"__version__"}
+    ours = {name.removeprefix("lora_cli.") for name in imports(path) if name.startswith("lora_cli.")}
 
     assert ours <= below
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_one_door_for_each_library(path: Path):
     """A third-party library is imported only by the files that stand at its door."""
     for library, doors in DOORS.items():
         if any(name.split(".")[0] == library for name in imports(path)):
-            assert path.stem in doors, library
+            assert name_of(path) in doors, library
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_nothing_that_runs_what_it_reads(path: Path):
     """No pickle, no eval, no exec, no torch.load, no plain YAML loader."""
     banned = {"eval", "exec", "compile", "__import__"}

@@ -19,21 +19,10 @@ from conftest import CHATML, build_model, build_tokenizer
 from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 
-from lora_cli import (
-    adapter,
-    adapter_folder,
-    cli,
-    gguf_export,
-    gguf_file,
-    gguf_pre_tokenizer,
-    lora,
-    model,
-    storage,
-    tuned,
-    weights,
-)
+from lora_cli import adapter, adapter_folder, cli, lora, model, storage, tuned, weights
 from lora_cli.config import LoraConfig
 from lora_cli.errors import AdapterError, InputError, SurroundingsError
+from lora_cli.formats import gguf_export, gguf_file, gguf_pre_tokenizer
 from lora_cli.tuned import Result
 
 LlamaCpp = pytest.importorskip("llama_cpp", reason="needs gguf and xllamacpp").LlamaCpp

@@ -11,9 +11,10 @@ import torch
 import transformers
 from conftest import TOKENS, build_tokenizer, our_logits, write_adapter
 
-from lora_cli import adapter, export, mlx_adapter, tuned
+from lora_cli import adapter, export, tuned
 from lora_cli.config import LoraConfig
 from lora_cli.errors import AdapterError
+from lora_cli.formats import mlx_adapter
 from lora_cli.runtimes import MLX
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not here")

@@ -11,8 +11,8 @@ import transformers
 from conftest import CHATML, build_tokenizer
 from test_gguf import Trained, trained  # noqa: F401 - a fixture
 
-from lora_cli import ollama
 from lora_cli.errors import ModelError
+from lora_cli.formats import ollama
 
 FAMILIES = [
     "HuggingFaceTB-SmolLM2-135M-Instruct",

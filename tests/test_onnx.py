@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import TOKENS, our_logits, write_adapter
 
-from lora_cli import export, lora, onnx_graph, storage, tuned
+from lora_cli import export, lora, storage, tuned
 from lora_cli.config import LoraConfig
 from lora_cli.errors import AdapterError, SurroundingsError
+from lora_cli.formats import onnx_graph
 
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")

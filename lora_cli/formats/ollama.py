@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_cli import chat_template, gguf_export, model, storage
+from lora_cli import chat_template, model, storage
 from lora_cli.chat_template import ChatTemplate
 from lora_cli.conversation import Conversation, Message, RowError
 from lora_cli.errors import ModelError
 from lora_cli.examples import Tokenizer
-from lora_cli.gguf_file import Kind
+from lora_cli.formats import gguf_export
+from lora_cli.formats.gguf_file import Kind
 from lora_cli.reports import GgufReport
 from lora_cli.tuned import Result
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_cli import chat_template
-from lora_cli import gguf_pre_tokenizer as pre_tokenizer
 from lora_cli.conversation import Conversation, Message, RowError
 from lora_cli.errors import ModelError
 from lora_cli.examples import Tokenizer
-from lora_cli.gguf_file import Value
+from lora_cli.formats import gguf_pre_tokenizer as pre_tokenizer
+from lora_cli.formats.gguf_file import Value
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 _SPACE = "\u2581"  # SentencePiece's mark of a space

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_cli import gguf_architecture, gguf_file, gguf_vocabulary, model, storage
+from lora_cli import model, storage
 from lora_cli.errors import AdapterError, ModelError
-from lora_cli.gguf_architecture import Architecture, Place
-from lora_cli.gguf_file import Kind, Plan, Planned, Value
+from lora_cli.formats import gguf_architecture, gguf_file, gguf_vocabulary
+from lora_cli.formats.gguf_architecture import Architecture, Place
+from lora_cli.formats.gguf_file import Kind, Plan, Planned, Value
 from lora_cli.reports import GgufReport
 from lora_cli.tuned import Result
 from lora_cli.update import Update

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import ModelError
-from lora_cli.gguf_file import Value, tensor_names
+from lora_cli.formats.gguf_file import Value, tensor_names
 
 _ATTENTION_BIASES = ("q_proj", "k_proj", "v_proj")
 

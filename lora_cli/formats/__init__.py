@@ -1,0 +1,1 @@
+"""What other runtimes load: one file a format, GGUF in a few."""

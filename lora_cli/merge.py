@@ -61,6 +61,7 @@ def merge(
         over = not agreement.largest_logit_difference <= bound
         if over and not force:
             raise AdapterError(_too_far(output, agreement, bound, layers))
+        whose = "adapter" if len(results) == 1 else "first adapter"
         report = MergeReport(
             output=output,
             adapted_tensors=len(layers),
@@ -70,9 +71,7 @@ def merge(
             agreement=agreement,
             bound=bound,
             forced=over,
-            speeds=measure_speeds(first, folder, "adapter" if len(results) == 1 else "first adapter")
-            if speed
-            else None,
+            speeds=measure_speeds(first, folder, whose) if speed else None,
         )
         storage.write_json(folder / RECORD, _record(results, update, report))
         if len(results) == 1:  # a card tells of one run
@@ -149,7 +148,7 @@ def _require_unmerged(result: Result) -> None:
 
 
 def _too_far(output: Path, agreement: Agreement, bound: float, layers: Sequence[MergedLayer]) -> str:
-    kept = sorted(layer.kept for layer in layers if layer.kept is not None)
+    kept = sorted(layer.kept for layer in layers if layer.kept is not None) or [1.0]
     return (
         f"{output}: the merged model's logits differ from base + adapter by up to "
         f"{agreement.largest_logit_difference:.3g}; at most {bound:.3g} is allowed. The adapter itself moves them by "

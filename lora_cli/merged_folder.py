@@ -96,12 +96,8 @@ def _merged(
             yield rounded
             if change is not None:
                 there = rounded.float() - before  # not in place: another thread writes it
-                sums += torch.stack(
-                    [
-                        torch.vdot(a.flatten(), b.flatten())
-                        for a, b in ((before, before), (change, change), (there, change))
-                    ]
-                )
+                pairs = ((before, before), (change, change), (there, change))
+                sums += torch.stack([torch.vdot(a.flatten(), b.flatten()) for a, b in pairs])
         if name in weights.adapted:
             layers.append(_layer(name, *sums.tolist()))
 
@@ -123,10 +119,12 @@ def round_to(tensor: Tensor, dtype: torch.dtype, rounding: Rounding, seed: int) 
     """Return a float32 tensor in another dtype, each number rounded to its nearest there, or by chance.
 
     By chance (stochastic rounding): up as often as it is far from the lower neighbour, so that the mean of many numbers
-    stays what it was, and updates far below the dtype's resolution are not lost on balance.
+    stays what it was, and updates far below the dtype's resolution are not lost on balance. Infinite where the nearest
+    is.
     """
+    nearest = tensor.to(dtype)
     if rounding == "nearest" or dtype == torch.float32:
-        return tensor.to(dtype)
+        return nearest
     size = tensor.abs()
     low = size.to(dtype)
     bits = low.view(torch.int16)  # of positive numbers: the next bit pattern is the next number
@@ -134,7 +132,7 @@ def round_to(tensor: Tensor, dtype: torch.dtype, rounding: Rounding, seed: int) 
     high = (bits + 1).view(dtype)
     chance = (size - low.float()) / (high.float() - low.float())
     up = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed)) < chance
-    return torch.where(up, high, low).copysign(tensor.to(dtype))
+    return torch.where(nearest.isinf(), nearest, torch.where(up, high, low).copysign(nearest))
 
 
 def _layer(name: str, weight: float, change: float, along: float) -> MergedLayer:

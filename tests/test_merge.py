@@ -162,6 +162,7 @@ def test_stochastic_rounding_is_right_on_the_mean():
     assert near.unique().tolist() == [-1.0]
     assert by_chance.unique().tolist() == [-1.0 - 2.0**-7, -1.0]
     assert float(by_chance.mean()) == pytest.approx(float(number[0]), abs=5e-5)
+    assert round_to(torch.tensor([1e6, -1e6]), torch.float16, "stochastic", seed=1).isinf().all()
     values = torch.randn(10_000) * torch.logspace(-6, 3, 10_000)
     for dtype in (torch.bfloat16, torch.float16):
         rounded = round_to(values, dtype, "stochastic", seed=2).float()

@@ -88,7 +88,7 @@ def combine(paths: Sequence[Path], output: Path, base: str | None, together: Tog
         origin = Origin(
             first.adapter.base,
             first.adapter.revision,
-            model.fingerprint(first.header.folder),
+            first.base_fingerprint,
             first.adapter.chat_templates,
         )
         transposed = adapter.is_transposed(first.adapter.folder)
@@ -113,8 +113,7 @@ def _open(paths: Sequence[Path], base: str | None, together: Together) -> tuple[
     density = DENSITIES[together.method] if together.density is None else together.density
     weights = [1.0] * len(results) if together.weights is None else together.weights
     update = Update([each.adapter for each in results], weights, together.method, density)
-    bases = {model.fingerprint(each.header.folder) for each in results}
-    if len(bases) > 1:
+    if len({each.base_fingerprint for each in results}) > 1:
         raise AdapterError("The adapters belong to different bases: " + ", ".join(map(str, paths)) + ".")
     for each in results:
         _require_unmerged(each)
@@ -162,7 +161,7 @@ def _record(results: Sequence[Result], update: Update, report: MergeReport) -> d
     agreement = report.agreement
     return {
         "base": Path(results[0].adapter.base).name or results[0].header.folder.name,
-        "base_fingerprint": model.fingerprint(results[0].header.folder),
+        "base_fingerprint": results[0].base_fingerprint,
         "adapters": [
             {"sha256": storage.sha256(each.adapter.folder / adapter.WEIGHTS), "weight": weight}
             for each, weight in zip(results, update.weights, strict=True)

@@ -20,6 +20,7 @@ class Result:
     adapter: Adapter
     base: ModelConfig
     header: ModelHeader
+    base_fingerprint: str  # of the base that was found
     run: RunDir | None
     config: RunConfig | None
 
@@ -59,7 +60,7 @@ def find(path: Path, base: str | None = None) -> Result:
         )
     if read.chat_templates:
         header = replace(header, tokenizer=model.with_chat_templates(header.tokenizer, read.chat_templates))
-    return Result(read, section, header, run, config)
+    return Result(read, section, header, found, run, config)
 
 
 def load(result: Result, device: torch.device, dtype: str | None = None) -> LanguageModel:

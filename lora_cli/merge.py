@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lora_cli import adapter, adapter_folder, card, model, storage, tuned, verify
 from lora_cli.adapter_folder import Origin
@@ -47,9 +48,8 @@ def merge(
     Raises AdapterError, with nothing left behind, when a tensor finds no place, or when the logits differ more than
     `BOUNDS` allows or than half of what the adapters do; such a merge is kept with `force`.
     """
-    results, update = _open(paths, base, together)
+    results, update, skeleton = _open(paths, base, together)
     first = results[0]
-    skeleton = model.build_skeleton(first.header, first.base.trust_remote_code)
     weights = Weights(first.header.folder, skeleton, update)
     require_space(weights, first.header.folder, output, form)
     with storage.new_directory(output) as folder, storage.explained(output):
@@ -81,7 +81,7 @@ def merge(
 
 def combine(paths: Sequence[Path], output: Path, base: str | None, together: Together) -> CombineReport:
     """Write one adapter that does what several do together. Raises AdapterError."""
-    results, update = _open(paths, base, together)
+    results, update, _ = _open(paths, base, together)
     first = results[0]
     found = {path: update.low_rank(path) for path in update.paths}
     with storage.new_directory(output) as folder, storage.explained(output):
@@ -106,8 +106,11 @@ def combine(paths: Sequence[Path], output: Path, base: str | None, together: Tog
 # --- before anything is written ---
 
 
-def _open(paths: Sequence[Path], base: str | None, together: Together) -> tuple[list[Result], Update]:
-    """Find the adapters, check that they belong to one base that can take them, and put them together."""
+def _open(paths: Sequence[Path], base: str | None, together: Together) -> tuple[list[Result], Update, nn.Module]:
+    """Find the adapters, check that they belong to one base that can take them, and put them together.
+
+    Returns the base without weights too.
+    """
     results = [tuned.find(path, base) for path in paths]
     first = results[0]
     density = DENSITIES[together.method] if together.density is None else together.density
@@ -125,7 +128,7 @@ def _open(paths: Sequence[Path], base: str | None, together: Together) -> tuple[
             f"{first.header.folder}: its weights are stored quantised, and an update added to them would be rounded "
             "away or misread. Name the unquantised model with --base."
         )
-    return results, update
+    return results, update, skeleton
 
 
 def _require_unmerged(result: Result) -> None:

@@ -1,8 +1,6 @@
 """The files of an adapter, written: what training made, several as one, another's copied or scaled."""
 
-import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from lora_cli import lora
+from lora_cli import lora, storage
 from lora_cli.adapter import BASE, CONFIG, PREFIX, TEMPLATES, WEIGHTS, read_config
 from lora_cli.config import LoraConfig
 
@@ -83,17 +81,17 @@ def _write(folder: Path, special: Mapping[str, Any], parameters: Mapping[str, Te
     tensors = {
         f"{PREFIX}{name}.weight": parameter.detach().cpu().contiguous() for name, parameter in parameters.items()
     }
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))  # an OSError where it fails
-    (folder / BASE).write_text(json.dumps({"fingerprint": origin.base_fingerprint}) + "\n", encoding="utf-8")
+    storage.add_json(folder / CONFIG, values)
+    storage.add_file(folder / WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"}))
+    storage.add_json(folder / BASE, {"fingerprint": origin.base_fingerprint})
     save_templates(folder, origin.chat_templates)
 
 
 def save_templates(folder: Path, templates: Mapping[str, str]) -> None:
     """Write chat templates by their file names, into an adapter's folder or a model's."""
     for name, text in templates.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
+        storage.make_folder((folder / name).parent)
+        storage.add_file(folder / name, text)
 
 
 def _shortest_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
@@ -106,11 +104,11 @@ def _shortest_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
 def copy(source: Path, folder: Path) -> None:
     """Copy the files of an adapter out of its folder or a checkpoint."""
     for name in (CONFIG, WEIGHTS):
-        shutil.copyfile(source / name, folder / name)
+        storage.add_copy(source / name, folder / name)
     for name in (BASE, *TEMPLATES):
         if (source / name).is_file():  # adapters from elsewhere have not all of them
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
+            storage.make_folder((folder / name).parent)
+            storage.add_copy(source / name, folder / name)
 
 
 def scale_alphas(folder: Path, gain: float) -> float:
@@ -119,7 +117,7 @@ def scale_alphas(folder: Path, gain: float) -> float:
     alpha = float(values.get("lora_alpha", 8)) * gain
     special = {pattern: _whole(other * gain) for pattern, other in (values.get("alpha_pattern") or {}).items()}
     values |= {"lora_alpha": _whole(alpha), "alpha_pattern": special}
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    storage.write_json(folder / CONFIG, values)
     return alpha
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_cli import config_file, how_to_load, run_dir, sources, strict_yaml
+from lora_cli import config_file, how_to_load, run_dir, sources, storage, strict_yaml
 from lora_cli.adapter import Adapter
 from lora_cli.config import RunConfig
 from lora_cli.records import Estimate, Evaluated, Finished, with_interval
@@ -125,7 +125,7 @@ def _card(kind: Kind, adapter: Adapter, model_type: str, facts: Facts | None) ->
 
 def write(folder: Path, text: str) -> None:
     """Write a card into a folder that is not sealed yet."""
-    (folder / FILE).write_text(text, encoding="utf-8")
+    storage.add_file(folder / FILE, text)
 
 
 def public_name(place: str) -> str:

@@ -64,7 +64,11 @@ class TrainState:
 
 
 def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -> Path:
-    """Write the checkpoint of the current step and return its folder; it appears whole or not at all."""
+    """Write the checkpoint of the current step and return its folder; it appears whole or not at all.
+
+    What was measured before is on the medium by then, so that a run that goes on from here has it.
+    """
+    run_dir.keep_metrics(run)
     path = run_dir.checkpoint_path(run, state.step)
     if path.exists() and storage.problems_in(path):
         storage.remove_directory(path)
@@ -76,9 +80,8 @@ def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -
                 for name, parameter in lora.trainable(state.model).items()
                 for moment, value in state.optimizer.state[parameter].items()
             }
-            (folder / OPTIMIZER).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
-            numbers = {"step": state.step, "stopping": asdict(state.stopping)}
-            (folder / STATE).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+            storage.add_file(folder / OPTIMIZER, safetensors.torch.save(tensors, {"format": "pt"}))
+            storage.add_json(folder / STATE, {"step": state.step, "stopping": asdict(state.stopping)})
     return path
 
 

@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -305,7 +306,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is quiet
         sys.exit(1)
     except Exception as error:
-        log = Path(tempfile.mkstemp(prefix="lora-bug-", suffix=".log")[1])
+        log = Path(tempfile.gettempdir()) / f"lora-bug-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
         storage.write_file(log, traceback.format_exc())
         console.message(
             f"error: a bug in lora ({type(error).__name__}: {str(error)[:200]}).\n"

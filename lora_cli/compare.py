@@ -163,7 +163,7 @@ def _saved(report: EvalReport, result: Result) -> EvalReport:
     name = f"{report.adapter.name}-{Path(report.data).stem.replace(' ', '-')}"
     path = result.run.evaluations / f"{name}.json"
     with storage.explained(path):
-        path.parent.mkdir(exist_ok=True)
+        storage.make_folder(path.parent)
     report = replace(report, saved=path)
     values = as_json(report)
     samples = values.pop("samples")

@@ -11,7 +11,6 @@ facts.json        rows, digest of the tokens
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,7 +27,7 @@ import pyarrow.ipc
 from lora_cli import storage
 from lora_cli.data import Reader
 from lora_cli.data_file import Block
-from lora_cli.errors import NOTHING_LOADED, AdapterError, DataError
+from lora_cli.errors import NOTHING_LOADED, AdapterError, DataError, SurroundingsError
 from lora_cli.examples import Encoded, Encoder
 from lora_cli.parallel import ordered_map, usable_processors
 from lora_cli.records import Notice, Preparing
@@ -203,8 +202,7 @@ def make(reader: Reader, encoder: Encoder) -> Generator[Notice | Preparing, None
         storage.remove_directory(folder)
     if not folder.is_dir():
         yield from _keep(reader, encoder, folder, content)
-    with suppress(OSError):
-        os.utime(folder)  # it was used today
+    storage.touch(folder)  # it was used today
     return _open(reader, folder)
 
 
@@ -212,7 +210,7 @@ def _keep(reader: Reader, encoder: Encoder, folder: Path, content: str) -> Gener
     began, name, total = time.monotonic(), reader.file.name, reader.file.size
     yield Notice(f"{name}: {total / 1e6:,.0f} MB are turned into tokens, kept in {folder} for the next time.")
     with storage.explained(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(folder.parent)
     _sweep(folder.parent)
     done = rows = templated = 0
     digest = _Digest()
@@ -220,7 +218,7 @@ def _keep(reader: Reader, encoder: Encoder, folder: Path, content: str) -> Gener
         with storage.new_directory(folder) as temporary:
             with (
                 storage.explained(folder),
-                pyarrow.OSFile(str(temporary / _SEQUENCES), "wb") as file,
+                storage.adding(temporary / _SEQUENCES) as file,
                 pyarrow.ipc.new_file(file, _SCHEMA) as writer,
             ):
                 for made in _iter_made(reader, encoder, processes=usable_processors()):
@@ -230,7 +228,7 @@ def _keep(reader: Reader, encoder: Encoder, folder: Path, content: str) -> Gener
                     yield Preparing(name, rows, min(1.0, done / total), time.monotonic() - began)
             facts = {"data": name, "rows": rows, "templated": templated, "digest": digest.hexdigest()}
             with storage.explained(folder):
-                (temporary / _FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+                storage.add_json(temporary / _FACTS, facts)
             if reader.file.digest() != content:
                 raise DataError(f"{name}: was changed while it was read; start again.", state=NOTHING_LOADED)
     except AdapterError:  # another process kept it in the meantime
@@ -289,9 +287,9 @@ def _key(reader: Reader, encoder: Encoder, content: str) -> str:
 
 
 def _sweep(folder: Path) -> None:
-    """Delete what was not used for a month, and what a killed process left half-written: an hour without a change."""
+    """Delete what was not used for a month; what killed processes left goes when something is written beside it."""
     for kept in folder.iterdir():
-        with suppress(OSError):
+        with suppress(OSError, SurroundingsError):
             changed = max(path.stat().st_mtime for path in (kept, *kept.iterdir()))
-            if time.time() - changed > (3600 if storage.is_temporary(kept) else UNUSED_DAYS * 86400):
-                shutil.rmtree(kept)
+            if not storage.is_temporary(kept) and time.time() - changed > UNUSED_DAYS * 86400:
+                storage.remove_directory(kept)

@@ -73,7 +73,7 @@ def merge(
             forced=over,
             speeds=measure_speeds(first, folder, whose) if speed else None,
         )
-        storage.write_json(folder / RECORD, _record(results, update, report))
+        storage.add_json(folder / RECORD, _record(results, update, report))
         if len(results) == 1:  # a card tells of one run
             card.write(folder, card.merged_card(first))
     return report

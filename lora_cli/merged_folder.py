@@ -6,7 +6,6 @@ is copied byte for byte: a folder saved anew by another library version may be r
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,14 +60,14 @@ def write(weights: Weights, result: Result, folder: Path, form: Form) -> list[Me
     for source in weight_files(base):
         infos = {name: replace(info, dtype=form.dtype_of(info)) for name, info in read_infos(source).items()}
         write_tensors(folder / source.name, infos, read_metadata(source), _merged(weights, infos, form, layers))
+    own = model.read_header(result.base).tokenizer.chat_template
+    templates = result.adapter.chat_templates if own != result.header.tokenizer.chat_template else {}
     for source in sorted(base.iterdir()):
-        if source.is_file() and not _stays_behind(source) and not source.name.startswith("."):
-            shutil.copyfile(source, folder / source.name)
+        if source.is_file() and not _stays_behind(source) and source.name[0] != "." and source.name not in templates:
+            storage.add_copy(source, folder / source.name)
     if form.dtype != "keep":
         _say_dtype(folder, form.dtype)
-    own = model.read_header(result.base).tokenizer.chat_template
-    if own != result.header.tokenizer.chat_template:
-        save_templates(folder, result.adapter.chat_templates)
+    save_templates(folder, templates)
     return layers
 
 

@@ -98,7 +98,7 @@ def create(run: RunDir, config: RunConfig, environment: dict[str, Any]) -> None:
             raise DataError(*changed, "Put it back to continue, or start anew with another output_dir.")
     else:
         with storage.explained(run.path):
-            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(run.checkpoints)
         storage.write_json(run.environment, environment)
     if not run.config.exists():
         storage.write_file(run.config, config_file.dump(config))
@@ -116,7 +116,7 @@ def read_environment(run: RunDir) -> dict[str, Any]:
 def held(run: RunDir) -> Iterator[None]:
     """Hold the run directory for this process and sweep what a killed one left."""
     with storage.explained(run.path):
-        run.path.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(run.path)
     with storage.lock(run.path):
         storage.sweep(run.path)
         storage.sweep(run.checkpoints)
@@ -126,6 +126,12 @@ def held(run: RunDir) -> Iterator[None]:
 def append(run: RunDir, record: StepDone | Evaluated) -> None:
     """Append one measurement to metrics.jsonl."""
     storage.append_line(run.metrics, json.dumps({"event": event_name(record), **as_json(record)}))
+
+
+def keep_metrics(run: RunDir) -> None:
+    """Have everything that was appended stay, even when the power fails."""
+    if run.metrics.exists():
+        storage.keep(run.metrics)
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 A directory carries MANIFEST.json with the size and SHA-256 of every file in it; `problems_in` checks them. The order
 is write, fsync, hash, manifest, fsync, fsync the directory, rename, fsync its parent (Pillai et al., OSDI 2014,
-"All File Systems Are Not Created Equal": without each of them a power cut may leave a torn or an empty file).
+"All File Systems Are Not Created Equal": without each of them a power cut may leave a torn or an empty file). What a
+function here has written is on the medium when it returns; of appended lines only `keep` says so.
 """
 
 import contextlib
@@ -11,14 +12,15 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from lora_cli import disk
 from lora_cli.errors import AdapterError, SurroundingsError
 
 MANIFEST = "MANIFEST.json"
@@ -41,48 +43,83 @@ def explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# --- one file ---
+
+
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a whole file by a temporary name and a rename."""
-    raw = content.encode() if isinstance(content, str) else content
+    """Write a whole file, in place of one that is there, by a temporary name and a rename."""
     with explained(path):
-        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
-        temporary = Path(name)
+        temporary = _temporary_name(path.parent)
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
-            temporary.rename(path)
+            add_file(temporary, content)
+            disk.sync(temporary)
+            disk.rename(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                disk.remove(temporary)
             raise
-        _sync(path.parent)
+        disk.sync(path.parent)
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write plain values as indented JSON."""
-    write_file(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    """Write plain values as indented JSON, in place of a file that is there."""
+    write_file(path, _as_text(values))
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line in one write."""
-    with explained(path), path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    """Append one line in one write. It may be lost with the power until `keep`."""
+    with explained(path):
+        disk.append(path, f"{line}\n".encode())
+
+
+def keep(path: Path) -> None:
+    """Have the system write the lines that were appended to the medium."""
+    with explained(path):
+        disk.sync(path)
+
+
+def _as_text(values: Any) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+# --- the files of a new directory, which is sealed when it is whole ---
+
+
+def adding(path: Path) -> BinaryIO:
+    """Open a file of a new directory, to write it piece by piece."""
+    return disk.create(path)
+
+
+def add_file(path: Path, content: str | bytes) -> None:
+    """Write a file of a new directory."""
+    with adding(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def add_json(path: Path, values: Any) -> None:
+    """Write plain values as a file of a new directory."""
+    add_file(path, _as_text(values))
+
+
+def add_copy(source: Path, path: Path) -> None:
+    """Copy a file into a new directory."""
+    disk.copy(source, path)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and what is missing above it; nothing where it is there."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    with contextlib.suppress(FileExistsError):  # another process made it in the meantime
+        disk.make_folder(path)
+    disk.sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -92,17 +129,16 @@ def new_directory(path: Path) -> Iterator[Path]:
     On any error it is deleted. Raises AdapterError when `path` is already there, or is when it is to be renamed.
     """
     with _temporary_beside(path) as temporary:
-        temporary.chmod(0o777 & ~_umask())
         yield temporary
         with explained(path):
             _seal(temporary)
             try:
-                temporary.rename(path)
+                disk.rename(temporary, path)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 raise AdapterError(f"{path}: was written by another process in the meantime.") from None
-            _sync(path.parent)
+            disk.sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -116,13 +152,16 @@ def new_file(path: Path, size: int = 0) -> Iterator[Path]:
     with _temporary_beside(path) as folder, explained(path):
         temporary = folder / path.name
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        _sync(temporary)
+        disk.sync(temporary)
         try:
-            os.link(temporary, path)  # unlike a rename, never over another file
+            disk.link(temporary, path)  # unlike a rename, never over another file
         except FileExistsError:
             raise AdapterError(f"{path}: was written by another process in the meantime.") from None
-        _sync(path.parent)
+        disk.sync(path.parent)
+
+
+def _temporary_name(folder: Path) -> Path:
+    return folder / f"{_TEMPORARY}{secrets.token_hex(6)}"
 
 
 @contextlib.contextmanager
@@ -131,16 +170,18 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
     if path.exists():
         raise AdapterError(f"{path}: already exists; it is never overwritten. Delete it or name another.")
     with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         _sweep_unheld(path.parent)
-        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
-    held = os.open(temporary, os.O_RDONLY)
+        temporary = _temporary_name(path.parent)
+        disk.make_folder(temporary)
+        held = os.open(temporary, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX)
         yield temporary
     finally:
         os.close(held)
-        shutil.rmtree(temporary, ignore_errors=True)  # it is not there any more where all went well
+        with contextlib.suppress(OSError):  # it is not there any more where all went well
+            disk.remove_tree(temporary)
 
 
 def _sweep_unheld(folder: Path) -> None:
@@ -151,7 +192,7 @@ def _sweep_unheld(folder: Path) -> None:
             try:
                 if time.time() - os.stat(descriptor).st_mtime > _SECONDS_UNTIL_HELD:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(left)
+                    disk.remove_tree(left)
             finally:
                 os.close(descriptor)
 
@@ -164,49 +205,60 @@ def require_room(path: Path, size: int) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Sync every file and write the manifest."""
+    """Sync every file, write the manifest, and sync every folder."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     for file in paths:
-        file.chmod(0o666 & ~_umask())
-        _sync(file)
+        disk.sync(file)
     with ThreadPoolExecutor() as pool:  # hashing holds no lock of the interpreter's
         digests = pool.map(sha256, paths)
     files = {
         file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": digest}
         for file, digest in zip(paths, digests, strict=True)
     }
-    write_json(folder / MANIFEST, {"files": files})
-    for inner in (p for p in folder.rglob("*") if p.is_dir()):
-        _sync(inner)
+    add_json(folder / MANIFEST, {"files": files})
+    disk.sync(folder / MANIFEST)
+    for inner in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
+        disk.sync(inner)
 
 
 def problems_in(folder: Path) -> list[str]:
     """Return what is wrong with a sealed directory: nothing when every file is as it was written."""
+    manifest = folder / MANIFEST
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{folder / MANIFEST}: cannot be read ({type(error).__name__})"]
+        text = manifest.read_text(encoding="utf-8")
+        values = json.loads(text)
+        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in values["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return [f"{manifest}: cannot be read ({type(error).__name__})"]
     problems = []
     for name, (size, digest) in expected.items():
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            problems.append(f"{folder / MANIFEST}: names a file outside its folder: {name[:80]}")
+            problems.append(f"{manifest}: names a file outside its folder: {name[:80]}")
         elif not file.is_file():
             problems.append(f"{file}: is missing")
         elif file.stat().st_size != size:
             problems.append(f"{file}: has {file.stat().st_size} bytes, was written with {size}")
         elif sha256(file) != digest:
             problems.append(f"{file}: its content is not what was written (SHA-256 differs)")
+    if not problems and text != _as_text(values):  # a name that stands in it twice hides a file
+        problems.append(f"{manifest}: is not as it was written")
     return problems
 
 
 def remove_directory(path: Path) -> None:
     """Delete a directory of ours: first renamed, so that a half-deleted one never stands under its name."""
     with explained(path):
-        doomed = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
-        path.rename(doomed / path.name)
-        shutil.rmtree(doomed)
+        doomed = _temporary_name(path.parent)
+        disk.rename(path, doomed)
+        disk.sync(path.parent)
+        disk.remove_tree(doomed)
+
+
+def touch(path: Path) -> None:
+    """Say that a directory was used now, where that may be said."""
+    with contextlib.suppress(OSError):
+        disk.touch(path)
 
 
 def is_temporary(path: Path) -> bool:
@@ -217,10 +269,11 @@ def is_temporary(path: Path) -> bool:
 def sweep(folder: Path) -> None:
     """Delete what a killed process left half-written. Call it only under the run's lock."""
     for left in folder.glob(f"{_TEMPORARY}*"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if left.is_dir():
+                disk.remove_tree(left)
+            else:
+                disk.remove(left)
 
 
 @contextlib.contextmanager
@@ -236,9 +289,3 @@ def lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

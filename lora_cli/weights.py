@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from lora_cli import lora
+from lora_cli import lora, storage
 from lora_cli.errors import AdapterError, ModelError
 from lora_cli.model import weight_files
 from lora_cli.update import Update
@@ -187,7 +187,7 @@ def write_tensors(
         end += info.size
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    with file.open("wb") as target:
+    with storage.adding(file) as target:
         target.write(len(header).to_bytes(8, "little") + header)
         with ThreadPoolExecutor(1) as writer:  # which writes a piece while the next is made
             pending: Future[None] | None = None

@@ -20,6 +20,7 @@ FLOORS = [
     "config_checks",
     "strict_yaml",
     "config_file",
+    "disk",
     "storage",
     "run_dir",
     "interrupt",
@@ -166,6 +167,59 @@ def test_nothing_that_runs_what_it_reads(path: Path):
             called = ast.unparse(node.func)
             assert called not in banned | {"torch.load", "torch.save", "yaml.load", "yaml.unsafe_load"}, called
     assert not {"pickle", "marshal", "shelve", "dill"} & imports(path)
+
+
+# What changes the disk. `storage` alone may, by the operations in `disk`; two libraries write by themselves into a
+# folder that storage made: gguf's writer and transformers' ONNX exporter (save_pretrained).
+WRITES = {
+    *("write_text", "write_bytes", "mkdir", "makedirs", "unlink", "rmdir", "rmtree", "rename", "renames", "touch"),
+    *("chmod", "truncate", "link", "symlink", "symlink_to", "hardlink_to", "link_to", "utime", "mkstemp", "mkdtemp"),
+    *(
+        "copy2",
+        "copyfile",
+        "copytree",
+        "copyfileobj",
+        "move",
+        "save_file",
+        "savez",
+        "tofile",
+        "OSFile",
+        "save_pretrained",
+    ),
+    *("TemporaryDirectory", "NamedTemporaryFile", "TemporaryFile", "GGUFWriter"),
+}
+MAY_WRITE = {
+    "formats.gguf_file": {"GGUFWriter"},
+    "formats.onnx_graph": {"save_pretrained"},
+}
+
+
+def opens_to_write(call: ast.Call) -> bool:
+    """Whether a call is open() or path.open() with a mode that is not for reading."""
+    if ast.unparse(call.func).rsplit(".", 1)[-1] not in ("open", "fdopen", "FileIO"):
+        return False
+    modules = ("os", "io", "gzip", "tokenize")
+    place = 0 if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) not in modules else 1
+    modes = [*call.args[place : place + 1], *(word.value for word in call.keywords if word.arg == "mode")]
+    return any(
+        not isinstance(m, ast.Constant) or set("wax+") & set(str(m.value)) for m in modes if "O_" not in ast.unparse(m)
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_storage_writes(path: Path):
+    """Nothing but `storage`, by `disk`, changes the disk."""
+    name = name_of(path)
+    if name == "disk":
+        return
+    assert name == "storage" or "lora_cli.disk" not in imports(path)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            called = ast.unparse(node.func)
+            if called.startswith(("storage.", "disk.")):
+                continue
+            assert called.rsplit(".", 1)[-1] not in WRITES - MAY_WRITE.get(name, set()), f"{called}, line {node.lineno}"
+            assert not opens_to_write(node), f"{called}, line {node.lineno}"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,6 @@
 """What is written appears whole or not at all, and a changed byte is found."""
 
+import os
 import resource
 import signal
 import stat
@@ -14,8 +15,8 @@ from lora_cli.run_dir import RunDir
 
 def sealed(path: Path) -> Path:
     with storage.new_directory(path) as folder:
-        (folder / "a.bin").write_bytes(bytes(range(256)))
-        (folder / "b.txt").write_text("b")
+        storage.add_file(folder / "a.bin", bytes(range(256)))
+        storage.add_file(folder / "b.txt", "b")
     return path
 
 
@@ -37,11 +38,17 @@ def test_of_two_that_write_a_folder_at_once_one_is_kept(tmp_path: Path):
 
 def test_a_sealed_directory_is_whole(tmp_path: Path):
     """The manifest names every file, modes follow the umask, and nothing temporary stays."""
-    folder = sealed(tmp_path / "x")
+    before = os.umask(0o027)
+    try:
+        folder = sealed(tmp_path / "x")
+        storage.write_file(tmp_path / "y", "y")
+    finally:
+        os.umask(before)
 
     assert storage.problems_in(folder) == []
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
-    assert stat.S_IMODE((folder / "a.bin").stat().st_mode) == 0o666 & ~storage._umask()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
+    paths = (folder, folder / "a.bin", folder / storage.MANIFEST, tmp_path / "y")
+    assert [oct(stat.S_IMODE(path.stat().st_mode)) for path in paths] == ["0o750", "0o640", "0o640", "0o640"]
 
 
 def test_an_error_inside_leaves_nothing(tmp_path: Path):

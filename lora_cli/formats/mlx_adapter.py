@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
+from lora_cli import storage
 from lora_cli.adapter import Adapter
 from lora_cli.errors import AdapterError
 from lora_cli.runtimes import MLX
@@ -71,8 +72,8 @@ def write(result: Result, folder: Path) -> None:
         "num_layers": blocks,
         "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": keys},
     }
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors))  # an OSError where it fails
+    storage.add_json(folder / CONFIG, values)
+    storage.add_file(folder / WEIGHTS, safetensors.torch.save(tensors))
     _compare(adapter, names, folder / WEIGHTS)
 
 

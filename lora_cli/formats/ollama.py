@@ -69,7 +69,7 @@ def export(result: Result, output: Path, kind: Kind) -> GgufReport:
     storage.require_room(output, plan.size)
     with storage.new_directory(output) as folder:
         report = gguf_export.write(plan, folder / "model.gguf", "ollama", kind, [*notes, *more], shown=output)
-        storage.write_file(folder / "Modelfile", text)
+        storage.add_file(folder / "Modelfile", text)
     return report
 
 

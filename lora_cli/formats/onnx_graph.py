@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import io
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_cli import adapter_folder, lora, model, tuned
+from lora_cli import adapter_folder, lora, model, storage, tuned
 from lora_cli.errors import AdapterError, ModelError, SurroundingsError
 from lora_cli.model import LanguageModel
 from lora_cli.tuned import Result
@@ -54,10 +53,12 @@ def write(result: Result, folder: Path) -> float:
         wanted = [loaded.module(**example, use_cache=False).logits for example in examples]
         lora.merge_in_place(loaded.module)
         _export(loaded, folder)
+    templates = result.adapter.chat_templates
     for source in sorted(result.header.folder.iterdir()):
-        if source.is_file() and source.suffix in _BESIDE and not source.name.endswith(".index.json"):
-            shutil.copyfile(source, folder / source.name)
-    adapter_folder.save_templates(folder, result.adapter.chat_templates)
+        beside = source.is_file() and source.suffix in _BESIDE and not source.name.endswith(".index.json")
+        if beside and source.name not in templates:
+            storage.add_copy(source, folder / source.name)
+    adapter_folder.save_templates(folder, templates)
     return max(_difference(folder, *each) for each in zip(examples, wanted, strict=True))
 
 

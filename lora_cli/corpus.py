@@ -146,12 +146,20 @@ def _columns(sequences: Sequence[Encoded]) -> Columns:
 def _batch(columns: Columns) -> pyarrow.RecordBatch:
     arrays = []
     for field in _SCHEMA:
-        array = pyarrow.array(columns[field.name])
+        values = columns[field.name]
         if f"{field.name}.lengths" in columns:
             offsets = np.cumsum([0, *columns[f"{field.name}.lengths"]], dtype=np.int32)
-            array = pyarrow.ListArray.from_arrays(pyarrow.array(offsets), array)
-        arrays.append(array)
+            arrays.append(
+                pyarrow.ListArray.from_arrays(_array(pyarrow.int32(), offsets), _array(pyarrow.int32(), values))
+            )
+        else:
+            arrays.append(_array(field.type, values))
     return pyarrow.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
+
+
+def _array(type: pyarrow.DataType, values: np.ndarray) -> pyarrow.Array:
+    """Return numbers as Arrow has them; pyarrow.array would import pandas first, which takes a second."""
+    return pyarrow.Array.from_buffers(type, len(values), [None, pyarrow.py_buffer(values)])
 
 
 class _Work:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lora_cli import storage
 from lora_cli.attention import PACKED, packed_attention
 from lora_cli.config import ModelConfig
 from lora_cli.errors import NOTHING_LOADED, ModelError, SurroundingsError
@@ -104,6 +105,7 @@ def find_folder(path: str, revision: str | None = None) -> Path:
 def read_header(config: ModelConfig) -> ModelHeader:
     """Read a model's configuration and tokenizer, without its weights. Raises ModelError, SurroundingsError."""
     folder = find_folder(config.path, config.revision)
+    require_whole(folder, unread=".safetensors")
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -129,6 +131,17 @@ def read_header(config: ModelConfig) -> ModelHeader:
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json), which is needed.", state=NOTHING_LOADED)
     positions = getattr(parsed.get_text_config(), "max_position_embeddings", None)
     return ModelHeader(folder, parsed, tokenizer, positions)
+
+
+def require_whole(folder: Path, unread: str | None = None) -> None:
+    """Raise ModelError where a model that was merged here is not as it was written; others have no manifest.
+
+    Of files whose names end in `unread` only the size is looked at.
+    """
+    if (folder / storage.MANIFEST).is_file() and (problems := storage.problems_in(folder, unread)):
+        raise ModelError(
+            *problems, "Merge it again, or delete MANIFEST.json where you changed it.", state=NOTHING_LOADED
+        )
 
 
 def with_chat_templates(tokenizer: Tokenizer, templates: Mapping[str, str]) -> Tokenizer:
@@ -161,6 +174,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def load_model(header: ModelHeader, config: ModelConfig, device: torch.device) -> LanguageModel:
     """Load the weights and choose how forward passes are laid out. Raises ModelError on any missing weight."""
+    require_whole(header.folder)
     try:
         module, info = AutoModelForCausalLM.from_pretrained(
             header.folder,

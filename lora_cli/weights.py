@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_cli import lora, storage
 from lora_cli.errors import AdapterError, ModelError
-from lora_cli.model import weight_files
+from lora_cli.model import require_whole, weight_files
 from lora_cli.update import Update
 
 DTYPES = {
@@ -122,6 +122,7 @@ class Weights:
         Raises ModelError where a file is not whole; AdapterError where a changed layer has no tensor, or one of another
         shape.
         """
+        require_whole(folder)
         self.infos: Mapping[str, TensorInfo] = {
             name: info for file in weight_files(folder) for name, info in read_infos(file).items()
         }

@@ -100,6 +100,7 @@ class Loop:
             yield Notice(f"{problem}; an older checkpoint is used.")
         if path is not None:
             checkpoint.load(path, self.state)
+            checkpoint.prune(self.run, self.config.save.keep)  # a process may have been killed before it did
             yield Notice(f"Continuing after step {self.state.step} ({path}).")
         run_dir.rewind_metrics(self.run, self.state.step if path else -1)
 

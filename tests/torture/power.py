@@ -280,16 +280,21 @@ def wrong_with(
     return problems
 
 
-def lay_out(state: Kept, place: Path) -> None:
-    """Write a state of the disk into a folder."""
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    for name, raw in state.items():
+def lay_out(state: Kept, place: Path, before: Kept) -> None:
+    """Write a state of the disk into a folder that holds another one."""
+    for name in sorted(before.keys() - state.keys(), reverse=True):
+        path = place / name
+        if before[name] is None:
+            path.rmdir()
+        else:
+            path.unlink()
+    for name, raw in sorted(state.items()):
+        if name in before and before[name] == raw:
+            continue
         path = place / name
         if raw is None:
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(raw)
 
 
@@ -300,6 +305,9 @@ def replay(
     chance, now, seen = random.Random(seed), Disk(), set[int]()
     promised: Mapping[str, bytes] = {}
     since: list[Event] = []
+    before: Kept = {}
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
     for number, event in enumerate(events):
         if event.operation == "promise":
             lost_metrics = METRICS not in event.what
@@ -313,7 +321,8 @@ def replay(
             if key in seen:
                 continue
             seen.add(key)
-            lay_out(state, place)
+            lay_out(state, place, before)
+            before = state
             yield (
                 f"after {number} ({event.operation} {event.path})",
                 state,
@@ -321,7 +330,10 @@ def replay(
             )
 
 
-def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
+SCENES = ("run", "export gguf", "merge", "data cache")
+
+
+def run(seed: int, count: int, folder: Path, names: Sequence[str] = SCENES) -> dict[str, Any]:
     """Replay power cuts in the scenes that write in all ways, about `count` states of them drawn by chance.
 
     From some states the run is continued. Then once more without each line's fsyncs, which must be noticed.
@@ -331,26 +343,28 @@ def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
     if forked(lambda: (scenes.write_config(base, base), scenes.train_to_end()), base):
         raise RuntimeError("the run that is exported fails")
     failures, tried, resumed, sites = list[str](), 0, 0, {}
-    for name in ("run", "export gguf", "merge", "data cache"):
+    for name in names:
         scene = next(scene for scene in scenes.SCENES if scene.name == name)
         whole = folder / f"whole {name}"
         events = record(scene, base, whole)
         failures += [f"{name}: {e.path} is written unannounced" for e in events if e.operation == "unannounced"]
         events = [event for event in events if event.operation != "unannounced"]
         final = {path.name: path.read_bytes() for path in whole.glob("out*") if path.is_file()}
-        draws = max(1, count // 4 // len(events))
+        draws = count // len(names) // len(events)
         expected = facts_of(scene, whole, lambda: None) if name == "run" else None
         for where, _, problems in replay(events, folder / "cut", final, seed, draws):
             tried += 1
             if expected is not None and tried % 50 == seed % 50:
                 resumed += 1
-                shutil.copy(whole / "config.yaml", folder / "cut")
-                if facts_of(scene, folder / "cut", scene.act) != expected:
+                again = Path(shutil.copytree(folder / "cut", folder / "again"))
+                shutil.copy(whole / "config.yaml", again)
+                if facts_of(scene, again, scene.act) != expected:
                     problems.append("the run ends otherwise than undisturbed")
+                shutil.rmtree(again)
             failures += [f"{name}, power cut {where}: {problem}" for problem in problems[:1]]
         for site in {event.site for event in events if event.operation == "sync"}:
             found = next(
-                (w for w, _, problems in replay(events, folder / "cut", final, seed, 1, site) if problems), None
+                (w for w, _, problems in replay(events, folder / "cut", final, seed, 0, site) if problems), None
             )
             sites[site] = sites.get(site) or found
     failures += [f"{site}: without its fsync nothing is noticed" for site, found in sites.items() if not found]

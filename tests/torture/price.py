@@ -1,4 +1,4 @@
-"""What safety costs: the share of a run's wall time that goes into storage - hashing, fsync, renames and reading back."""
+"""What safety costs: the share of a run's wall time that storage takes for hashes, fsync, renames and reading back."""
 
 import functools
 import time

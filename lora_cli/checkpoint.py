@@ -52,6 +52,12 @@ class Stopping:
             self.best_excess = excess
         return is_best
 
+    def judge_anew(self, budget: float | None) -> None:
+        """Hold the best so far against another forgetting budget; what was not the best is not known any more."""
+        over = 0.0 if budget is None or self.best_forgetting is None else self.best_forgetting - budget
+        self.best_excess = self.reference_excess = max(0.0, over)
+        self.reference = self.best_loss
+
 
 @dataclass
 class TrainState:
@@ -77,9 +83,14 @@ def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -
                 for moment, value in state.optimizer.state[parameter].items()
             }
             (folder / OPTIMIZER).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
-            numbers = {"step": state.step, "stopping": asdict(state.stopping)}
+            numbers = {"format": run_dir.FORMAT, "step": state.step, "stopping": asdict(state.stopping)}
             (folder / STATE).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def size(parameters: int) -> int:
+    """Return about how many bytes the checkpoint of an adapter takes: it, both moments, and the small files."""
+    return 3 * 4 * parameters + (1 << 16)
 
 
 def load(path: Path, state: TrainState) -> None:
@@ -97,8 +108,8 @@ def load(path: Path, state: TrainState) -> None:
 
 
 def read_numbers(path: Path) -> tuple[int, Stopping]:
-    """Return a checkpoint's step and early-stopping state."""
-    numbers = json.loads((path / STATE).read_text(encoding="utf-8"))
+    """Return a checkpoint's step and early-stopping state. Raises AdapterError where a newer version wrote it."""
+    numbers = run_dir.read_facts(path / STATE)
     return int(numbers["step"]), Stopping(**numbers["stopping"])
 
 

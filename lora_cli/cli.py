@@ -91,16 +91,23 @@ def check(
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, json: Json = False) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    override: Annotated[
+        bool, typer.Option("--override", help="Go on with a run although its rest is to be trained in another way.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Train; an interrupted run of the same config is continued."""
     run_config = config_file.load(config, overrides or [])
     from lora_cli import train as training
 
-    ended = training.ended(run_config)
+    ended = training.ended(run_config, override)
     already = ended is not None
     if ended is None:
         with interrupt.listening() as stop:
-            last = follower.Follower().follow(training.train(run_config, stop))
+            last = follower.Follower().follow(training.train(run_config, stop, override))
         assert isinstance(last, Finished), "the loop ends with Finished or raises"
         ended = last
     if json:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 
@@ -13,6 +13,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self.saving = False
+        self.leave: Callable[[], None] = lambda: None  # what is to be done before the process ends at once
 
     @property
     def wanted(self) -> bool:
@@ -24,6 +25,7 @@ class StopRequest:
             # What is being written has a temporary name, and the kernel lets go of the run's lock.
             said = "stopped at once; the last checkpoint is whole." if self.wanted else "stopped while getting ready."
             cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
+            self.leave()
             os.write(2, f"{cursor}\n{said} The same command goes on from there.\n".encode())
             os._exit(128 + number)
         self.signal_number = number

@@ -35,13 +35,14 @@ def explained(path: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             near = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-            reason = f"the disk is full ({shutil.disk_usage(near).free / 1e6:.0f} MB free)"
+            reason = f"the disk, or your share of it, is full ({shutil.disk_usage(near).free / 1e6:.0f} MB free)"
         raise SurroundingsError(
             f"{path}: cannot be written: {reason}.", state="What was there before is whole."
         ) from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the bytes of a file, or the names in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -71,7 +72,7 @@ def write_file(path: Path, content: str | bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -102,7 +103,7 @@ def new_directory(path: Path) -> Iterator[Path]:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 raise AdapterError(f"{path}: was written by another process in the meantime.") from None
-            _sync(path.parent)
+            sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -117,12 +118,12 @@ def new_file(path: Path, size: int = 0) -> Iterator[Path]:
         temporary = folder / path.name
         yield temporary
         temporary.chmod(0o666 & ~_umask())
-        _sync(temporary)
+        sync(temporary)
         try:
             os.link(temporary, path)  # unlike a rename, never over another file
         except FileExistsError:
             raise AdapterError(f"{path}: was written by another process in the meantime.") from None
-        _sync(path.parent)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -156,6 +157,32 @@ def _sweep_unheld(folder: Path) -> None:
                 os.close(descriptor)
 
 
+def require_writable(path: Path) -> None:
+    """Raise SurroundingsError unless a path can be written: tried where it is, or in the folder nearest to it."""
+    with explained(path):
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:
+            raise OSError("its name is not UTF-8") from None
+        if path.is_symlink() and not path.exists():
+            raise OSError(f"it is a link to {os.readlink(path)}, which is not there")
+        path.exists()  # an error where the name is too long
+        near = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+        if not near.is_dir():
+            raise OSError(f"{near} is a file, not a folder")
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=near) as folder:
+            tried = Path(folder) / "tried"
+            tried.write_bytes(bytes(4096))
+            sync(tried)
+            tried.rename(tried.with_name("renamed"))
+            sync(Path(folder))
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of a folder's files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def require_room(path: Path, size: int) -> None:
     """Raise SurroundingsError unless the disk of a path that is to be written has `size` bytes free."""
     near = next(parent for parent in path.absolute().parents if parent.exists())
@@ -168,7 +195,7 @@ def _seal(folder: Path) -> None:
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     for file in paths:
         file.chmod(0o666 & ~_umask())
-        _sync(file)
+        sync(file)
     with ThreadPoolExecutor() as pool:  # hashing holds no lock of the interpreter's
         digests = pool.map(sha256, paths)
     files = {
@@ -177,7 +204,7 @@ def _seal(folder: Path) -> None:
     }
     write_json(folder / MANIFEST, {"files": files})
     for inner in (p for p in folder.rglob("*") if p.is_dir()):
-        _sync(inner)
+        sync(inner)
 
 
 def problems_in(folder: Path) -> list[str]:
@@ -233,6 +260,8 @@ def lock(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise AdapterError(f"{folder}: another process is using this run directory.") from None
+        if not os.path.samestat(os.fstat(descriptor), folder.stat()):  # deleted, and made anew, before it was held
+            raise AdapterError(f"{folder}: another process began in this run directory at the same time.")
         yield
     finally:
         os.close(descriptor)

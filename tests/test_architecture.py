@@ -22,6 +22,7 @@ FLOORS = [
     "config_file",
     "storage",
     "run_dir",
+    "resume",
     "interrupt",
     "loss",
     "optim",

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import build_examples, build_model, build_tokenizer, conversation, one_batch, write_rows
 
-from lora_cli import batches, checkpoint, config_file, lora, memory, model, run_dir, storage
+from lora_cli import batches, checkpoint, config_file, lora, memory, model, resume, run_dir, storage
 from lora_cli.batches import Mixture, Part
 from lora_cli.checkpoint import Stopping
 from lora_cli.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
@@ -671,7 +671,7 @@ def test_another_config_in_the_same_folder_is_refused(make_config: Callable[...,
     run(make_config(**{"train.max_steps": 2}))
     changed = config_file.load(make_config(**{"train.max_steps": 2, "lora.rank": 2}))
     with pytest.raises(ConfigError, match=r"lora\.rank: 4 there, 2 now"):
-        run_dir.require_usable(RunDir(Path(changed.output_dir)), changed)
+        resume.plan(RunDir(Path(changed.output_dir)), changed, override=True)
 
 
 def test_a_folder_with_other_files_is_refused(make_config: Callable[..., Path], tmp_path: Path):
@@ -680,7 +680,7 @@ def test_a_folder_with_other_files_is_refused(make_config: Callable[..., Path], 
     (tmp_path / "run" / "thesis.tex").write_text("precious")
     config = config_file.load(make_config())
     with pytest.raises(ConfigError, match=r"holds other files \(thesis.tex\)"):
-        run_dir.require_usable(RunDir(tmp_path / "run"), config)
+        resume.plan(RunDir(tmp_path / "run"), config, override=False)
 
 
 def test_changed_data_is_refused_on_resume(make_config: Callable[..., Path], tmp_path: Path):
@@ -691,7 +691,7 @@ def test_changed_data_is_refused_on_resume(make_config: Callable[..., Path], tmp
     events.close()
     rows = tmp_path / "rows.jsonl"
     rows.write_text(rows.read_text().replace("It is red.", "It is violet.", 1))
-    with pytest.raises(DataError, match="the data, tokenizer or template changed"):
+    with pytest.raises(DataError, match=r"the data \(the rows of its files\) changed"):
         run(config)
 
 

@@ -35,12 +35,12 @@ def train(config: RunConfig, stop: StopRequest, override: bool = False) -> Itera
     SurroundingsError before anything is written, TrainingStopped, Interrupted.
     """
     run = run_dir.of(config)
-    data.require_readable(config.data, config.eval.general_source)
-    storage.require_writable(run.path)
+    resume.plan(run, config, override)
     with contextlib.ExitStack() as holding:
         if is_there := run.path.is_dir():
             stop.leave = holding.enter_context(run_dir.held(run))
-            resume.plan(run, config, override)
+        data.require_readable(config.data, config.eval.general_source)
+        storage.require_writable(run.path)
 
         from lora_cli.prepare import prepare  # torch is imported only once config and rows are good
 

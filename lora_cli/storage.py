@@ -23,6 +23,8 @@ from lora_cli.errors import AdapterError, SurroundingsError
 
 MANIFEST = "MANIFEST.json"
 _TEMPORARY = ".lora-tmp-"  # of what is being written; safe to delete when nobody holds the run's lock
+# What a disk or a system answers that has no room, no right or no luck; never the fault of the program.
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 _SECONDS_UNTIL_HELD = 60  # between a temporary folder's making and its lock there is far less
 
 
@@ -36,6 +38,8 @@ def explained(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             near = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
             reason = f"the disk, or your share of it, is full ({shutil.disk_usage(near).free / 1e6:.0f} MB free)"
+        if error.errno == errno.EFBIG:
+            reason = "a file would be larger than this process may write (ulimit -f)"
         raise SurroundingsError(
             f"{path}: cannot be written: {reason}.", state="What was there before is whole."
         ) from error

@@ -92,6 +92,7 @@ FLOORS = [
     "console",
     "figures",
     "follower",
+    "ending",
     "arguments",
     "cli",
     "__main__",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import CHATML, Invoke, conversation, save_base, write_rows
+from conftest import CHATML, Invoke, conversation, facts, save_base, write_rows
 
 from lora_cli import checkpoint, config_file, resume, run_dir, storage, strict_yaml
 from lora_cli.config import OnResume, RunConfig
@@ -244,15 +244,6 @@ def test_another_budget_judges_the_best_anew(config: Path):
 # --- places ---
 
 
-def outcome(run: RunDir) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """What has to be equal: metrics without times, the adapter, and the newest checkpoint."""
-    metrics = [{k: v for k, v in record.items() if k != "seconds"} for record in run_dir.read_metrics(run)]
-    newest, _ = checkpoint.latest(run)
-    assert newest is not None
-    files = [*newest.iterdir(), *run.adapter.iterdir()]
-    return metrics, {str(file.relative_to(run.path)): file.read_bytes() for file in files}
-
-
 def test_a_moved_run_and_a_copied_one_go_on_where_they_are(config: Path, tmp_path: Path):
     """Nothing in a run directory names its own place: both end with the bytes of the run that stayed."""
     (tmp_path / "elsewhere").mkdir()
@@ -263,7 +254,7 @@ def test_a_moved_run_and_a_copied_one_go_on_where_they_are(config: Path, tmp_pat
     found = []
     for place in places:
         assert "Continuing after step 3" in said(going(with_values(config, output_dir=str(place))))
-        found.append(outcome(RunDir(place)))
+        found.append(facts(place))
         assert str(place) in (place / "config.yaml").read_text()
 
     assert found[1:] == found[:1] * 2

@@ -65,9 +65,10 @@ class RunDir:
 def of(config: RunConfig) -> RunDir:
     """Return the run directory that a config names. Raises ConfigError."""
     try:
+        config.output_dir.encode()
         return RunDir(Path(config.output_dir).expanduser())
-    except RuntimeError as error:  # ~ of a user whose home is not known
-        raise ConfigError(f"output_dir: {config.output_dir[:80]}: {error} Write the whole path.") from None
+    except (RuntimeError, UnicodeEncodeError) as error:  # ~ of a user whose home is not known; half a character
+        raise ConfigError(f"output_dir: {config.output_dir[:80]!r} is no path here: {error}") from None
 
 
 def is_run_dir(path: Path) -> bool:
@@ -78,7 +79,7 @@ def is_run_dir(path: Path) -> bool:
 def require_place(run: RunDir) -> bool:
     """Return whether the folder holds a run of ours. Raises ConfigError where it holds anything else."""
     with storage.explained(run.path):
-        names = {p.name for p in run.path.iterdir() if not storage.is_temporary(p)} if run.path.exists() else set()
+        names = {p.name for p in run.path.iterdir() if not storage.is_temporary(p)} if run.path.is_dir() else set()
     if is_run_dir(run.path):
         return True
     ours = {

@@ -164,22 +164,18 @@ def _sweep_unheld(folder: Path) -> None:
 def require_writable(path: Path) -> None:
     """Raise SurroundingsError unless a path can be written: tried where it is, or in the folder nearest to it."""
     with explained(path):
-        try:
-            path.name.encode()
-        except UnicodeEncodeError:
-            raise OSError("its name is not UTF-8") from None
         if path.is_symlink() and not path.exists():
             raise OSError(f"it is a link to {os.readlink(path)}, which is not there")
-        path.exists()  # an error where the name is too long
         near = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
         if not near.is_dir():
             raise OSError(f"{near} is a file, not a folder")
         with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=near) as folder:
-            tried = Path(folder) / "tried"
+            tried = Path(folder) / path.absolute().relative_to(near) / "tried"
+            tried.parent.mkdir(parents=True, exist_ok=True)
             tried.write_bytes(bytes(4096))
             sync(tried)
             tried.rename(tried.with_name("renamed"))
-            sync(Path(folder))
+            sync(tried.parent)
 
 
 def size_of(folder: Path) -> int:
@@ -188,10 +184,11 @@ def size_of(folder: Path) -> int:
 
 
 def require_room(path: Path, size: int) -> None:
-    """Raise SurroundingsError unless the disk of a path that is to be written has `size` bytes free."""
+    """Raise SurroundingsError unless a path can be written and its disk has `size` bytes free."""
+    require_writable(path)
     near = next(parent for parent in path.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(near).free) < size:
-        raise SurroundingsError(f"{path}: needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free.")
+        raise SurroundingsError(f"{path}: needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free.")
 
 
 def _seal(folder: Path) -> None:
@@ -236,8 +233,10 @@ def remove_directory(path: Path) -> None:
     """Delete a directory of ours: first renamed, so that a half-deleted one never stands under its name."""
     with explained(path):
         doomed = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
-        path.rename(doomed / path.name)
-        shutil.rmtree(doomed)
+        try:
+            path.rename(doomed / path.name)
+        finally:
+            shutil.rmtree(doomed)
 
 
 def is_temporary(path: Path) -> bool:

@@ -1,0 +1,1 @@
+"""Long, seeded trials of what must never break; scripts/torture.py runs them all, tests run a few."""

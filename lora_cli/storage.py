@@ -37,7 +37,8 @@ def explained(path: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             near = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-            reason = f"the disk, or your share of it, is full ({shutil.disk_usage(near).free / 1e6:.0f} MB free)"
+            whose = "your share of the disk" if error.errno == errno.EDQUOT else "the disk"
+            reason = f"{whose} is full ({shutil.disk_usage(near).free / 1e6:.0f} MB free)"
         if error.errno == errno.EFBIG:
             reason = "a file would be larger than this process may write (ulimit -f)"
         raise SurroundingsError(
@@ -117,6 +118,7 @@ def new_file(path: Path, size: int = 0) -> Iterator[Path]:
     On any error it is deleted. Raises AdapterError when `path` is already there, or is when it is to appear,
     SurroundingsError when the disk has not so much room or cannot be written.
     """
+    require_writable(path.parent)
     require_room(path, size)
     with _temporary_beside(path) as folder, explained(path):
         temporary = folder / path.name
@@ -133,8 +135,7 @@ def new_file(path: Path, size: int = 0) -> Iterator[Path]:
 @contextlib.contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
     """Yield a folder beside `path`, which must not be there; held, so that no other process sweeps it away."""
-    if path.exists():
-        raise AdapterError(f"{path}: already exists; it is never overwritten. Delete it or name another.")
+    _require_absent(path)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep_unheld(path.parent)
@@ -161,6 +162,22 @@ def _sweep_unheld(folder: Path) -> None:
                 os.close(descriptor)
 
 
+def require_new(path: Path) -> None:
+    """Raise AdapterError where a path that is to be written is there, SurroundingsError where it cannot be written.
+
+    Call it before work that takes long.
+    """
+    _require_absent(path)
+    require_writable(path)
+
+
+def _require_absent(path: Path) -> None:
+    with explained(path):
+        is_there = path.exists()
+    if is_there:
+        raise AdapterError(f"{path}: already exists; it is never overwritten. Delete it or name another.")
+
+
 def require_writable(path: Path) -> None:
     """Raise SurroundingsError unless a path can be written: tried where it is, or in the folder nearest to it."""
     with explained(path):
@@ -184,8 +201,7 @@ def size_of(folder: Path) -> int:
 
 
 def require_room(path: Path, size: int) -> None:
-    """Raise SurroundingsError unless a path can be written and its disk has `size` bytes free."""
-    require_writable(path)
+    """Raise SurroundingsError unless the disk of a path that is to be written has `size` bytes free."""
     near = next(parent for parent in path.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(near).free) < size:
         raise SurroundingsError(f"{path}: needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free.")

@@ -1,6 +1,6 @@
 """Runs that earlier versions stopped in the middle go on in this one; tests/golden/ has one of each format.
 
-    python tests/test_golden.py FOLDER     stops a run of this version after two of its four steps, as FOLDER/run
+python tests/test_golden.py FOLDER     stops a run of this version after two of its four steps, as FOLDER/run
 """
 
 import json

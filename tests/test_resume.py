@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import CHATML, Invoke, conversation, facts, save_base, write_rows
+from torture import faults
 
 from lora_cli import checkpoint, config_file, resume, run_dir, storage, strict_yaml
 from lora_cli.config import OnResume, RunConfig
@@ -420,3 +422,27 @@ def test_a_killed_holder_leaves_no_lock(config: Path, tmp_path: Path):
     with run_dir.held(run), run_dir.held(RunDir(tmp_path / "copied")):
         assert json.loads(run.holder.read_text())["pid"] == os.getpid()
     assert not run.holder.exists()
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["new", "stopped before"])
+def test_of_two_that_start_together_one_wins(is_new: bool, tmp_path: Path):
+    """0 to 50 ms apart, exactly one trains; the other says who does, in under a second, and loaded no model."""
+    inputs = faults.prepare(tmp_path)
+    for delay in (0.0, 0.02, 0.05):
+        folder = tmp_path / str(delay)
+        folder.mkdir()
+        pair = [faults.Place(folder, inputs, name) for name in ("first", "second")]
+        if not is_new:
+            stop_after(pair[0].config(), 2)
+        processes = []
+        for place in pair:
+            processes.append(faults.begun(lambda place=place: faults.train_in(place)))
+            time.sleep(delay)
+        codes = [faults.code_of(process) for process in processes]
+        winner, loser = (codes.index(code) for code in (0, 2))
+        told = pair[loser].said.read_text()
+
+        assert f"another process is using this run directory. It is process {processes[winner]} on " in told
+        assert faults.counted(pair[loser])["seconds"] < 1
+        assert "parameters trained" not in told
+        assert isinstance(ended(config_file.load(pair[0].config())), Finished)

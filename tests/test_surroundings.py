@@ -61,6 +61,18 @@ def test_an_output_dir_that_is_no_text(invoke: Invoke, make_config: Callable[...
         assert (code, "output_dir: " in err, "is no path here" in err) == (2, True, True)
 
 
+@pytest.mark.parametrize("verb", [["merge"], ["merge", "--adapter"], ["export"], ["scale", "--budget", "1"]])
+def test_an_output_that_cannot_be_is_found_before_the_work(verb: list[str], invoke: Invoke, tmp_path: Path):
+    """By the verbs that write a folder: before the adapter is even looked for."""
+    (tmp_path / "file").write_text("precious")
+    for name, code in (("file", 2), ("file/new", 3), ("n" * 300, 3)):
+        found, _, err = invoke(verb[0], tmp_path / "nothing", *verb[1:], "--output", tmp_path / name)
+        assert (found, str(tmp_path / name)[:200] in err) == (code, True)
+    (tmp_path / "there").mkdir()
+    found, _, err = invoke(verb[0], tmp_path / "nothing", *verb[1:], "--output", tmp_path / "there")
+    assert (found, "already exists; it is never overwritten" in err) == (2, True)
+
+
 def in_child(function: Callable[[], object]) -> str:
     """Return what a function says that ends with a SurroundingsError, in a process of its own."""
     reading, writing = os.pipe()
@@ -220,7 +232,7 @@ def test_a_full_disk_while_saving(make_config: Callable[..., Path], monkeypatch:
     said = caught.value.paragraph()
     (_, last), *_ = run_dir.step_folders(run)
 
-    assert f"{run.metrics}: cannot be written: the disk, or your share of it, is full (" in said
+    assert f"{run.metrics}: cannot be written: the disk is full (" in said
     assert "MB free)" in said
     assert "A checkpoint needs 0.1 MB." in said
     assert f"the last whole checkpoint is {last}, and the same command goes on from it." in said

@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ class Place:
 
     folder: Path
     inputs: Path  # with base and rows
+    name: str = "said"
 
     @property
     def run(self) -> RunDir:
@@ -94,7 +96,7 @@ class Place:
 
     @property
     def said(self) -> Path:
-        return self.folder / "said.txt"
+        return self.folder / f"{self.name}.txt"
 
     def config(self) -> Path:
         """Write a config of four steps and two checkpoints, the older of which is deleted."""
@@ -123,9 +125,19 @@ def prepare(folder: Path) -> Path:
 
 def forked(function: Callable[[], int]) -> int:
     """Return the exit code of a function in a process of its own."""
+    return code_of(begun(function))
+
+
+def code_of(child: int) -> int:
+    """Wait for a process; return its exit code."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def begun(function: Callable[[], int]) -> int:
+    """Return the process in which a function runs, whose result is its exit code."""
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return child
     try:
         code = function()
     except SystemExit as end:
@@ -136,8 +148,9 @@ def forked(function: Callable[[], int]) -> int:
     os._exit(code)
 
 
-def _train(place: Place, fault: Fault | None, filled: Path | None = None) -> int:
-    """Train in this process, which ends; the exit code is the program's."""
+def train_in(place: Place, fault: Fault | None = None, filled: Path | None = None) -> int:
+    """Train in this process, which ends; the exit code is the program's. What was counted is the last line it says."""
+    began = time.process_time()
     said = place.said.open("w", buffering=1)
     sys.stdout = sys.stderr = said
     config = place.config()
@@ -156,7 +169,8 @@ def _train(place: Place, fault: Fault | None, filled: Path | None = None) -> int
     try:
         ending.run(command)
     finally:
-        said.write("\n" + json.dumps({"calls": calls.count, "failed": calls.failed}))
+        seconds = time.process_time() - began
+        said.write("\n" + json.dumps({"calls": calls.count, "failed": calls.failed, "seconds": seconds}))
         said.close()
     return 0
 
@@ -168,7 +182,8 @@ def _fill(path: Path, left: int) -> None:
         os.posix_fallocate(file.fileno(), 0, max(4096, free - left))
 
 
-def _result(place: Place) -> dict[str, Any]:
+def counted(place: Place) -> dict[str, Any]:
+    """Return what the last process counted there."""
     last: dict[str, Any] = json.loads(place.said.read_text().splitlines()[-1])
     return last
 
@@ -184,16 +199,16 @@ def _damage(place: Place, failed: str) -> Iterator[str]:
 
 def trial(place: Place, fault: Fault, expected: Any, filled: Path | None = None) -> list[str]:
     """Return what went wrong when a run met a fault and was started again."""
-    code = forked(lambda: _train(place, fault, filled))
+    code = forked(lambda: train_in(place, fault, filled))
     text = place.said.read_text()
     wrong = [] if code in (0, 3) else [f"exit code {code}: {text[-300:]}"]
     if code == 3 and str(place.run.path) not in text:
         wrong.append(f"the message names no path: {text[-300:]}")
-    failed = str(_result(place)["failed"])
+    failed = str(counted(place)["failed"])
     wrong += _damage(place, failed)
     if filled:
         filled.unlink(missing_ok=True)
-    if (code := forked(lambda: _train(place, None))) != 0:
+    if (code := forked(lambda: train_in(place))) != 0:
         wrong.append(f"the rerun ended with {code}: {place.said.read_text()[-300:]}")
     elif facts(place.run.path) != expected:
         wrong.append("the rerun has other bytes")
@@ -237,10 +252,10 @@ def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
     inputs = prepare(folder)
     straight = Place(folder / "straight", inputs)
     straight.folder.mkdir()
-    assert forked(lambda: _train(straight, None)) == 0, straight.said.read_text()
+    assert forked(lambda: train_in(straight)) == 0, straight.said.read_text()
     expected = facts(straight.run.path)
     largest = max(path.stat().st_size for path in straight.run.path.rglob("*") if path.is_file())
-    possible = faults(_result(straight)["calls"], largest)
+    possible = faults(counted(straight)["calls"], largest)
     chosen = random.Random(seed).sample(possible, min(count, len(possible)))
     failures: list[str] = []
     without_mount = 0

@@ -43,6 +43,7 @@ class Facts:
 
     config: RunConfig
     environment: Mapping[str, Any]
+    changes: Sequence[Mapping[str, Any]]  # of its settings, while it ran
     before: Evaluated | None  # the base
     after: Evaluated | None  # the adapter
     finished: Finished | None  # where it is the run's best
@@ -157,6 +158,7 @@ def _facts_of(adapter: Adapter, run: RunDir | None, finished: Finished | None = 
     return Facts(
         config=config_file.load(run.config),
         environment=run_dir.read_environment(run),
+        changes=run_dir.read_status(run).get("changes", []),
         before=evaluated.get(0),
         after=evaluated.get(step) if step is not None else None,
         finished=finished,
@@ -227,6 +229,10 @@ def _making(facts: Facts | None) -> str:
         f"- {name}: {count['rows']:,} rows, {count['targets']:,} trained tokens"
         for name, count in environment.get("data", {}).items()
     )
+    changed = "".join(
+        f"\nFrom step {one['step'] + 1} on with another {one['key']}: {one['after']}, not {one['before']}.\n"
+        for one in facts.changes
+    )
     versions = ", ".join(
         f"{name} {environment[name]}" for name in ("lora", "torch", "transformers") if name in environment
     )
@@ -235,7 +241,7 @@ def _making(facts: Facts | None) -> str:
 {counts}
 
 With {versions}, on {environment.get("device")}, by this config:
-
+{changed}
 ```yaml
 {strict_yaml.dump(_published(facts.config.model_dump(mode="json", exclude={"output_dir"})))}```"""
 

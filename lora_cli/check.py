@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 
 import torch
 
-from lora_cli import examples, lora, runtimes
+from lora_cli import examples, runtimes
 from lora_cli.config import RunConfig
 from lora_cli.data_reader import News
 from lora_cli.dataset import Dataset
@@ -34,8 +34,7 @@ def check(config: RunConfig, row: str | None = None) -> Generator[News, None, Ch
     prepared = yield from prepare(config)
     train = prepared.train
     timetable = Timetable.of(train.mixture.drawn, config)
-    shapes = [lora.linear_shape(prepared.skeleton.get_submodule(path)) for path in prepared.targets]
-    trainable = sum(config.lora.rank * (inputs + outputs) for inputs, outputs in shapes)
+    trainable = prepared.trained_parameters(config.lora.rank)
     total = sum(p.numel() for p in prepared.skeleton.parameters())
     device = current_world().device
     memory = estimate_memory(prepared.header, config, int(train.examples.lengths.max()), device)

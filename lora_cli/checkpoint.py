@@ -3,7 +3,6 @@
 Data order, learning rate and dropout are functions of (seed, step), so nothing else is needed to go on exactly.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +51,12 @@ class Stopping:
             self.best_excess = excess
         return is_best
 
+    def judge_anew(self, budget: float | None) -> None:
+        """Hold the best so far against another forgetting budget; what was not the best is not known any more."""
+        over = 0.0 if budget is None or self.best_forgetting is None else self.best_forgetting - budget
+        self.best_excess = self.reference_excess = max(0.0, over)
+        self.reference = self.best_loss
+
 
 @dataclass
 class TrainState:
@@ -68,7 +73,7 @@ def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -
 
     What was measured before is on the medium by then, so that a run that goes on from here has it.
     """
-    run_dir.keep_metrics(run)
+    run_dir.sync_metrics(run)
     path = run_dir.checkpoint_path(run, state.step)
     if path.exists() and storage.problems_in(path):
         storage.remove_directory(path)
@@ -81,8 +86,14 @@ def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -
                 for moment, value in state.optimizer.state[parameter].items()
             }
             storage.add_file(folder / OPTIMIZER, safetensors.torch.save(tensors, {"format": "pt"}))
-            storage.add_json(folder / STATE, {"step": state.step, "stopping": asdict(state.stopping)})
+            numbers = {"format": run_dir.FORMAT, "step": state.step, "stopping": asdict(state.stopping)}
+            storage.add_json(folder / STATE, numbers)
     return path
+
+
+def size(parameters: int) -> int:
+    """Return about how many bytes the checkpoint of an adapter takes: it, both moments, and the small files."""
+    return 3 * 4 * parameters + (1 << 16)
 
 
 def load(path: Path, state: TrainState) -> None:
@@ -100,8 +111,8 @@ def load(path: Path, state: TrainState) -> None:
 
 
 def read_numbers(path: Path) -> tuple[int, Stopping]:
-    """Return a checkpoint's step and early-stopping state."""
-    numbers = json.loads((path / STATE).read_text(encoding="utf-8"))
+    """Return a checkpoint's step and early-stopping state. Raises AdapterError where a newer version wrote it."""
+    numbers = run_dir.read_facts(path / STATE)
     return int(numbers["step"]), Stopping(**numbers["stopping"])
 
 

@@ -1,21 +1,14 @@
-"""The commands. Each is a short path; what is slow to import is imported inside, and errors become exit codes here."""
+"""The commands. Each is a short path, and what is slow to import is imported inside."""
 
-import os
-import shlex
-import signal
-import sys
-import tempfile
-import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lora_cli import __version__, arguments, config_file, console, figures, follower, interrupt, storage
+from lora_cli import __version__, arguments, config_file, console, ending, figures, follower, interrupt, storage
 from lora_cli import data as data_rows
-from lora_cli.errors import ConfigError, InputError, Interrupted, UserError
+from lora_cli.errors import ConfigError, InputError
 from lora_cli.records import Finished, as_json
 
 app = typer.Typer(
@@ -92,16 +85,23 @@ def check(
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, json: Json = False) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    override: Annotated[
+        bool, typer.Option("--override", help="Go on with a run although its rest is to be trained in another way.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Train; an interrupted run of the same config is continued."""
     run_config = config_file.load(config, overrides or [])
     from lora_cli import train as training
 
-    ended = training.ended(run_config)
+    ended = training.ended(run_config, override)
     already = ended is not None
     if ended is None:
         with interrupt.listening() as stop:
-            last = follower.Follower().follow(training.train(run_config, stop))
+            last = follower.Follower().follow(training.train(run_config, stop, override))
         assert isinstance(last, Finished), "the loop ends with Finished or raises"
         ended = last
     if json:
@@ -289,27 +289,4 @@ def version(json: Json = False) -> None:
 
 def main() -> None:
     """Run a command; turn what goes wrong into an exit code and one paragraph on stderr."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # training listens by itself; what others write is cleaned up
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        app()
-    except UserError as error:
-        console.print_error(error)
-        if isinstance(error, Interrupted):
-            console.message(f"Continue with: {shlex.join(['lora', *sys.argv[1:]])}")
-        if "--json" in sys.argv:
-            console.print_json(
-                {"error": {"exit_code": error.exit_code, "problems": error.problems, "state": error.state}}
-            )
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is quiet
-        sys.exit(1)
-    except Exception as error:
-        log = Path(tempfile.gettempdir()) / f"lora-bug-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-        storage.write_file(log, traceback.format_exc())
-        console.message(
-            f"error: a bug in lora ({type(error).__name__}: {str(error)[:200]}).\n"
-            f"The traceback is in {log}; please report it."
-        )
-        sys.exit(1)
+    ending.run(app)

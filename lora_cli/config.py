@@ -6,9 +6,26 @@ The description of each field is the comment `lora init` writes and the text edi
 import datetime
 import string
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args
+from enum import Enum
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class OnResume(Enum):
+    """What becomes of a run that goes on with another value of a key; each key says which."""
+
+    FREE = "nothing that is computed changes"
+    NOTED = "sums may be rounded in another way: said, and written down"
+    OVERRIDE = "the rest is trained in another way: only with --override, and written down"
+    FIXED = "it would be another run: only in another output_dir"
+
+
+T = TypeVar("T")
+Free = Annotated[T, OnResume.FREE]
+Noted = Annotated[T, OnResume.NOTED]
+Override = Annotated[T, OnResume.OVERRIDE]
+Fixed = Annotated[T, OnResume.FIXED]
 
 
 def _reject_empty(value: str) -> str:
@@ -33,26 +50,28 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The frozen base model."""
 
-    path: Text = Field(description="hub id or folder")
-    revision: Text | None = Field(None, description="pin a hub revision")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    path: Fixed[Text] = Field(description="hub id or folder")
+    revision: Fixed[Text | None] = Field(None, description="pin a hub revision")
+    dtype: Fixed[Literal["auto", "float32", "bfloat16", "float16"]] = Field(
         "auto",
         description="auto | float32 | bfloat16 | float16: of the frozen base; adapters are always float32",
     )
-    quantization: Literal["nf4", "int8"] | None = Field(None, description="null | nf4 | int8: of the frozen base")
-    trust_remote_code: Bool = Field(False, description="run Python code that comes with the model")
+    quantization: Fixed[Literal["nf4", "int8"] | None] = Field(
+        None, description="null | nf4 | int8: of the frozen base"
+    )
+    trust_remote_code: Fixed[Bool] = Field(False, description="run Python code that comes with the model")
 
 
 class LoraConfig(Section):
     """The adapter."""
 
-    method: Literal["lora", "rslora", "dora", "full"] = Field(
+    method: Fixed[Literal["lora", "rslora", "dora", "full"]] = Field(
         "lora", description="lora: scale alpha/rank | rslora: scale alpha/sqrt(rank) | dora | full"
     )
-    rank: Int = Field(32, ge=1, description="size of the low-rank update")
-    alpha: Float = Field(32, gt=0, description="scale of the update, divided by the rank")
-    dropout: Float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
-    target_modules: Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
+    rank: Fixed[Int] = Field(32, ge=1, description="size of the low-rank update")
+    alpha: Fixed[Float] = Field(32, gt=0, description="scale of the update, divided by the rank")
+    dropout: Override[Float] = Field(0.0, ge=0, lt=1, description="on the adapter's input")
+    target_modules: Fixed[Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1)]] = Field(
         "all-linear",
         description="all-linear, or a list of names as they stand in the model (q_proj, down_proj, ...)",
     )
@@ -118,46 +137,48 @@ HELD_OUT: tuple[HeldOut, ...] = get_args(HeldOut)  # in the order in which they 
 class DataConfig(Section):
     """What is learned and what is held out."""
 
-    train: (
+    train: Fixed[
         Text | Annotated[tuple[Annotated[SourceConfig, BeforeValidator(_path_to_section)], ...], Field(min_length=1)]
-    ) = Field(
+    ] = Field(
         description="a file (jsonl, json, csv, parquet; .gz, .zst), folder, glob, hub id, or a list of {path, weight}"
     )
-    validation: Int | Float | Text = Field(
+    validation: Fixed[Int | Float | Text] = Field(
         0.1, description="a share of train, a number of rows, a file or a hub split; 0 turns validation off"
     )
-    test: Int | Float | Text | None = Field(
+    test: Fixed[Int | Float | Text | None] = Field(
         None, description="rows kept for the final report alone, as validation: share, number, file or hub split"
     )
-    split_by: Text = Field(
+    split_by: Fixed[Text] = Field(
         "prompt",
         description="prompt | row | a field: rows that share it stay on one side of the split",
     )
-    allow_overlap: Bool = Field(False, description="accept validation rows whose prompt is also trained on")
-    format: Format = Field(
+    allow_overlap: Free[Bool] = Field(False, description="accept validation rows whose prompt is also trained on")
+    format: Fixed[Format] = Field(
         "auto", description="auto | messages | sharegpt | alpaca | prompt-completion | text | preference"
     )
-    fields: Fields | None = Field(None, description="other names of columns, as {prompt: question, completion: answer}")
-    prompt_template: PromptTemplate | None = Field(
+    fields: Fixed[Fields | None] = Field(
+        None, description="other names of columns, as {prompt: question, completion: answer}"
+    )
+    prompt_template: Fixed[PromptTemplate | None] = Field(
         None, description='makes the prompt out of columns, as "Question: {question}\\nAnswer:"'
     )
-    chat_template: Text | None = Field(
+    chat_template: Fixed[Text | None] = Field(
         None, description="null: the model's own | a Jinja file | chatml | zephyr | alpaca"
     )
-    template_date: Annotated[Text, AfterValidator(_iso_date)] = Field(
+    template_date: Fixed[Annotated[Text, AfterValidator(_iso_date)]] = Field(
         "2026-01-01", description="the day a chat template is told, where it writes today's"
     )
-    merge_system: Bool = Field(
+    merge_system: Fixed[Bool] = Field(
         False, description="put a system message in front of the first user message, for templates without that role"
     )
-    allow_control_tokens: Bool | None = Field(
+    allow_control_tokens: Fixed[Bool | None] = Field(
         None, description="false: control tokens inside content are text | true: they are control tokens | null: asks"
     )
-    max_length: Int = Field(2048, ge=2, description="tokens")
-    too_long: Literal["error", "drop", "truncate"] = Field(
+    max_length: Fixed[Int] = Field(2048, ge=2, description="tokens")
+    too_long: Fixed[Literal["error", "drop", "truncate"]] = Field(
         "error", description="error | drop | truncate: never cuts an answer silently"
     )
-    replay: ReplayConfig | None = Field(
+    replay: Fixed[ReplayConfig | None] = Field(
         None, description="{path: general.jsonl, ratio: 0.05}: general data mixed in against forgetting"
     )
 
@@ -182,41 +203,47 @@ class DataConfig(Section):
 class EarlyStoppingConfig(Section):
     """When to give up on getting better."""
 
-    patience: Int | None = Field(3, ge=1, description="evaluations without improvement; null turns it off")
-    min_delta: Float = Field(0.0, ge=0, description="smaller gains in validation loss do not count")
+    patience: Override[Int | None] = Field(3, ge=1, description="evaluations without improvement; null turns it off")
+    min_delta: Override[Float] = Field(0.0, ge=0, description="smaller gains in validation loss do not count")
 
 
 class TrainConfig(Section):
     """The training loop."""
 
-    epochs: Int = Field(3, ge=1, description="passes over the training data")
-    max_steps: Int | None = Field(None, ge=1, description="stop after this many optimizer steps")
-    batch_size: Int = Field(16, ge=1, description="examples per optimizer step, over all processes")
-    learning_rate: Annotated[Float, Field(gt=0)] | Literal["auto"] = Field(
+    epochs: Override[Int] = Field(3, ge=1, description="passes over the training data")
+    max_steps: Override[Int | None] = Field(None, ge=1, description="stop after this many optimizer steps")
+    batch_size: Fixed[Int] = Field(16, ge=1, description="examples per optimizer step, over all processes")
+    learning_rate: Override[Annotated[Float, Field(gt=0)] | Literal["auto"]] = Field(
         3e-4, description="the peak, reached after warm-up; or auto"
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="cosine | linear | constant")
-    warmup_ratio: Float = Field(0.03, ge=0, lt=1, description="share of all steps spent warming up")
-    weight_decay: Float = Field(0.0, ge=0, description="decoupled, as in AdamW")
-    max_grad_norm: Float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    micro_batch_tokens: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
+    schedule: Override[Literal["cosine", "linear", "constant"]] = Field(
+        "cosine", description="cosine | linear | constant"
+    )
+    warmup_ratio: Override[Float] = Field(0.03, ge=0, lt=1, description="share of all steps spent warming up")
+    weight_decay: Override[Float] = Field(0.0, ge=0, description="decoupled, as in AdamW")
+    max_grad_norm: Override[Float] = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    micro_batch_tokens: Noted[Annotated[Int, Field(ge=1)] | Literal["auto"]] = Field(
         "auto", description="tokens one forward sees"
     )
-    order: Literal["rows", "prompts"] = Field(
+    order: Fixed[Literal["rows", "prompts"]] = Field(
         "rows", description="rows: shuffled one by one | prompts: rows with the same prompt stay together"
     )
-    share_prefixes: Bool = Field(True, description="run once what rows of a step begin with alike; changes no number")
-    activation_checkpointing: Bool = Field(
+    share_prefixes: Noted[Bool] = Field(
+        True, description="run once what rows of a step begin with alike; changes no number"
+    )
+    activation_checkpointing: Noted[Bool] = Field(
         False, description="compute activations again instead of keeping them: less memory, more time"
     )
-    compile: Bool = Field(False, description="torch.compile the model's blocks: for long runs, on a GPU above all")
+    compile: Noted[Bool] = Field(
+        False, description="torch.compile the model's blocks: for long runs, on a GPU above all"
+    )
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
-    kl_to_base: Float = Field(0.0, ge=0, description="weight of KL(base || tuned), against forgetting")
-    kl_without_target: Bool = Field(False, description="leave the target token out of both sides of that KL")
-    surprise_limit: Float | None = Field(
+    kl_to_base: Override[Float] = Field(0.0, ge=0, description="weight of KL(base || tuned), against forgetting")
+    kl_without_target: Override[Bool] = Field(False, description="leave the target token out of both sides of that KL")
+    surprise_limit: Override[Float | None] = Field(
         None, gt=0, description="nats: leave out targets the base finds more surprising, 4 for example; null is none"
     )
-    neftune_alpha: Float | None = Field(
+    neftune_alpha: Override[Float | None] = Field(
         None, gt=0, description="noise on the embeddings while training (NEFTune), 5 for example; null is none"
     )
 
@@ -224,12 +251,12 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """What is measured during training."""
 
-    per_epoch: Int = Field(4, ge=1, description="validation passes in an epoch")
-    general: Text | Literal[False] | None = Field(
+    per_epoch: Override[Int] = Field(4, ge=1, description="validation passes in an epoch")
+    general: Fixed[Text | Literal[False] | None] = Field(
         None, description="general text to measure forgetting on; null: a small one of ours | false: not measured"
     )
-    general_tokens: Int = Field(4096, ge=256, description="so many tokens of it are used")
-    forgetting_budget: Float | None = Field(
+    general_tokens: Fixed[Int] = Field(4096, ge=256, description="so many tokens of it are used")
+    forgetting_budget: Override[Float | None] = Field(
         None,
         gt=0,
         description="largest allowed rise of loss on it: part of stopping and of choosing the best",
@@ -244,8 +271,8 @@ class EvalConfig(Section):
 class SaveConfig(Section):
     """When checkpoints are written."""
 
-    per_epoch: Int = Field(4, ge=1, description="checkpoints in an epoch")
-    keep: Int = Field(2, ge=1, description="newest valid checkpoints kept, beside the best")
+    per_epoch: Free[Int] = Field(4, ge=1, description="checkpoints in an epoch")
+    keep: Free[Int] = Field(2, ge=1, description="newest valid checkpoints kept, beside the best")
 
 
 class RunConfig(Section):
@@ -257,8 +284,10 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()
-    seed: Int = Field(0, ge=0, lt=2**63, description="data order, adapter initialisation and dropout follow from it")
-    output_dir: Text = Field(description="where the run is written")
+    seed: Fixed[Int] = Field(
+        0, ge=0, lt=2**63, description="data order, adapter initialisation and dropout follow from it"
+    )
+    output_dir: Free[Text] = Field(description="where the run is written")
 
 
 def flat(config: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -269,13 +298,3 @@ def flat(config: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Return one line for each key whose value differs, the place of the run left out."""
-    there, now = dict(flat(old)), dict(flat(new))
-    return [
-        f"{key}: {there.get(key)} there, {now.get(key)} now"
-        for key in sorted(there.keys() | now.keys())
-        if there.get(key) != now.get(key) and key != "output_dir"
-    ]

@@ -1,6 +1,7 @@
 """Draws results and errors. Results go to stdout, messages to stderr; without a terminal, plain lines."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,10 @@ from lora_cli.reports import (
     RuntimeReport,
 )
 
+for number, name in ((1, "stdout"), (2, "stderr")):
+    if getattr(sys, name) is None:  # it was closed by who started us
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        setattr(sys, name, open(number, "w"))  # noqa: SIM115 - for as long as the process lives
 _WIDTH = None if sys.stdout.isatty() else 140  # lines of a file need not be folded as early as a terminal's
 out = Console(highlight=False, emoji=False, width=_WIDTH)
 err = Console(stderr=True, highlight=False, emoji=False)
@@ -34,11 +39,13 @@ def print_json(values: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout."""
     text = json.dumps(values, ensure_ascii=False)
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")  # half of a character cannot be written
+    sys.stdout.flush()
 
 
 def print_text(text: str) -> None:
     """Print plain text on stdout, as it is."""
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()
 
 
 def message(text: str) -> None:

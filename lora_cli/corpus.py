@@ -217,8 +217,16 @@ def make(reader: Reader, encoder: Encoder) -> Generator[Notice | Preparing, None
 def _keep(reader: Reader, encoder: Encoder, folder: Path, content: str) -> Generator[Notice | Preparing, None, None]:
     began, name, total = time.monotonic(), reader.file.name, reader.file.size
     yield Notice(f"{name}: {total / 1e6:,.0f} MB are turned into tokens, kept in {folder} for the next time.")
-    with storage.explained(folder):
-        storage.make_folder(folder.parent)
+    try:
+        storage.require_writable(folder)
+        with storage.explained(folder):
+            storage.make_folder(folder.parent)
+    except SurroundingsError as error:
+        raise SurroundingsError(
+            *error.problems,
+            "Tokens of large files are kept there; LORA_CACHE names another folder.",
+            state=NOTHING_LOADED,
+        ) from None
     _sweep(folder.parent)
     done = rows = templated = 0
     digest = _Digest()
@@ -272,8 +280,12 @@ def _open(reader: Reader, folder: Path) -> Corpus:
 
 def cache_folder() -> Path:
     """Return where tokens are kept: $LORA_CACHE, else lora/ in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LORA_CACHE") or Path(base) / "lora") / "tokens"
+    if named := os.environ.get("LORA_CACHE"):
+        return Path(named) / "tokens"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora" / "tokens"
+    except RuntimeError as error:
+        raise SurroundingsError(f"{error} Set LORA_CACHE to a folder for kept tokens.", state=NOTHING_LOADED) from None
 
 
 def _key(reader: Reader, encoder: Encoder, content: str) -> str:

@@ -92,6 +92,11 @@ def remove_tree(path: Path) -> None:
             remove_tree(entry)
         else:
             remove(entry)
+    remove_folder(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete an empty folder."""
     _announce("rmdir", path)
     path.rmdir()
 

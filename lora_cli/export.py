@@ -22,6 +22,7 @@ def export(
     `kind` is how a GGUF file stores matrices, `base` the base's place if it moved. Raises UserError, with nothing left
     behind.
     """
+    storage.require_new(output)
     match format:
         case "peft":
             notes = export_peft(path, output)

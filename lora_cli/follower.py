@@ -1,5 +1,6 @@
 """Draws the events of a run, and of its preparation, as they come: a bar in a terminal, plain lines elsewhere."""
 
+import os
 import time
 from collections.abc import Generator, Iterable
 from typing import TypeVar
@@ -36,7 +37,10 @@ class Follower:
         last: Event | None = None
         with self._progress:
             for last in events:
-                self._draw(last)
+                try:
+                    self._draw(last)
+                except (OSError, SystemExit):  # nobody reads any more; over a closed pipe rich would end the process
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         return last
 
     def _draw(self, event: Event) -> None:

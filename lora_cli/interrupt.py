@@ -1,10 +1,16 @@
-"""Ctrl-C and SIGTERM as a request: the loop finishes its step and saves; asked twice, the process ends at once."""
+"""Ctrl-C, SIGTERM or a closed terminal as a request: the step is finished and saved; asked twice, all ends at once."""
 
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+
+
+def heard() -> list[signal.Signals]:
+    """Return the signals that ask to stop; one that who started us had ignored stays so (nohup and SIGHUP)."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class StopRequest:
@@ -13,6 +19,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self.saving = False
+        self.leave: Callable[[], None] = lambda: None  # what is to be done before the process ends at once
 
     @property
     def wanted(self) -> bool:
@@ -24,16 +31,18 @@ class StopRequest:
             # What is being written has a temporary name, and the kernel lets go of the run's lock.
             said = "stopped at once; the last checkpoint is whole." if self.wanted else "stopped while getting ready."
             cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
-            os.write(2, f"{cursor}\n{said} The same command goes on from there.\n".encode())
+            self.leave()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, f"{cursor}\n{said} The same command goes on from there.\n".encode())
             os._exit(128 + number)
         self.signal_number = number
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Listen for SIGINT and SIGTERM while the block runs."""
+    """Listen while the block runs."""
     request = StopRequest()
-    before = {number: signal.signal(number, request._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, request._handle) for number in heard()}
     try:
         yield request
     finally:

@@ -16,7 +16,7 @@ from lora_cli.checkpoint import Stopping, TrainState
 from lora_cli.config import RunConfig
 from lora_cli.dataset import Dataset, TrainingSet
 from lora_cli.distributed import keep_freed_memory, memory_error
-from lora_cli.errors import AdapterError, Interrupted, TrainingStopped
+from lora_cli.errors import AdapterError, Interrupted, SurroundingsError, TrainingStopped
 from lora_cli.examples import Example
 from lora_cli.forgetting import Validation, measure_chosen, without_surprising
 from lora_cli.forward import base_states, embedding_noise, form, lay_out, share_inputs, target_loss
@@ -97,12 +97,15 @@ class Loop:
         """Go to the newest whole checkpoint, where there is one, and forget what was measured after it."""
         path, problems = checkpoint.latest(self.run)
         for problem in problems:
-            yield Notice(f"{problem}; an older checkpoint is used.")
+            yield Notice(f"{problem}; {'an older checkpoint is used' if path else 'training begins anew'}.")
+        for foreign in run_dir.foreign_folders(self.run):
+            yield Notice(f"{foreign}: is no checkpoint of this program, and is passed over.")
         if path is not None:
             checkpoint.load(path, self.state)
             checkpoint.prune(self.run, self.config.save.keep)  # a process may have been killed before it did
             yield Notice(f"Continuing after step {self.state.step} ({path}).")
-        run_dir.rewind_metrics(self.run, self.state.step if path else -1)
+        for problem in run_dir.rewind_metrics(self.run, self.state.step if path else -1):
+            yield Notice(problem)
 
     def __iter__(self) -> Iterator[Event]:
         """Train to the end, to early stopping, or until asked to stop (Interrupted, after saving)."""
@@ -249,8 +252,17 @@ class Loop:
         return patience is not None and self.state.stopping.without_improvement >= patience
 
     def _save(self, is_best: bool) -> Saved:
-        path = checkpoint.save(self.run, self.state, self._save_adapter)
-        checkpoint.prune(self.run, self.config.save.keep)
+        try:
+            path = checkpoint.save(self.run, self.state, self._save_adapter)
+            checkpoint.prune(self.run, self.config.save.keep)
+        except SurroundingsError as error:
+            last, _ = checkpoint.latest(self.run)
+            raise SurroundingsError(
+                *error.problems,
+                f"A checkpoint needs {checkpoint.size(sum(p.numel() for p in self.parameters)) / 1e6:.1f} MB.",
+                state=f"Training stopped after step {self.state.step}; "
+                f"the last whole checkpoint is {last}, and the same command goes on from it.",
+            ) from error
         return Saved(self.state.step, path, is_best)
 
     def _save_adapter(self, folder: Path) -> None:

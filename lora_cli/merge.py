@@ -48,6 +48,7 @@ def merge(
     Raises AdapterError, with nothing left behind, when a tensor finds no place, or when the logits differ more than
     `BOUNDS` allows or than half of what the adapters do; such a merge is kept with `force`.
     """
+    storage.require_new(output)
     results, update, skeleton = _open(paths, base, together)
     first = results[0]
     weights = Weights(first.header.folder, skeleton, update)
@@ -81,6 +82,7 @@ def merge(
 
 def combine(paths: Sequence[Path], output: Path, base: str | None, together: Together) -> CombineReport:
     """Write one adapter that does what several do together. Raises AdapterError."""
+    storage.require_new(output)
     results, update, _ = _open(paths, base, together)
     first = results[0]
     found = {path: update.low_rank(path) for path in update.paths}

@@ -49,7 +49,30 @@ class Prepared:
         parts += [self.validation.fingerprint()] if self.validation else []
         parts += [self.test.fingerprint()] if self.test else []
         parts += [str(example.input_ids) for example in self.general or ()]
-        return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
+        return _hash("|".join(parts))
+
+    def fingerprints(self) -> dict[str, str | None]:
+        """Return a hash each of what the tokens come from, so that it can be said which of them changed."""
+        tokenizer = self.header.tokenizer
+        special = [str(token) for token in tokenizer.all_special_tokens]
+        sets = [self.train.examples, *(held_out for held_out in (self.validation, self.test) if held_out)]
+        rows = hashlib.sha256()
+        for corpus in {id(corpus): corpus for one in sets for corpus in one.corpora}.values():
+            rows.update(corpus.row_keys[np.diff(corpus.numbers, prepend=-1) != 0].tobytes())  # once a row
+        return {
+            "rows": rows.hexdigest()[:32],
+            "tokenizer": _hash(tokenizer.backend_tokenizer.to_str() + str(special)),
+            "template": _hash(str(self.template)) if self.templated else None,
+        }
+
+    def trained_parameters(self, rank: int) -> int:
+        """Return how many numbers an adapter of a rank has."""
+        shapes = [lora.linear_shape(self.skeleton.get_submodule(path)) for path in self.targets]
+        return sum(rank * (inputs + outputs) for inputs, outputs in shapes)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def prepare(config: RunConfig) -> Generator[News, None, Prepared]:

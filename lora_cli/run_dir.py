@@ -1,21 +1,26 @@
 """Where a run's files lie, and its memory: config, environment, metrics, status.
 
 output_dir/
-  config.yaml  environment.json  metrics.jsonl  run.json
+  config.yaml  environment.json  metrics.jsonl  run.json  holder.json (while a process holds it)
   checkpoints/step-000200/  adapter/  evaluations/
 """
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lora_cli import config_file, storage
-from lora_cli.config import RunConfig, differences
-from lora_cli.errors import AdapterError, ConfigError, DataError
+from lora_cli import storage
+from lora_cli.config import RunConfig
+from lora_cli.errors import AdapterError, ConfigError
 from lora_cli.records import Estimate, Evaluated, Finished, Forgetting, StepDone, Tested, as_json, event_name
+
+FORMAT = 1  # of run.json, environment.json and a checkpoint's state.json; those without one are older, and read
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class RunDir:
         return self.path / "run.json"
 
     @property
+    def holder(self) -> Path:
+        return self.path / "holder.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -54,8 +63,12 @@ class RunDir:
 
 
 def of(config: RunConfig) -> RunDir:
-    """Return the run directory that a config names."""
-    return RunDir(Path(config.output_dir).expanduser())
+    """Return the run directory that a config names. Raises ConfigError."""
+    try:
+        config.output_dir.encode()
+        return RunDir(Path(config.output_dir).expanduser())
+    except (RuntimeError, UnicodeEncodeError) as error:  # ~ of a user whose home is not known; half a character
+        raise ConfigError(f"output_dir: {config.output_dir[:80]!r} is no path here: {error}") from None
 
 
 def is_run_dir(path: Path) -> bool:
@@ -63,64 +76,88 @@ def is_run_dir(path: Path) -> bool:
     return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
 
 
-def require_usable(run: RunDir, config: RunConfig) -> None:
-    """Raise ConfigError unless the folder is free or holds a run of the same config."""
-    if not run.path.exists():
-        return
-    if not run.path.is_dir():
-        raise ConfigError(f"output_dir: {run.path} is a file, not a folder.")
-    if not is_run_dir(run.path):
-        ours = {run.checkpoints.name, run.environment.name}  # of a run that was killed while it was created
-        names = {p.name for p in run.path.iterdir() if not storage.is_temporary(p)}
-        if found := sorted(names - ours):
-            raise ConfigError(
-                f"output_dir: {run.path} holds other files ({', '.join(found[:5])}); name another folder."
-            )
-        return
-    if changed := differences(config_file.load(run.config), config):
+def require_place(run: RunDir) -> bool:
+    """Return whether the folder holds a run of ours. Raises ConfigError where it holds anything else."""
+    with storage.explained(run.path):
+        names = {p.name for p in run.path.iterdir() if not storage.is_temporary(p)} if run.path.is_dir() else set()
+    if is_run_dir(run.path):
+        return True
+    ours = {
+        run.checkpoints.name,
+        run.environment.name,
+        run.holder.name,
+    }  # of a run that was killed while it was created
+    if found := sorted(names - ours):
+        foreign = [name for name in found if name.startswith("checkpoint-")]
         raise ConfigError(
-            f"output_dir: {run.path} holds a run of another config:",
-            *(f"  {line}" for line in changed),
-            "To go on with that run, use its config; to start anew, set another output_dir (output_dir=...).",
+            f"output_dir: {run.path} holds other files ({', '.join(found[:5])}); name another folder.",
+            *(f"{name} is a checkpoint of another tool, which cannot be continued here." for name in foreign[:1]),
         )
+    return False
 
 
-def create(run: RunDir, config: RunConfig, environment: dict[str, Any]) -> None:
-    """Create the run directory, or check that an existing one saw the same base and data. Raises DataError."""
-    if run.environment.exists():
-        before = read_environment(run)
-        changed = [
-            f"{run.path}: the {what} changed since this run began ({before.get(key)} then, {environment[key]} now)."
-            for key, what in (("base_fingerprint", "base model"), ("data_fingerprint", "data, tokenizer or template"))
-            if before.get(key) != environment[key]
-        ]
-        if changed:
-            raise DataError(*changed, "Put it back to continue, or start anew with another output_dir.")
-    else:
-        with storage.explained(run.path):
-            storage.make_folder(run.checkpoints)
-        storage.write_json(run.environment, environment)
-    if not run.config.exists():
-        storage.write_file(run.config, config_file.dump(config))
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return a JSON file of ours, empty when there is none. Raises AdapterError where this version cannot read it."""
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: cannot be read: {str(error)[:120]}. Put it back as it was.") from None
+    written = values.get("format", 0) if isinstance(values, dict) else None
+    if not isinstance(written, int) or written > FORMAT:
+        raise AdapterError(
+            f"{path}: is of format {str(written)[:20]}, and this version reads those up to {FORMAT}: a newer lora "
+            "wrote it. Continue with that one, or set another output_dir."
+        )
+    return dict(values)
 
 
 def read_environment(run: RunDir) -> dict[str, Any]:
-    """Return environment.json, empty when there is none."""
-    if not run.environment.exists():
-        return {}
-    environment: dict[str, Any] = json.loads(run.environment.read_text(encoding="utf-8"))
-    return environment
+    """Return environment.json, empty when there is none. Raises AdapterError."""
+    return read_facts(run.environment)
 
 
 @contextlib.contextmanager
-def held(run: RunDir) -> Iterator[None]:
-    """Hold the run directory for this process and sweep what a killed one left."""
+def held(run: RunDir) -> Iterator[Callable[[], None]]:
+    """Hold the run directory for this process; what is yielded leaves it, as does the end of the block.
+
+    Folders that had to be made go again where nothing was written into them. Raises AdapterError where another process
+    holds it.
+    """
+    made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     with storage.explained(run.path):
         storage.make_folder(run.path)
-    with storage.lock(run.path):
-        storage.sweep(run.path)
-        storage.sweep(run.checkpoints)
-        yield
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(storage.lock(run.path))
+        except AdapterError as error:
+            raise AdapterError(f"{error.problems[0]} {_holder(run)}") from None
+        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+
+        def leave() -> None:
+            with contextlib.suppress(OSError):  # a folder is not empty
+                storage.remove_file(run.holder)
+                for folder in made:
+                    storage.remove_empty(folder)
+
+        try:
+            storage.write_json(run.holder, {"pid": os.getpid(), "host": socket.gethostname(), "started": started})
+            yield leave
+        finally:
+            leave()
+
+
+def _holder(run: RunDir) -> str:
+    """Return who holds a run directory, in words; a file that a killed process left names no one."""
+    for _ in range(10):  # it is written just after the lock is taken
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(run.holder.read_text(encoding="utf-8"))
+            if found["host"] == socket.gethostname():
+                os.kill(int(found["pid"]), 0)
+            return f"It is process {found['pid']} on {found['host']}, since {found['started']}."
+        time.sleep(0.05)
+    return "It does not say which."
 
 
 def append(run: RunDir, record: StepDone | Evaluated) -> None:
@@ -128,40 +165,64 @@ def append(run: RunDir, record: StepDone | Evaluated) -> None:
     storage.append_line(run.metrics, json.dumps({"event": event_name(record), **as_json(record)}))
 
 
-def keep_metrics(run: RunDir) -> None:
-    """Have everything that was appended stay, even when the power fails."""
+def read_metrics(run: RunDir) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl; a last line cut short by a kill, and lines that are not ours, left out."""
+    return [record for record in _lines(run) if record is not None]
+
+
+def _lines(run: RunDir) -> list[dict[str, Any] | None]:
+    """Return the lines of metrics.jsonl as records, None for what is none."""
+    if not run.metrics.exists():
+        return []
+    records: list[dict[str, Any] | None] = []
+    with storage.explained(run.metrics):
+        lines = run.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
+        record = None
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+        is_ours = isinstance(record, dict) and isinstance(record.get("step"), int) and "event" in record
+        records.append(record if is_ours else None)
+    return records
+
+
+def rewind_metrics(run: RunDir, step: int) -> Iterator[str]:
+    """Forget what was measured after a step, as those steps are about to be taken again.
+
+    Iterates over what was wrong with the rest: it holds each step once afterwards, except for those that are lost.
+    """
+    lines = _lines(run)
+    if foreign := lines.count(None):
+        yield f"{run.metrics}: {foreign} lines are cut short or no measurements of a run, and were taken out."
+    before = [record for record in lines if record is not None and record["step"] <= step]
+    kept = list({(record["event"], record["step"]): record for record in before}.values())
+    if len(kept) < len(before):
+        yield f"{run.metrics}: {len(before) - len(kept)} lines stood there twice, and were taken out."
+    lost = sorted(set(range(1, step + 1)) - {record["step"] for record in kept if record["event"] == "step"})
+    if lost:
+        yield (
+            f"{run.metrics}: the measurements of {len(lost)} steps up to the checkpoint are lost (the first is step "
+            f"{lost[0]}), as after a power cut. What is trained is not touched by it."
+        )
+    storage.write_file(run.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def sync_metrics(run: RunDir) -> None:
+    """Have what was measured on the disk; a checkpoint that appears after this never knows more than metrics.jsonl."""
     if run.metrics.exists():
         storage.keep(run.metrics)
 
 
-def read_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl; a last line cut short by a kill is left out."""
-    if not run.metrics.exists():
-        return []
-    records = []
-    for line in run.metrics.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
-
-
-def rewind_metrics(run: RunDir, step: int) -> None:
-    """Forget what was measured after a step: those steps are about to be taken again."""
-    kept = [record for record in read_metrics(run) if record["step"] <= step]
-    storage.write_file(run.metrics, "".join(json.dumps(record) + "\n" for record in kept))
-
-
 def write_status(run: RunDir, status: str, **facts: Any) -> None:
-    """Write run.json: running | finished | stopped | failed, with what is known."""
-    storage.write_json(run.status, {"status": status, **facts})
+    """Write run.json: running | finished | stopped | failed, with what is known; `changes` stay as they are there."""
+    before = read_status(run)
+    kept = {"changes": before["changes"]} if "changes" in before else {}
+    storage.write_json(run.status, {"format": FORMAT, "status": status, **kept, **facts})
 
 
 def read_status(run: RunDir) -> dict[str, Any]:
-    """Return run.json, empty when there is none."""
-    if not run.status.exists():
-        return {}
-    status: dict[str, Any] = json.loads(run.status.read_text(encoding="utf-8"))
-    return status
+    """Return run.json, empty when there is none. Raises AdapterError."""
+    return read_facts(run.status)
 
 
 def read_finished(run: RunDir) -> Finished | None:
@@ -193,6 +254,12 @@ def step_folders(run: RunDir) -> Sequence[tuple[int, Path]]:
     """Return (step, checkpoint folder), newest first, valid or not."""
     found = [(p.name.removeprefix("step-"), p) for p in run.checkpoints.glob("step-*") if p.is_dir()]
     return sorted(((int(number), p) for number, p in found if number.isdecimal()), reverse=True)
+
+
+def foreign_folders(run: RunDir) -> list[Path]:
+    """Return what lies beside the checkpoints and is none of ours: transformers' `checkpoint-500`, a renamed one."""
+    ours = {folder for _, folder in step_folders(run)}
+    return sorted(p for p in run.checkpoints.iterdir() if p not in ours and not storage.is_temporary(p))
 
 
 def checkpoint_path(run: RunDir, step: int) -> Path:

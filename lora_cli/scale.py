@@ -27,6 +27,7 @@ def scale(
     """
     if (gain is None) == (budget is None):
         raise InputError("Give --gain or --budget, one of them.")
+    storage.require_new(output)
     result = tuned.find(path, base)
     point = None
     if budget is not None:

@@ -25,6 +25,8 @@ from lora_cli.errors import AdapterError, SurroundingsError
 
 MANIFEST = "MANIFEST.json"
 _TEMPORARY = ".lora-tmp-"  # of what is being written; safe to delete when nobody holds the run's lock
+# What a disk or a system answers that has no room, no right or no luck; never the fault of the program.
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 _SECONDS_UNTIL_HELD = 60  # between a temporary folder's making and its lock there is far less
 
 
@@ -37,7 +39,10 @@ def explained(path: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             near = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-            reason = f"the disk is full ({shutil.disk_usage(near).free / 1e6:.0f} MB free)"
+            whose = "your share of the disk" if error.errno == errno.EDQUOT else "the disk"
+            reason = f"{whose} is full ({shutil.disk_usage(near).free / 1e6:.0f} MB free)"
+        if error.errno == errno.EFBIG:
+            reason = "a file would be larger than this process may write (ulimit -f)"
         raise SurroundingsError(
             f"{path}: cannot be written: {reason}.", state="What was there before is whole."
         ) from error
@@ -148,6 +153,7 @@ def new_file(path: Path, size: int = 0) -> Iterator[Path]:
     On any error it is deleted. Raises AdapterError when `path` is already there, or is when it is to appear,
     SurroundingsError when the disk has not so much room or cannot be written.
     """
+    require_writable(path.parent)
     require_room(path, size)
     with _temporary_beside(path) as folder, explained(path):
         temporary = folder / path.name
@@ -167,8 +173,7 @@ def _temporary_name(folder: Path) -> Path:
 @contextlib.contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
     """Yield a folder beside `path`, which must not be there; held, so that no other process sweeps it away."""
-    if path.exists():
-        raise AdapterError(f"{path}: already exists; it is never overwritten. Delete it or name another.")
+    _require_absent(path)
     with explained(path):
         make_folder(path.parent)
         _sweep_unheld(path.parent)
@@ -197,11 +202,50 @@ def _sweep_unheld(folder: Path) -> None:
                 os.close(descriptor)
 
 
+def require_new(path: Path) -> None:
+    """Raise AdapterError where a path that is to be written is there, SurroundingsError where it cannot be written.
+
+    Call it before work that takes long.
+    """
+    _require_absent(path)
+    require_writable(path)
+
+
+def _require_absent(path: Path) -> None:
+    with explained(path):
+        is_there = path.exists()
+    if is_there:
+        raise AdapterError(f"{path}: already exists; it is never overwritten. Delete it or name another.")
+
+
+def require_writable(path: Path) -> None:
+    """Raise SurroundingsError unless a path can be written: tried where it is, or in the folder nearest to it."""
+    with explained(path):
+        if path.is_symlink() and not path.exists():
+            raise OSError(f"it is a link to {os.readlink(path)}, which is not there")
+        near = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+        if not near.is_dir():
+            raise OSError(f"{near} is a file, not a folder")
+        temporary = _temporary_name(near)
+        tried = temporary / path.absolute().relative_to(near) / "tried"
+        try:
+            make_folder(tried.parent)
+            write_file(tried, bytes(4096))
+        finally:
+            with contextlib.suppress(OSError):
+                disk.remove_tree(temporary)
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes of a folder's files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def require_room(path: Path, size: int) -> None:
     """Raise SurroundingsError unless the disk of a path that is to be written has `size` bytes free."""
     near = next(parent for parent in path.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(near).free) < size:
-        raise SurroundingsError(f"{path}: needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free.")
+        raise SurroundingsError(f"{path}: needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free.")
 
 
 def _seal(folder: Path) -> None:
@@ -264,6 +308,17 @@ def remove_directory(path: Path) -> None:
         disk.remove_tree(doomed)
 
 
+def remove_file(path: Path) -> None:
+    """Delete a file of ours, where it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        disk.remove(path)
+
+
+def remove_empty(path: Path) -> None:
+    """Delete a folder in which nothing is. Raises OSError where something is."""
+    disk.remove_folder(path)
+
+
 def touch(path: Path) -> None:
     """Say that a directory was used now, where that may be said."""
     with contextlib.suppress(OSError):
@@ -295,6 +350,8 @@ def lock(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise AdapterError(f"{folder}: another process is using this run directory.") from None
+        if not os.path.samestat(os.fstat(descriptor), folder.stat()):  # deleted, and made anew, before it was held
+            raise AdapterError(f"{folder}: another process began in this run directory at the same time.")
         yield
     finally:
         os.close(descriptor)

@@ -1,49 +1,151 @@
 """`lora train`: a run from its config to its adapter, written down as it goes."""
 
+import contextlib
 import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_cli import __version__, data, run_dir
+from lora_cli import __version__, data, resume, run_dir, storage
 from lora_cli.config import RunConfig
 from lora_cli.errors import Interrupted, UserError
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Evaluated, Event, Finished, Notice, Started, StepDone, as_json
+from lora_cli.resume import Change
+from lora_cli.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from lora_cli.distributed import World
+    from lora_cli.loop import Loop
+    from lora_cli.prepare import Prepared
 
 
-def ended(config: RunConfig) -> Finished | None:
+def ended(config: RunConfig, override: bool = False) -> Finished | None:
     """Return how a run of this config ended, when it is finished; raises when the folder cannot be used."""
     run = run_dir.of(config)
-    run_dir.require_usable(run, config)
-    return run_dir.read_finished(run)
+    changed = resume.is_changed(resume.plan(run, config, override))
+    return None if changed else run_dir.read_finished(run)
 
 
-def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
+def train(config: RunConfig, stop: StopRequest, override: bool = False) -> Iterator[Event]:
     """Train, or continue an interrupted run of the same config; yield what happens and write it down.
 
-    Raises UserError: InputError and SurroundingsError before anything is written, TrainingStopped, Interrupted.
+    With `override` the config may differ from the run's in how the rest is trained. Raises UserError: InputError and
+    SurroundingsError before anything is written, TrainingStopped, Interrupted.
     """
-    data.require_readable(config.data, config.eval.general_source)
+    run = run_dir.of(config)
+    resume.plan(run, config, override)
+    with contextlib.ExitStack() as holding:
+        if is_there := run.path.is_dir():
+            stop.leave = holding.enter_context(run_dir.held(run))
+        data.require_readable(config.data, config.eval.general_source)
+        storage.require_writable(run.path)
 
-    from lora_cli.prepare import prepare  # torch is imported only once config and rows are good
+        from lora_cli.prepare import prepare  # torch is imported only once config and rows are good
 
-    prepared = yield from prepare(config)
-    for text in prepared.notices:
-        yield Notice(text)
+        prepared = yield from prepare(config)
+        for text in prepared.notices:
+            yield Notice(text)
+        if not is_there:  # another process may have made it by now
+            stop.leave = holding.enter_context(run_dir.held(run))
+        changes = resume.plan(run, config, override)
+        yield from _train(config, run, prepared, stop, changes)
 
+
+def _train(
+    config: RunConfig, run: RunDir, prepared: "Prepared", stop: StopRequest, changes: list[Change]
+) -> Iterator[Event]:
+    """Train in a directory that is held."""
     from lora_cli import adapter, adapter_folder, lora, model
-    from lora_cli.distributed import current_world, memory_error
+    from lora_cli.distributed import current_world
     from lora_cli.forgetting import Validation
     from lora_cli.loop import Loop
+
+    world = current_world()
+    environment = _environment(config, run, prepared, changes, world)
+    resume.require_same(run, environment)
+    if others := resume.other_versions(run, environment):
+        yield Notice(
+            "The numbers of a run are equal to the bit only where everything is that they come from; these differ from "
+            f"the run's start: {', '.join(f'{one.key} {one.before} -> {one.after}' for one in others)}."
+        )
+    _require_room(config, run, prepared)
+    language_model = model.load_model(prepared.header, config.model, world.device)
+    for end in sorted(prepared.ends):
+        if problem := model.untrained_end(language_model, prepared.header.tokenizer, end):
+            yield Notice(problem)
+    resume.create(run, config, environment)
+    templates = prepared.template.files(*adapter.TEMPLATES) if prepared.template and prepared.templated else {}
+    origin = adapter_folder.Origin(config.model.path, config.model.revision, environment["base_fingerprint"], templates)
+    validation = None
+    if prepared.validation is not None:
+        validation = Validation(language_model, prepared.validation, prepared.general)
+    tokens = environment["micro_batch_tokens"]
+    loop = Loop(config, run, language_model, prepared.train, validation, prepared.test, origin, stop, tokens)
+    yield from loop.restore()
+    if any(change.key == "eval.forgetting_budget" for change in changes):
+        loop.state.stopping.judge_anew(config.eval.forgetting_budget)
+    best_step = loop.state.stopping.best_step or loop.state.step
+    for text in resume.write_down(run, config, [*changes, *others], loop.state.step, best_step):
+        yield Notice(text)
+    trainable = sum(p.numel() for p in lora.trainable(language_model.module).values())
+    yield Started(
+        step=loop.state.step,
+        total_steps=loop.timetable.total_steps,
+        steps_per_epoch=loop.timetable.steps_per_epoch,
+        train=prepared.train_counts,
+        validation=prepared.validation_counts,
+        trainable_parameters=trainable,
+        total_parameters=trainable + sum(p.numel() for p in prepared.skeleton.parameters()),
+        forward=str(language_model.layout),
+    )
+    run_dir.write_status(run, "running", step=loop.state.step, pid=os.getpid())
+    stop.saving = True
+    yield from _written_down(loop, run)
+
+
+def _written_down(loop: "Loop", run: RunDir) -> Iterator[Event]:
+    """Iterate over a loop, and write down what happens and how it ends."""
+    from lora_cli.distributed import memory_error
+
+    finished = False
+    try:
+        for event in loop:
+            if isinstance(event, StepDone | Evaluated):
+                run_dir.append(run, event)
+            if isinstance(event, Finished):
+                facts = {key: value for key, value in as_json(event).items() if key != "adapter"}
+                run_dir.write_status(run, "finished", **facts)
+                finished = True
+            yield event
+    except BaseException as caught:
+        error = memory_error(caught) or caught
+        if not finished:
+            state = "stopped" if isinstance(error, Interrupted | GeneratorExit) else "failed"
+            reason = error.problems[0] if isinstance(error, UserError) else type(error).__name__
+            progress = asdict(loop.state.stopping)
+            with contextlib.suppress(UserError):  # on a full disk, what is said is why the run stopped
+                run_dir.write_status(run, state, step=loop.state.step, reason=reason, **progress)
+        if error is caught:
+            raise
+        raise error from caught
+
+
+def _environment(
+    config: RunConfig, run: RunDir, prepared: "Prepared", changes: list[Change], world: "World"
+) -> dict[str, Any]:
+    """Return what environment.json is to hold."""
+    from lora_cli import model
     from lora_cli.memory import estimate_memory
 
-    run, world = run_dir.of(config), current_world()
     base_fingerprint = model.fingerprint(prepared.header.folder)
     environment = describe_environment(str(world.device), base_fingerprint, prepared.data_fingerprint())
+    environment |= {f"{name}_fingerprint": value for name, value in prepared.fingerprints().items()}
     # A run that goes on keeps its micro-batches, whatever is free now: sums are rounded in the same order.
-    tokens = run_dir.read_environment(run).get("micro_batch_tokens") or config.train.micro_batch_tokens
+    tokens = config.train.micro_batch_tokens
+    if tokens == "auto" or all(change.key != "train.micro_batch_tokens" for change in changes):
+        tokens = run_dir.read_environment(run).get("micro_batch_tokens") or tokens
     if tokens == "auto":  # only then is the model looked at
         longest = int(prepared.train.examples.lengths.max())
         tokens = estimate_memory(prepared.header, config, longest, world.device).tokens
@@ -55,52 +157,16 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
     }
     for name, held_out in (("validation", prepared.validation), ("test", prepared.test)):
         environment[f"{name}_fingerprint"] = held_out.fingerprint() if held_out else None
-    language_model = model.load_model(prepared.header, config.model, world.device)
-    for end in sorted(prepared.ends):
-        if problem := model.untrained_end(language_model, prepared.header.tokenizer, end):
-            yield Notice(problem)
-    with run_dir.held(run):
-        run_dir.create(run, config, environment)
-        templates = prepared.template.files(*adapter.TEMPLATES) if prepared.template and prepared.templated else {}
-        origin = adapter_folder.Origin(config.model.path, config.model.revision, base_fingerprint, templates)
-        validation = None
-        if prepared.validation is not None:
-            validation = Validation(language_model, prepared.validation, prepared.general)
-        loop = Loop(config, run, language_model, prepared.train, validation, prepared.test, origin, stop, tokens)
-        yield from loop.restore()
-        trainable = sum(p.numel() for p in lora.trainable(language_model.module).values())
-        yield Started(
-            step=loop.state.step,
-            total_steps=loop.timetable.total_steps,
-            steps_per_epoch=loop.timetable.steps_per_epoch,
-            train=prepared.train_counts,
-            validation=prepared.validation_counts,
-            trainable_parameters=trainable,
-            total_parameters=trainable + sum(p.numel() for p in prepared.skeleton.parameters()),
-            forward=str(language_model.layout),
-        )
-        run_dir.write_status(run, "running", step=loop.state.step, pid=os.getpid())
-        stop.saving = True
-        finished = False
-        try:
-            for event in loop:
-                if isinstance(event, StepDone | Evaluated):
-                    run_dir.append(run, event)
-                if isinstance(event, Finished):
-                    facts = {key: value for key, value in as_json(event).items() if key != "adapter"}
-                    run_dir.write_status(run, "finished", **facts)
-                    finished = True
-                yield event
-        except BaseException as caught:
-            error = memory_error(caught) or caught
-            if not finished:
-                state = "stopped" if isinstance(error, Interrupted | GeneratorExit) else "failed"
-                reason = error.problems[0] if isinstance(error, UserError) else type(error).__name__
-                progress = asdict(loop.state.stopping)
-                run_dir.write_status(run, state, step=loop.state.step, reason=reason, **progress)
-            if error is caught:
-                raise
-            raise error from caught
+    return environment
+
+
+def _require_room(config: RunConfig, run: RunDir, prepared: "Prepared") -> None:
+    """Raise SurroundingsError where the disk has not the room for what the run will still write."""
+    from lora_cli import checkpoint
+
+    one = checkpoint.size(prepared.trained_parameters(config.lora.rank))
+    most = (config.save.keep + 2) * one + one // 3  # those kept, the best, the one being written; the adapter
+    storage.require_room(run.path, max(one, most - storage.size_of(run.path)))
 
 
 def describe_environment(device: str, base_fingerprint: str, data_fingerprint: str) -> dict[str, Any]:
@@ -117,6 +183,7 @@ def describe_environment(device: str, base_fingerprint: str, data_fingerprint: s
         "safetensors": safetensors.__version__,
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "base_fingerprint": base_fingerprint,
         "data_fingerprint": data_fingerprint,

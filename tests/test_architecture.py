@@ -23,6 +23,7 @@ FLOORS = [
     "disk",
     "storage",
     "run_dir",
+    "resume",
     "interrupt",
     "loss",
     "optim",
@@ -92,6 +93,7 @@ FLOORS = [
     "console",
     "figures",
     "follower",
+    "ending",
     "arguments",
     "cli",
     "__main__",
@@ -197,6 +199,8 @@ MAY_WRITE = {
 def opens_to_write(call: ast.Call) -> bool:
     """Whether a call is open() or path.open() with a mode that is not for reading."""
     if ast.unparse(call.func).rsplit(".", 1)[-1] not in ("open", "fdopen", "FileIO"):
+        return False
+    if call.args and ast.unparse(call.args[0]) == "os.devnull":
         return False
     modules = ("os", "io", "gzip", "tokenize")
     place = 0 if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) not in modules else 1

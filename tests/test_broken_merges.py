@@ -227,7 +227,7 @@ def test_too_little_room_is_known_before(mergeable: Path, monkeypatch: pytest.Mo
     usage = shutil.disk_usage(mergeable)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     monkeypatch.setattr(storage, "new_directory", None)
-    with pytest.raises(UserError, match=r"needs 0\.00 GB, and 0\.00 GB are free") as raised:
+    with pytest.raises(UserError, match=r"needs 0\.\d MB, and 0\.\d MB are free") as raised:
         merge([mergeable / "a"], mergeable / "merged")
     assert raised.value.exit_code == 3
 

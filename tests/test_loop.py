@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_examples, build_model, build_tokenizer, conversation, one_batch, write_rows
+from conftest import build_examples, build_model, build_tokenizer, conversation, facts, one_batch, write_rows
 
-from lora_cli import batches, checkpoint, config_file, lora, memory, model, run_dir, storage
+from lora_cli import batches, checkpoint, config_file, lora, memory, model, resume, run_dir, storage
 from lora_cli.batches import Mixture, Part
 from lora_cli.checkpoint import Stopping
 from lora_cli.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
@@ -398,18 +398,6 @@ def cli(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "lora_cli", *map(str, arguments)]
 
 
-def facts(place: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """What must be the same: metrics without times, and every file of the adapter and of the newest checkpoint."""
-    metrics = [
-        {key: value for key, value in record.items() if key != "seconds"}
-        for record in run_dir.read_metrics(RunDir(place))
-    ]
-    newest, _ = checkpoint.latest(RunDir(place))
-    assert newest is not None
-    files = [*newest.iterdir(), *(place / "adapter").iterdir()]
-    return metrics, {str(file.relative_to(place)): file.read_bytes() for file in files}
-
-
 DROPOUT = {"lora.dropout": 0.1, "train.max_steps": 12, "data.validation": 8, "eval.per_epoch": 8, "save.per_epoch": 8}
 
 
@@ -671,7 +659,7 @@ def test_another_config_in_the_same_folder_is_refused(make_config: Callable[...,
     run(make_config(**{"train.max_steps": 2}))
     changed = config_file.load(make_config(**{"train.max_steps": 2, "lora.rank": 2}))
     with pytest.raises(ConfigError, match=r"lora\.rank: 4 there, 2 now"):
-        run_dir.require_usable(RunDir(Path(changed.output_dir)), changed)
+        resume.plan(RunDir(Path(changed.output_dir)), changed, override=True)
 
 
 def test_a_folder_with_other_files_is_refused(make_config: Callable[..., Path], tmp_path: Path):
@@ -680,7 +668,7 @@ def test_a_folder_with_other_files_is_refused(make_config: Callable[..., Path], 
     (tmp_path / "run" / "thesis.tex").write_text("precious")
     config = config_file.load(make_config())
     with pytest.raises(ConfigError, match=r"holds other files \(thesis.tex\)"):
-        run_dir.require_usable(RunDir(tmp_path / "run"), config)
+        resume.plan(RunDir(tmp_path / "run"), config, override=False)
 
 
 def test_changed_data_is_refused_on_resume(make_config: Callable[..., Path], tmp_path: Path):
@@ -691,7 +679,7 @@ def test_changed_data_is_refused_on_resume(make_config: Callable[..., Path], tmp
     events.close()
     rows = tmp_path / "rows.jsonl"
     rows.write_text(rows.read_text().replace("It is red.", "It is violet.", 1))
-    with pytest.raises(DataError, match="the data, tokenizer or template changed"):
+    with pytest.raises(DataError, match=r"the data \(the rows of its files\) changed"):
         run(config)
 
 

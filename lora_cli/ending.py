@@ -1,0 +1,60 @@
+"""How a command ends: what goes wrong becomes an exit code and one paragraph on stderr."""
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from lora_cli import console, interrupt, storage
+from lora_cli.errors import Interrupted, SurroundingsError, UserError
+
+
+def run(command: Callable[[], None]) -> None:
+    """Run a command; turn what goes wrong into an exit code and one paragraph on stderr."""
+    for number in interrupt.heard():  # training listens by itself; what others write is cleaned up
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        command()
+    except UserError as error:
+        _end(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is quiet
+        sys.exit(1)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in storage.FAULTS:
+            where = f"{error.filename}: " if error.filename else ""
+            _end(SurroundingsError(f"{where}the machine refused: {error.strerror}.", state="What was saved is whole."))
+        console.message(
+            f"error: a bug in lora ({type(error).__name__}: {str(error)[:200]}).\n{_log(traceback.format_exc())}"
+        )
+        sys.exit(1)
+
+
+def _end(error: UserError) -> NoReturn:
+    """Show an error and end with its exit code."""
+    console.print_error(error)
+    if isinstance(error, Interrupted):
+        console.message(f"Continue with: {shlex.join(['lora', *sys.argv[1:]])}")
+    if "--json" in sys.argv:
+        with contextlib.suppress(OSError):
+            console.print_json(
+                {"error": {"exit_code": error.exit_code, "problems": error.problems, "state": error.state}}
+            )
+    sys.exit(error.exit_code)
+
+
+def _log(text: str) -> str:
+    """Write a traceback into a file and return where it is; where none can be written, return it as it is."""
+    try:
+        log = Path(tempfile.gettempdir()) / f"lora-bug-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+        storage.write_file(log, text)
+    except (OSError, SurroundingsError):
+        return f"{text}Please report it."
+    return f"The traceback is in {log}; please report it."

@@ -61,12 +61,16 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int
     stopping: Stopping
+    evaluated: bool = True  # False until the validation that is due after `step` is taken into `stopping`
 
 
 def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -> Path:
-    """Write the checkpoint of the current step and return its folder; it appears whole or not at all."""
+    """Write the checkpoint of the current step and return its folder; it appears whole or not at all.
+
+    One that is there already stays, unless it is damaged or its step's validation had not been taken in.
+    """
     path = run_dir.checkpoint_path(run, state.step)
-    if path.exists() and storage.problems_in(path):
+    if path.exists() and (storage.problems_in(path) or is_evaluated(path) < state.evaluated):
         storage.remove_directory(path)
     if not path.exists():
         with storage.explained(path), storage.new_directory(path) as folder:
@@ -77,7 +81,7 @@ def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -
                 for moment, value in state.optimizer.state[parameter].items()
             }
             (folder / OPTIMIZER).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
-            numbers = {"step": state.step, "stopping": asdict(state.stopping)}
+            numbers = {"step": state.step, "stopping": asdict(state.stopping), "evaluated": state.evaluated}
             (folder / STATE).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     return path
 
@@ -94,12 +98,18 @@ def load(path: Path, state: TrainState) -> None:
             if (value := moments.get(f"{name}.{moment}")) is not None
         }
     state.step, state.stopping = read_numbers(path)
+    state.evaluated = is_evaluated(path)
 
 
 def read_numbers(path: Path) -> tuple[int, Stopping]:
     """Return a checkpoint's step and early-stopping state."""
     numbers = json.loads((path / STATE).read_text(encoding="utf-8"))
     return int(numbers["step"]), Stopping(**numbers["stopping"])
+
+
+def is_evaluated(path: Path) -> bool:
+    """Return whether the validation due after a checkpoint's step is part of it: not where a stop cut it short."""
+    return bool(json.loads((path / STATE).read_text(encoding="utf-8")).get("evaluated", True))
 
 
 def latest(run: RunDir) -> tuple[Path | None, list[str]]:

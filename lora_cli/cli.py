@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Annotated
 
 import typer
 
-from lora_cli import __version__, arguments, config_file, console, figures, follower, interrupt, storage
+from lora_cli import __version__, arguments, config_file, console, figures, follower, interrupt, launch, storage
 from lora_cli import data as data_rows
 from lora_cli.errors import ConfigError, InputError, Interrupted, UserError
 from lora_cli.records import Finished, as_json
+
+_OTHERS_SECONDS = 2.0  # in which torchrun ends the others after one of its processes failed
 
 app = typer.Typer(
     help="Fine-tune Hugging Face language models with LoRA, from one YAML file.",
@@ -94,15 +97,17 @@ def check(
 def train(config: Config, overrides: Overrides = None, json: Json = False) -> None:
     """Train; an interrupted run of the same config is continued."""
     run_config = config_file.load(config, overrides or [])
+    is_main = launch.current().is_main
     from lora_cli import train as training
 
     ended = training.ended(run_config)
     already = ended is not None
     if ended is None:
-        with interrupt.listening() as stop:
-            last = follower.Follower().follow(training.train(run_config, stop))
+        last = follower.Follower(silent=not is_main).follow(training.train(run_config, interrupt.requested()))
         assert isinstance(last, Finished), "the loop ends with Finished or raises"
         ended = last
+    if not is_main:
+        return
     if json:
         console.print_json(as_json(ended))
     else:
@@ -286,16 +291,26 @@ def version(json: Json = False) -> None:
         console.print_text(", ".join(f"{name} {number}" for name, number in versions.items()))
 
 
+def _leave_it_to_the_main_process(error: Exception) -> None:
+    """End, or wait to be ended by torchrun, where the main process fails too and says why; else return."""
+    if isinstance(error, Interrupted):
+        sys.exit(error.exit_code)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(_OTHERS_SECONDS)
+
+
 def main() -> None:
     """Run a command; turn what goes wrong into an exit code and one paragraph on stderr."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # training listens by itself; what others write is cleaned up
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    command = shlex.join(["lora", *sys.argv[1:]])
     try:
-        app()
+        with interrupt.listening(command):
+            app()
     except UserError as error:
+        if not launch.is_main():
+            _leave_it_to_the_main_process(error)
         console.print_error(error)
         if isinstance(error, Interrupted):
-            console.message(f"Continue with: {shlex.join(['lora', *sys.argv[1:]])}")
+            console.message(f"Continue with: {command}")
         if "--json" in sys.argv:
             console.print_json(
                 {"error": {"exit_code": error.exit_code, "problems": error.problems, "state": error.state}}
@@ -305,6 +320,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is quiet
         sys.exit(1)
     except Exception as error:
+        if not launch.is_main():
+            _leave_it_to_the_main_process(error)
         log = Path(tempfile.mkstemp(prefix="lora-bug-", suffix=".log")[1])
         storage.write_file(log, traceback.format_exc())
         console.message(

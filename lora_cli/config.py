@@ -199,6 +199,11 @@ class TrainConfig(Section):
     warmup_ratio: Float = Field(0.03, ge=0, lt=1, description="share of all steps spent warming up")
     weight_decay: Float = Field(0.0, ge=0, description="decoupled, as in AdamW")
     max_grad_norm: Float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    max_loss_jump: Float | None = Field(
+        None,
+        gt=1,
+        description="stop at a step whose loss is so many times that of the last 32, 4 for example; null: never",
+    )
     micro_batch_tokens: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="tokens one forward sees"
     )

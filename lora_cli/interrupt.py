@@ -1,41 +1,97 @@
-"""Ctrl-C and SIGTERM as a request: the loop finishes its step and saves; asked twice, the process ends at once."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request: what can last asks for it, and ends by itself; asked twice, at once.
+
+A handler that raised instead could be swallowed in the middle of an import or of a file's rename.
+"""
 
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
+
+from lora_cli.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if sys.platform != "win32" else ()))
 
 
 class StopRequest:
-    """Whether somebody asked to stop. Before `saving` is set there is nothing to save and the process just ends."""
+    """Whether somebody asked to stop, and by which signal."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
-        self.saving = False
 
     @property
     def wanted(self) -> bool:
+        """Whether somebody asked."""
         return self.signal_number is not None
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.wanted or not self.saving:
-            # Not an exception: one raised in the middle of an import or of a file's rename could be swallowed there.
-            # What is being written has a temporary name, and the kernel lets go of the run's lock.
-            said = "stopped at once; the last checkpoint is whole." if self.wanted else "stopped while getting ready."
-            cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
-            os.write(2, f"{cursor}\n{said} The same command goes on from there.\n".encode())
-            os._exit(128 + number)
-        self.signal_number = number
+
+_request = StopRequest()
+_patient = 0  # blocks under way that end by themselves
+_command = ""
+
+
+def requested() -> StopRequest:
+    """Return this process's request: signals are sent to a process, so there is one."""
+    return _request
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[StopRequest]:
-    """Listen for SIGINT and SIGTERM while the block runs."""
-    request = StopRequest()
-    before = {number: signal.signal(number, request._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+def patience() -> Iterator[None]:
+    """While the block runs a signal only leaves a request; it asks for it, or ends soon, and cleans up behind itself.
+
+    Elsewhere there is nothing to save or to clean, and a signal ends the process.
+    """
+    global _patient
+    _patient += 1
     try:
-        yield request
+        yield
     finally:
+        _patient -= 1
+
+
+def poll() -> None:
+    """Raise Interrupted where somebody asked to stop."""
+    if _request.signal_number is not None:
+        raise Interrupted(_request.signal_number, "stopped on request.")
+
+
+@contextlib.contextmanager
+def polled(module: Any) -> Iterator[None]:
+    """Poll before every forward of a module while the block runs."""
+    handle = module.register_forward_pre_hook(lambda *_: poll())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    handed_on = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun, whose processes may have heard it already
+    if not _patient or (_request.wanted and not handed_on):
+        said = "stopped at once; what is whole stays whole." if _request.wanted else "stopped; nothing was begun."
+        cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
+        with contextlib.suppress(OSError):
+            os.write(2, f"{cursor}\n{said} Continue with: {_command}\n".encode())
+        os._exit(128 + number)
+    _request.signal_number = number
+
+
+@contextlib.contextmanager
+def listening(command: str) -> Iterator[None]:
+    """Take signals as requests while the block runs; `command` is what to type to go on.
+
+    A signal that is ignored already, as SIGHUP under nohup is, stays so.
+    """
+    global _request, _command
+    _request, _command = StopRequest(), command
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _handle) for number in heard}
+    try:
+        yield
+    finally:
+        _request = StopRequest()
         for number, handler in before.items():
             signal.signal(number, handler)

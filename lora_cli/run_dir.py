@@ -139,9 +139,13 @@ def read_metrics(run: RunDir) -> list[dict[str, Any]]:
     return records
 
 
-def rewind_metrics(run: RunDir, step: int) -> None:
-    """Forget what was measured after a step: those steps are about to be taken again."""
-    kept = [record for record in read_metrics(run) if record["step"] <= step]
+def rewind_metrics(run: RunDir, step: int, evaluated: bool = True) -> None:
+    """Forget what was measured after a step: those steps are about to be taken again, or the step's own validation."""
+    kept = [
+        record
+        for record in read_metrics(run)
+        if record["step"] < step or (record["step"] == step and (evaluated or record["event"] == "step"))
+    ]
     storage.write_file(run.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
 

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lora_cli import interrupt
 from lora_cli.errors import AdapterError, SurroundingsError
 
 MANIFEST = "MANIFEST.json"
@@ -137,7 +138,8 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
     held = os.open(temporary, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX)
-        yield temporary
+        with interrupt.patience():
+            yield temporary
     finally:
         os.close(held)
         shutil.rmtree(temporary, ignore_errors=True)  # it is not there any more where all went well

@@ -3,14 +3,21 @@
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_cli import __version__, data, run_dir
+from lora_cli import __version__, data, interrupt, run_dir
 from lora_cli.config import RunConfig
 from lora_cli.errors import Interrupted, UserError
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Evaluated, Event, Finished, Notice, Started, StepDone, as_json
+from lora_cli.run_dir import RunDir
+
+if TYPE_CHECKING:  # torch is imported only once config and rows are good
+    from lora_cli.distributed import World
+    from lora_cli.loop import Loop
+    from lora_cli.prepare import Prepared
 
 
 def ended(config: RunConfig) -> Finished | None:
@@ -23,51 +30,49 @@ def ended(config: RunConfig) -> Finished | None:
 def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
     """Train, or continue an interrupted run of the same config; yield what happens and write it down.
 
+    Started by torchrun, the processes share the work; all yield, the main one writes.
     Raises UserError: InputError and SurroundingsError before anything is written, TrainingStopped, Interrupted.
     """
     data.require_readable(config.data, config.eval.general_source)
 
-    from lora_cli.prepare import prepare  # torch is imported only once config and rows are good
+    from lora_cli.distributed import joined
 
-    prepared = yield from prepare(config)
+    with joined() as world:
+        yield from _train(config, stop, world)
+
+
+def _train(config: RunConfig, stop: StopRequest, world: "World") -> Iterator[Event]:
+    from lora_cli import adapter, adapter_folder, lora, model
+    from lora_cli.forgetting import Validation
+    from lora_cli.loop import Loop
+    from lora_cli.prepare import prepare
+
+    with world.main_first():  # it keeps the tokens that the others then open
+        prepared = yield from prepare(config)
+    interrupt.poll()
     for text in prepared.notices:
         yield Notice(text)
 
-    from lora_cli import adapter, adapter_folder, lora, model
-    from lora_cli.distributed import current_world, memory_error
-    from lora_cli.forgetting import Validation
-    from lora_cli.loop import Loop
-    from lora_cli.memory import estimate_memory
-
-    run, world = run_dir.of(config), current_world()
-    base_fingerprint = model.fingerprint(prepared.header.folder)
-    environment = describe_environment(str(world.device), base_fingerprint, prepared.data_fingerprint())
-    # A run that goes on keeps its micro-batches, whatever is free now: sums are rounded in the same order.
-    tokens = run_dir.read_environment(run).get("micro_batch_tokens") or config.train.micro_batch_tokens
-    if tokens == "auto":  # only then is the model looked at
-        longest = int(prepared.train.examples.lengths.max())
-        tokens = estimate_memory(prepared.header, config, longest, world.device).tokens
-    environment["micro_batch_tokens"] = tokens
-    environment["model_type"] = str(prepared.header.config.model_type)
-    counted = {"train": prepared.train_counts, "validation": prepared.validation_counts, "test": prepared.test_counts}
-    environment["data"] = {
-        name: {"rows": counts.rows, "targets": counts.targets} for name, counts in counted.items() if counts
-    }
-    for name, held_out in (("validation", prepared.validation), ("test", prepared.test)):
-        environment[f"{name}_fingerprint"] = held_out.fingerprint() if held_out else None
+    run = run_dir.of(config)
+    environment = _environment(config, prepared, world)
+    tokens = int(environment["micro_batch_tokens"])
+    base_fingerprint = str(environment["base_fingerprint"])
     language_model = model.load_model(prepared.header, config.model, world.device)
     for end in sorted(prepared.ends):
         if problem := model.untrained_end(language_model, prepared.header.tokenizer, end):
             yield Notice(problem)
-    with run_dir.held(run):
-        run_dir.create(run, config, environment)
+    with run_dir.held(run) if world.is_main else nullcontext(), interrupt.patience():
+        if world.is_main:
+            run_dir.create(run, config, environment)
+        world.from_main()
         templates = prepared.template.files(*adapter.TEMPLATES) if prepared.template and prepared.templated else {}
         origin = adapter_folder.Origin(config.model.path, config.model.revision, base_fingerprint, templates)
         validation = None
         if prepared.validation is not None:
-            validation = Validation(language_model, prepared.validation, prepared.general)
-        loop = Loop(config, run, language_model, prepared.train, validation, prepared.test, origin, stop, tokens)
+            validation = Validation(language_model, prepared.validation, prepared.general, world)
+        loop = Loop(config, run, language_model, prepared.train, validation, prepared.test, origin, stop, tokens, world)
         yield from loop.restore()
+        world.require_same({"step": str(loop.state.step)})
         trainable = sum(p.numel() for p in lora.trainable(language_model.module).values())
         yield Started(
             step=loop.state.step,
@@ -79,28 +84,60 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
             total_parameters=trainable + sum(p.numel() for p in prepared.skeleton.parameters()),
             forward=str(language_model.layout),
         )
+        yield from _written_down(loop, run, world)
+
+
+def _written_down(loop: "Loop", run: RunDir, world: "World") -> Iterator[Event]:
+    """Pass a loop's events on; on the main process write the run's measurements and its state."""
+    from lora_cli.distributed import memory_error
+
+    if world.is_main:
         run_dir.write_status(run, "running", step=loop.state.step, pid=os.getpid())
-        stop.saving = True
-        finished = False
-        try:
-            for event in loop:
-                if isinstance(event, StepDone | Evaluated):
-                    run_dir.append(run, event)
-                if isinstance(event, Finished):
-                    facts = {key: value for key, value in as_json(event).items() if key != "adapter"}
-                    run_dir.write_status(run, "finished", **facts)
-                    finished = True
-                yield event
-        except BaseException as caught:
-            error = memory_error(caught) or caught
-            if not finished:
-                state = "stopped" if isinstance(error, Interrupted | GeneratorExit) else "failed"
-                reason = error.problems[0] if isinstance(error, UserError) else type(error).__name__
-                progress = asdict(loop.state.stopping)
-                run_dir.write_status(run, state, step=loop.state.step, reason=reason, **progress)
-            if error is caught:
-                raise
-            raise error from caught
+    finished = False
+    try:
+        for event in loop:
+            if isinstance(event, StepDone | Evaluated) and world.is_main:
+                run_dir.append(run, event)
+            if isinstance(event, Finished) and world.is_main:
+                facts = {key: value for key, value in as_json(event).items() if key != "adapter"}
+                run_dir.write_status(run, "finished", **facts)
+                finished = True
+            yield event
+    except BaseException as caught:
+        error = memory_error(caught) or caught
+        if not finished and world.is_main:
+            state = "stopped" if isinstance(error, Interrupted | GeneratorExit) else "failed"
+            reason = error.problems[0] if isinstance(error, UserError) else type(error).__name__
+            progress = asdict(loop.state.stopping)
+            run_dir.write_status(run, state, step=loop.state.step, reason=reason, **progress)
+        if error is caught:
+            raise
+        raise error from caught
+
+
+def _environment(config: RunConfig, prepared: "Prepared", world: "World") -> dict[str, Any]:
+    """Return what environment.json says: the main process's, which agrees with the others on config, base and data."""
+    from lora_cli import model
+    from lora_cli.memory import estimate_memory
+
+    base_fingerprint, data_fingerprint = model.fingerprint(prepared.header.folder), prepared.data_fingerprint()
+    world.require_same({"config": str(config), "base model": base_fingerprint, "data": data_fingerprint})
+    environment = describe_environment(str(world.device), base_fingerprint, data_fingerprint)
+    # A run that goes on keeps its micro-batches, whatever is free now: sums are rounded in the same order.
+    tokens = run_dir.read_environment(run_dir.of(config)).get("micro_batch_tokens") or config.train.micro_batch_tokens
+    if tokens == "auto":  # only then is the model looked at
+        longest = int(prepared.train.examples.lengths.max())
+        tokens = estimate_memory(prepared.header, config, longest, world.device).tokens
+    environment |= {"processes": world.size, "micro_batch_tokens": tokens}
+    environment["model_type"] = str(prepared.header.config.model_type)
+    counted = {"train": prepared.train_counts, "validation": prepared.validation_counts, "test": prepared.test_counts}
+    environment["data"] = {
+        name: {"rows": counts.rows, "targets": counts.targets} for name, counts in counted.items() if counts
+    }
+    for name, held_out in (("validation", prepared.validation), ("test", prepared.test)):
+        environment[f"{name}_fingerprint"] = held_out.fingerprint() if held_out else None
+    ours: dict[str, Any] = world.from_main(environment)
+    return ours
 
 
 def describe_environment(device: str, base_fingerprint: str, data_fingerprint: str) -> dict[str, Any]:
@@ -116,7 +153,7 @@ def describe_environment(device: str, base_fingerprint: str, data_fingerprint: s
         "transformers": transformers.__version__,
         "safetensors": safetensors.__version__,
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "threads": torch.get_num_threads(),
         "base_fingerprint": base_fingerprint,
         "data_fingerprint": data_fingerprint,

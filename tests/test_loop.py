@@ -26,11 +26,11 @@ from lora_cli.examples import Example
 from lora_cli.forward import embedding_noise, form, lay_out, share_inputs, target_loss
 from lora_cli.fused import fuse
 from lora_cli.interrupt import StopRequest
-from lora_cli.loop import Timetable
 from lora_cli.loss import HeadForm, LossSum, head_logits, head_loss, logits_loss
 from lora_cli.optim import lr_at
 from lora_cli.records import Evaluated, Event, Finished, Notice, StepDone
 from lora_cli.run_dir import RunDir
+from lora_cli.timetable import Timetable
 from lora_cli.train import train
 
 CPU = torch.device("cpu")
@@ -372,7 +372,7 @@ def test_not_finite_stops_before_it_is_applied(
                 return LossSum(total, result.targets)
         return result
 
-    monkeypatch.setattr("lora_cli.loop.target_loss", poisoned)
+    monkeypatch.setattr("lora_cli.step.target_loss", poisoned)
     config = make_config(**{"train.micro_batch_tokens": 10_000})
     with pytest.raises(TrainingStopped) as caught:
         run(config)
@@ -579,7 +579,7 @@ def test_running_out_of_memory_is_explained(make_config: Callable[..., Path], mo
     def greedy(*_: Any) -> LossSum:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("lora_cli.loop.target_loss", greedy)
+    monkeypatch.setattr("lora_cli.step.target_loss", greedy)
     with pytest.raises(SurroundingsError, match="micro_batch_tokens"):
         run(make_config())
 
@@ -596,7 +596,7 @@ def test_a_step_is_taken_again_with_less(
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         return target_loss(loaded, batch, pull)
 
-    monkeypatch.setattr("lora_cli.loop.target_loss", limited)
+    monkeypatch.setattr("lora_cli.step.target_loss", limited)
     events = run(make_config(**settings, output_dir=str(tmp_path / "again")))
     less = [event.loss for event in events if isinstance(event, StepDone)]
     said = [event.text for event in events if isinstance(event, Notice) and "Memory ran out" in event.text]

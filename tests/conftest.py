@@ -18,7 +18,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lora_cli import adapter, adapter_folder, cli, data, lora, model, tuned
+from lora_cli import adapter, adapter_folder, checkpoint, cli, data, lora, model, run_dir, tuned
 from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Batch, Group, collate
 from lora_cli.config import DataConfig, LoraConfig, ModelConfig
@@ -27,6 +27,7 @@ from lora_cli.dataset import Dataset
 from lora_cli.examples import Example
 from lora_cli.model import ModelHeader
 from lora_cli.records import DataCounts
+from lora_cli.run_dir import RunDir
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -207,6 +208,18 @@ def write_rows(path: Path, rows: list[Any]) -> str:
     """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def facts(place: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """What must be the same: metrics without times, and every file of the adapter and of the newest checkpoint."""
+    metrics = [
+        {key: value for key, value in record.items() if key != "seconds"}
+        for record in run_dir.read_metrics(RunDir(place))
+    ]
+    newest, _ = checkpoint.latest(RunDir(place))
+    assert newest is not None
+    files = [*newest.iterdir(), *(place / "adapter").iterdir()]
+    return metrics, {str(file.relative_to(place)): file.read_bytes() for file in files}
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_examples, build_model, build_tokenizer, conversation, one_batch, write_rows
+from conftest import build_examples, build_model, build_tokenizer, conversation, facts, one_batch, write_rows
 
 from lora_cli import batches, checkpoint, config_file, lora, memory, model, run_dir, storage
 from lora_cli.batches import Mixture, Part
@@ -396,18 +396,6 @@ def _infinite_gradient(total: torch.Tensor) -> torch.Tensor:
 
 def cli(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "lora_cli", *map(str, arguments)]
-
-
-def facts(place: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """What must be the same: metrics without times, and every file of the adapter and of the newest checkpoint."""
-    metrics = [
-        {key: value for key, value in record.items() if key != "seconds"}
-        for record in run_dir.read_metrics(RunDir(place))
-    ]
-    newest, _ = checkpoint.latest(RunDir(place))
-    assert newest is not None
-    files = [*newest.iterdir(), *(place / "adapter").iterdir()]
-    return metrics, {str(file.relative_to(place)): file.read_bytes() for file in files}
 
 
 DROPOUT = {"lora.dropout": 0.1, "train.max_steps": 12, "data.validation": 8, "eval.per_epoch": 8, "save.per_epoch": 8}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_cli import interrupt, lora
+from lora_cli import lora
 from lora_cli.examples import Tokenizer
 from lora_cli.model import LanguageModel, end_tokens, generating
 from lora_cli.randomness import derive_seed
@@ -48,7 +48,7 @@ def generate(
     )
     answers: dict[int, tuple[int, ...]] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    with generating(model), interrupt.polled(model.decoder), torch.random.fork_rng():
+    with generating(model), torch.random.fork_rng():
         for begin in range(0, len(order), BATCH):
             torch.manual_seed(derive_seed(sampling.seed, "answers", begin))
             indices = order[begin : begin + BATCH]

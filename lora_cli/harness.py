@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_cli import interrupt, lora
+from lora_cli import lora
 from lora_cli.errors import InputError, SurroundingsError
 from lora_cli.evaluate import BASE_AND_ADAPTER
 from lora_cli.examples import Tokenizer
@@ -32,7 +32,7 @@ def run_tasks(
     """
     lora.set_dropout(model.module, active=False)
     results = []
-    with _quietly(), generating(model), interrupt.polled(model.decoder), torch.random.fork_rng():
+    with _quietly(), generating(model), torch.random.fork_rng():
         try:
             from lm_eval import evaluate
             from lm_eval.models.huggingface import HFLM

@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 from lora_cli.errors import Interrupted
 
@@ -58,20 +57,10 @@ def poll() -> None:
         raise Interrupted(_request.signal_number, "stopped on request.")
 
 
-@contextlib.contextmanager
-def polled(module: Any) -> Iterator[None]:
-    """Poll before every forward of a module while the block runs."""
-    handle = module.register_forward_pre_hook(lambda *_: poll())
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _handle(number: int, frame: FrameType | None) -> None:
     handed_on = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun, whose processes may have heard it already
     if not _patient or (_request.wanted and not handed_on):
-        said = "stopped at once; what is whole stays whole." if _request.wanted else "stopped; nothing was begun."
+        said = "stopped at once; what is whole stays whole." if _request.wanted else "stopped; nothing was written."
         cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
         with contextlib.suppress(OSError):
             os.write(2, f"{cursor}\n{said} Continue with: {_command}\n".encode())

@@ -243,30 +243,31 @@ def rows_file(make_rows: Callable[[int], str]) -> str:
     return make_rows(40)
 
 
+def write_config(folder: Path, model: str, rows: str, overrides: dict[str, Any]) -> Path:
+    """Write a small config, dotted keys overriding it."""
+    values: dict[str, Any] = {
+        "model": {"path": model},
+        "lora": {"rank": 4, "alpha": 8},
+        "data": {"train": rows, "validation": 8},
+        "train": {"batch_size": 4, "learning_rate": 0.01, "epochs": 2, "micro_batch_tokens": 64},
+        "eval": {"general": False},  # a test of forgetting turns it on
+        "output_dir": str(folder / "run"),
+    }
+    for dotted, value in overrides.items():
+        section = values
+        *parts, last = dotted.split(".")
+        for part in parts:
+            section = section.setdefault(part, {})
+        section[last] = value
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def make_config(tmp_path: Path, rows_file: str, model_folder: Callable[[str], str]) -> Callable[..., Path]:
     """Return a function that writes a small config, dotted keys overriding it."""
-
-    def make(kind: str = "llama", **overrides: Any) -> Path:
-        values: dict[str, Any] = {
-            "model": {"path": model_folder(kind)},
-            "lora": {"rank": 4, "alpha": 8},
-            "data": {"train": rows_file, "validation": 8},
-            "train": {"batch_size": 4, "learning_rate": 0.01, "epochs": 2, "micro_batch_tokens": 64},
-            "eval": {"general": False},  # a test of forgetting turns it on
-            "output_dir": str(tmp_path / "run"),
-        }
-        for dotted, value in overrides.items():
-            section = values
-            *parts, last = dotted.split(".")
-            for part in parts:
-                section = section.setdefault(part, {})
-            section[last] = value
-        path = tmp_path / "config.yaml"
-        path.write_text(json.dumps(values), encoding="utf-8")
-        return path
-
-    return make
+    return lambda kind="llama", **overrides: write_config(tmp_path, model_folder(kind), rows_file, overrides)
 
 
 Invoke = Callable[..., tuple[int, str, str]]

@@ -18,16 +18,18 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lora_cli import adapter, adapter_folder, checkpoint, cli, data, lora, model, run_dir, tuned
+from lora_cli import adapter, adapter_folder, checkpoint, cli, config_file, data, lora, model, run_dir, tuned
 from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Batch, Group, collate
 from lora_cli.config import DataConfig, LoraConfig, ModelConfig
 from lora_cli.data_reader import DataReader, run_to_end
 from lora_cli.dataset import Dataset
 from lora_cli.examples import Example
+from lora_cli.interrupt import StopRequest
 from lora_cli.model import ModelHeader
 from lora_cli.records import DataCounts
 from lora_cli.run_dir import RunDir
+from lora_cli.train import train
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -268,6 +270,17 @@ def write_config(folder: Path, model: str, rows: str, overrides: dict[str, Any])
 def make_config(tmp_path: Path, rows_file: str, model_folder: Callable[[str], str]) -> Callable[..., Path]:
     """Return a function that writes a small config, dotted keys overriding it."""
     return lambda kind="llama", **overrides: write_config(tmp_path, model_folder(kind), rows_file, overrides)
+
+
+DROPOUT = {"lora.dropout": 0.1, "train.max_steps": 12, "data.validation": 8, "eval.per_epoch": 8, "save.per_epoch": 8}
+
+
+@pytest.fixture
+def whole(make_config: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A config of twelve steps with dropout, and the directory of a run of it that nothing disturbed."""
+    undisturbed = make_config(**DROPOUT, output_dir=str(tmp_path / "whole"))
+    list(train(config_file.load(undisturbed), StopRequest()))
+    return make_config(**DROPOUT), tmp_path / "whole"
 
 
 Invoke = Callable[..., tuple[int, str, str]]

@@ -22,6 +22,27 @@ def lora(*arguments: object) -> None:
     cli.main()
 
 
+def disturb(module: Any, name: str, call: int, fault: Callable[[Any], Any], for_good: bool = False) -> None:
+    """Put a fault behind a function's `call`th call in this process, and behind all later ones where it is for good.
+
+    `fault` gets what the function returns, and returns what is to be returned in its place, or None.
+    """
+    function, calls = getattr(module, name), 0
+
+    def disturbed(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = function(*arguments, **named)
+        return fault(result) or result if calls == call or (for_good and calls > call) else result
+
+    setattr(module, name, disturbed)
+
+
+def send(number: int) -> Callable[[Any], None]:
+    """Return a fault that sends this process a signal."""
+    return lambda _: os.kill(os.getpid(), number)
+
+
 def fork(work: Callable[[], Any], said: Path, **environment: str) -> int:
     """Start a process that does some work and writes what it says into a file; return its number."""
     process = os.fork()

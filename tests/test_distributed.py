@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import Invoke, conversation, facts, write_config, write_rows
-from processes import end, lora, run_ranks, start_ranks
+from processes import disturb, end, lora, run_ranks, send, start_ranks
 
-from lora_cli import config_file, distributed, run_dir, step
-from lora_cli.forward import target_loss
+from lora_cli import cli, config_file, distributed, run_dir, step
 from lora_cli.interrupt import StopRequest
 from lora_cli.loss import LossSum
 from lora_cli.records import StepDone
@@ -99,24 +98,6 @@ def test_a_run_goes_on_with_other_processes(make_config: Make, whole: Path, tmp_
     assert close(finished(2, config, tmp_path), whole)
 
 
-@pytest.fixture
-def faulty(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that puts a fault into a forward of this process, the `call`th it trains on and all after."""
-
-    def put(call: int, fault: Callable[[LossSum], Any]) -> None:
-        calls = 0
-
-        def target_loss_or_fault(*arguments: Any) -> LossSum:
-            nonlocal calls
-            calls += 1
-            result = target_loss(*arguments)
-            return fault(result) or result if calls >= call else result
-
-        monkeypatch.setattr(step, "target_loss", target_loss_or_fault)
-
-    return put
-
-
 def not_a_number(loss: LossSum) -> LossSum:
     return LossSum(loss.total * torch.nan, loss.targets)
 
@@ -128,14 +109,15 @@ def infinite_gradient(loss: LossSum) -> LossSum:
 
 @pytest.mark.parametrize(("fault", "what"), [(not_a_number, "loss is nan"), (infinite_gradient, "gradient norm is")])
 def test_what_is_not_finite_on_one_process_stops_all(
-    fault: Callable[[LossSum], LossSum], what: str, make_config: Make, tmp_path: Path, faulty: Callable[..., None]
+    fault: Callable[[LossSum], LossSum], what: str, make_config: Make, tmp_path: Path
 ):
     """The step is applied nowhere and not saved; the first process names the rows that the other had; exit 4."""
     config = make_config(**SETTINGS | {"train.micro_batch_tokens": 1, "data.validation": 0})
 
     def work(rank: int) -> None:
         if rank == 1:
-            faulty(7, fault)  # of four rows two are this process's: the first forward of the fourth step
+            # Of four rows two are this process's: the first forward of the fourth step.
+            disturb(step, "target_loss", 7, fault, for_good=True)
         lora("train", config)
 
     codes, said = run_ranks(2, work, tmp_path)
@@ -150,23 +132,19 @@ def test_what_is_not_finite_on_one_process_stops_all(
     assert run_dir.read_status(place)["status"] == "failed"
 
 
-def test_memory_that_runs_out_on_one_process_is_all_processes_business(
-    make_config: Make, tmp_path: Path, faulty: Callable[..., None]
-):
+def out_of_memory(_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_memory_that_runs_out_on_one_process_is_all_processes_business(make_config: Make, tmp_path: Path):
     """All take the step again with smaller forwards; the numbers are those of a run that had enough."""
     settings = SETTINGS | {"train.micro_batch_tokens": 80, "lora.dropout": 0.0}
     enough = finished(1, make_config(**settings, output_dir=f"{tmp_path}/enough"), tmp_path)
     config = make_config(**settings)
-    failed = []
-
-    def once(loss: LossSum) -> None:
-        if not failed:
-            failed.append(True)
-            raise torch.OutOfMemoryError("CUDA out of memory")
 
     def work(rank: int) -> None:
         if rank == 1:
-            faulty(2, once)
+            disturb(step, "target_loss", 2, out_of_memory)
         lora("train", config)
 
     codes, said = run_ranks(2, work, tmp_path)
@@ -176,15 +154,13 @@ def test_memory_that_runs_out_on_one_process_is_all_processes_business(
     assert close(tmp_path / "run", enough)
 
 
-def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(
-    make_config: Make, whole: Path, tmp_path: Path, faulty: Callable[..., None]
-):
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(make_config: Make, whole: Path, tmp_path: Path):
     """Killed in its fifth forward: the other ends within seconds with exit 3; then the same bits as undisturbed."""
     config = make_config(**SETTINGS)
 
     def work(rank: int) -> None:
         if rank == 1:
-            faulty(5, lambda loss: os.kill(os.getpid(), signal.SIGKILL))
+            disturb(step, "target_loss", 5, send(signal.SIGKILL))
         lora("train", config)
 
     begin = time.monotonic()
@@ -236,7 +212,8 @@ def test_processes_that_see_other_files_do_not_train_together(make_config: Make,
 def test_half_an_environment_of_torchrun_is_named(
     environment: dict[str, str], what: str, make_config: Make, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ):
-    """What is missing or makes no sense is said at once; nothing waits for processes that will not come."""
+    """What is missing or makes no sense is said; nothing waits for processes that will not come."""
+    monkeypatch.setattr(cli, "_OTHERS_SECONDS", 0.0)
     for name, value in ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} if len(environment) > 1 else {}).items():
         monkeypatch.setenv(name, value)
     for name, value in environment.items():

@@ -179,7 +179,7 @@ def joined() -> Iterator[World]:
     if torch.cuda.is_available():
         if started.local_rank >= (count := torch.cuda.device_count()):
             raise SurroundingsError(
-                f"There are {count} GPUs and more processes; --nproc-per-node must be {count} or less."
+                f"This machine has fewer GPUs ({count}) than processes: --nproc-per-node must be at most {count}."
             )
         device, backend = torch.device("cuda", started.local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)

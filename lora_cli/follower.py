@@ -1,6 +1,7 @@
 """Draws the events of a run, and of its preparation, as they come: a bar in a terminal, plain lines elsewhere."""
 
 import time
+from collections import deque
 from collections.abc import Generator, Iterable
 from typing import TypeVar
 
@@ -37,8 +38,7 @@ class Follower:
         """Draw every event; return the last."""
         last: Event | None = None
         if self._silent:
-            *_, last = events
-            return last
+            return deque(events, maxlen=1).pop()
         with self._progress:
             for last in events:
                 self._draw(last)

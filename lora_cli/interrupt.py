@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
+from lora_cli import launch
 from lora_cli.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if sys.platform != "win32" else ()))
@@ -62,8 +63,9 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if not _patient or (_request.wanted and not handed_on):
         said = "stopped at once; what is whole stays whole." if _request.wanted else "stopped; nothing was written."
         cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
-        with contextlib.suppress(OSError):
-            os.write(2, f"{cursor}\n{said} Continue with: {_command}\n".encode())
+        if launch.is_main():
+            with contextlib.suppress(OSError):
+                os.write(2, f"{cursor}\n{said} Continue with: {_command}\n".encode())
         os._exit(128 + number)
     _request.signal_number = number
 

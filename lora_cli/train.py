@@ -54,6 +54,8 @@ def _train(config: RunConfig, stop: StopRequest, world: "World") -> Iterator[Eve
         yield Notice(text)
 
     run = run_dir.of(config)
+    if (began_with := run_dir.read_environment(run).get("processes", world.size)) != world.size:
+        yield Notice(f"The run had {began_with} processes and has {world.size} now: its numbers agree up to rounding.")
     environment = _environment(config, prepared, world)
     tokens = int(environment["micro_batch_tokens"])
     base_fingerprint = str(environment["base_fingerprint"])

@@ -275,12 +275,19 @@ def make_config(tmp_path: Path, rows_file: str, model_folder: Callable[[str], st
 DROPOUT = {"lora.dropout": 0.1, "train.max_steps": 12, "data.validation": 8, "eval.per_epoch": 8, "save.per_epoch": 8}
 
 
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], str]) -> Path:
+    """The directory of a run of twelve steps with dropout that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    rows = write_rows(folder / "rows.jsonl", [conversation(number) for number in range(40)])
+    list(train(config_file.load(write_config(folder, model_folder("llama"), rows, DROPOUT)), StopRequest()))
+    return folder / "run"
+
+
 @pytest.fixture
-def whole(make_config: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
-    """A config of twelve steps with dropout, and the directory of a run of it that nothing disturbed."""
-    undisturbed = make_config(**DROPOUT, output_dir=str(tmp_path / "whole"))
-    list(train(config_file.load(undisturbed), StopRequest()))
-    return make_config(**DROPOUT), tmp_path / "whole"
+def whole(make_config: Callable[..., Path], undisturbed: Path) -> tuple[Path, Path]:
+    """A config of the undisturbed run for another directory, and the directory of that run."""
+    return make_config(**DROPOUT), undisturbed
 
 
 Invoke = Callable[..., tuple[int, str, str]]

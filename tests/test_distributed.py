@@ -63,19 +63,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str]
     return finished(2, write_config(folder, model_folder("llama"), rows, SETTINGS), folder)
 
 
-@pytest.mark.parametrize(("dropout", "sizes"), [(0.0, (1, 2)), (0.1, (1, 2, 4))])
+@pytest.mark.parametrize(("dropout", "sizes"), [(0.0, (1, 2)), (0.1, (1, 4))])
 def test_any_number_of_processes_measures_the_same(
     dropout: float, sizes: tuple[int, ...], make_config: Make, whole: Path, tmp_path: Path
 ):
-    """The same steps, and losses and gradient norms to 1e-5; the base's to the bit, and all of two runs alike."""
-    places = [
-        finished(size, make_config(**SETTINGS | {"lora.dropout": dropout}, output_dir=f"{tmp_path}/{size}"), tmp_path)
-        for size in sizes
-    ]
+    """The same steps, and losses and gradient norms to 1e-5; the base's to the bit."""
+    settings = SETTINGS | {"lora.dropout": dropout}
+    places = [finished(size, make_config(**settings, output_dir=f"{tmp_path}/{size}"), tmp_path) for size in sizes]
+    places += [whole] if dropout else []
 
     assert all(close(place, places[0]) for place in places[1:])
     assert len({measured(place)[0] for place in places}) == 1
-    assert (facts(places[1]) == facts(whole)) == (dropout == SETTINGS["lora.dropout"])
 
 
 def stopped_after(number: int, config: Path) -> None:

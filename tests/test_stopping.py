@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import facts, save_base, save_with_peft
 from processes import disturb, end, fork, lora, send
+from torture import kills
 
 from lora_cli import checkpoint, config_file, corpus, data_file, evaluate, interrupt, model, run_dir, step, weights
 from lora_cli.errors import Interrupted
@@ -40,17 +41,24 @@ def wait_for(number: int, folder: Path) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("number", [5, 7])
-def test_a_killed_run_goes_on_bit_for_bit(whole: Whole, number: int, tmp_path: Path):
-    """Twelve steps in one go equal five (seven) and the rest with a SIGKILL between: every byte but the times."""
+def test_a_killed_run_goes_on_bit_for_bit(whole: Whole, tmp_path: Path):
+    """Twelve steps in one go equal five and the rest with a SIGKILL between: every byte but the times."""
     config, undisturbed = whole
     process = start(config, tmp_path)
-    wait_for(number, tmp_path)
+    wait_for(5, tmp_path)
     os.kill(process, signal.SIGKILL)
 
     assert end(process) == -signal.SIGKILL
     assert run_dir.read_status(RunDir(tmp_path / "run"))["status"] == "running"
     assert facts(finish(config, tmp_path)) == facts(undisturbed)
+
+
+def test_whole_processes_killed_anywhere_end_as_if_they_were_not(tmp_path: Path):
+    """One of the runs of `torture.kills`, started and killed as a user's would be."""
+    found = kills.run(seed=0, count=1, folder=tmp_path)
+
+    assert sum(found["kills"].values()) >= 1
+    assert found["failures"] == []
 
 
 @pytest.mark.parametrize("number", CODES)
@@ -167,7 +175,7 @@ def test_a_stop_while_tokens_are_made_leaves_none(
 
 VERBS = {
     "merge": ("merge", "{a}", "--output", "{out}"),
-    "gguf": ("export", "{a}", "--format", "gguf", "--output", "{out}"),
+    "gguf": ("export", "{a}", "--format", "gguf", "--output", "{out}.gguf"),
     "ollama": ("export", "{a}", "--format", "ollama", "--output", "{out}"),
 }
 

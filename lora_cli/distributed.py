@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -106,9 +107,10 @@ class World:
         try:
             yield
         except RuntimeError as error:
+            reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[-1])  # without gloo's own file and line
             raise SurroundingsError(
-                f"process {self.rank}: another of the {self.size} processes of this run ended, or did not answer "
-                f"({str(error).strip().splitlines()[-1][:120]}).",
+                f"process {self.rank}: another of the {self.size} processes of this run ended, or did not answer: "
+                f"{reason[:120].rstrip('.')}.",
                 state="What was saved is whole; the same command continues from there.",
             ) from error
 

@@ -13,7 +13,19 @@ from conftest import facts, save_base, save_with_peft
 from processes import disturb, end, fork, lora, send
 from torture import kills
 
-from lora_cli import checkpoint, config_file, corpus, data_file, evaluate, interrupt, model, run_dir, step, weights
+from lora_cli import (
+    checkpoint,
+    config_file,
+    corpus,
+    data_file,
+    evaluate,
+    generate,
+    interrupt,
+    model,
+    run_dir,
+    step,
+    weights,
+)
 from lora_cli.errors import Interrupted
 from lora_cli.loss import LossSum
 from lora_cli.records import Preparing
@@ -177,20 +189,35 @@ VERBS = {
     "merge": ("merge", "{a}", "--output", "{out}"),
     "gguf": ("export", "{a}", "--format", "gguf", "--output", "{out}.gguf"),
     "ollama": ("export", "{a}", "--format", "ollama", "--output", "{out}"),
+    "eval": ("eval", "{a}", "--data", "{rows}"),
 }
 
 
-@pytest.mark.parametrize(("verb", "call"), [("merge", 5), ("merge", 40), ("gguf", 5), ("ollama", 5)])
-def test_a_stop_while_writing_leaves_nothing(verb: str, call: int, tmp_path: Path):
-    """A merge, its comparison, an export: the folder that was being written is gone, and what to type is said."""
+READ, SCORE, CHOOSE = (weights, "read_tensor"), (evaluate, "target_scores"), (generate, "end_tokens")
+
+
+@pytest.mark.parametrize(
+    ("verb", "where", "call"),
+    [
+        ("merge", READ, 5),
+        ("merge", READ, 40),
+        ("gguf", READ, 5),
+        ("ollama", READ, 5),
+        ("eval", SCORE, 1),
+        ("eval", CHOOSE, 1),
+    ],
+)
+def test_a_stopped_command_leaves_nothing(verb: str, where: tuple[Any, str], call: int, rows_file: str, tmp_path: Path):
+    """A merge, its comparison, an export, an evaluation: what was being written is gone, and what to type is said."""
     base = save_base("llama", tmp_path / "base")
     save_with_peft(str(base), tmp_path / "a")
     before = sorted(tmp_path.rglob("*"))
-    arguments = [part.format(a=tmp_path / "a", out=tmp_path / "out") for part in VERBS[verb]]
+    places = {"a": tmp_path / "a", "out": tmp_path / "out", "rows": rows_file}
+    arguments = [part.format(**places) for part in VERBS[verb]]
     said = tmp_path.parent / f"{tmp_path.name}-said"
 
     def work() -> None:
-        disturb(weights, "read_tensor", call, send(signal.SIGTERM))
+        disturb(*where, call, send(signal.SIGTERM))
         lora(*arguments)
 
     assert end(fork(work, said)) == 143

@@ -14,12 +14,12 @@ from lora_cli.dataset import Dataset
 from lora_cli.distributed import current_world
 from lora_cli.errors import DataError
 from lora_cli.layout import decoder_blocks
-from lora_cli.loop import Timetable
 from lora_cli.memory import estimate_memory
 from lora_cli.model import choose_dtype
 from lora_cli.prepare import Prepared, prepare
 from lora_cli.randomness import derive_seed
 from lora_cli.reports import CheckReport, RowPreview
+from lora_cli.timetable import Timetable
 
 _SHOWN = 5  # rows, chosen at random
 _SHARE_OF_PEAK = 0.5  # of matrix products that a training step reaches

@@ -66,16 +66,18 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int
     stopping: Stopping
+    evaluated: bool = True  # False until the validation that is due after `step` is taken into `stopping`
 
 
 def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -> Path:
     """Write the checkpoint of the current step and return its folder; it appears whole or not at all.
 
-    What was measured before is on the medium by then, so that a run that goes on from here has it.
+    What was measured before is on the medium by then, so that a run that goes on from here has it. One that is there
+    already stays, unless it is damaged or its step's validation had not been taken in.
     """
     run_dir.sync_metrics(run)
     path = run_dir.checkpoint_path(run, state.step)
-    if path.exists() and storage.problems_in(path):
+    if path.exists() and (storage.problems_in(path) or is_evaluated(path) < state.evaluated):
         storage.remove_directory(path)
     if not path.exists():
         with storage.explained(path), storage.new_directory(path) as folder:
@@ -86,8 +88,8 @@ def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -
                 for moment, value in state.optimizer.state[parameter].items()
             }
             storage.add_file(folder / OPTIMIZER, safetensors.torch.save(tensors, {"format": "pt"}))
-            numbers = {"format": run_dir.FORMAT, "step": state.step, "stopping": asdict(state.stopping)}
-            storage.add_json(folder / STATE, numbers)
+            numbers = {"step": state.step, "stopping": asdict(state.stopping), "evaluated": state.evaluated}
+            storage.add_json(folder / STATE, {"format": run_dir.FORMAT, **numbers})
     return path
 
 
@@ -108,12 +110,18 @@ def load(path: Path, state: TrainState) -> None:
             if (value := moments.get(f"{name}.{moment}")) is not None
         }
     state.step, state.stopping = read_numbers(path)
+    state.evaluated = is_evaluated(path)
 
 
 def read_numbers(path: Path) -> tuple[int, Stopping]:
     """Return a checkpoint's step and early-stopping state. Raises AdapterError where a newer version wrote it."""
     numbers = run_dir.read_facts(path / STATE)
     return int(numbers["step"]), Stopping(**numbers["stopping"])
+
+
+def is_evaluated(path: Path) -> bool:
+    """Return whether the validation due after a checkpoint's step is part of it: not where a stop cut it short."""
+    return bool(run_dir.read_facts(path / STATE).get("evaluated", True))
 
 
 def latest(run: RunDir) -> tuple[Path | None, list[str]]:

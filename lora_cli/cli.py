@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lora_cli import __version__, arguments, config_file, console, ending, figures, follower, interrupt, storage
+from lora_cli import __version__, arguments, config_file, console, ending, figures, follower, interrupt, launch, storage
 from lora_cli import data as data_rows
 from lora_cli.errors import ConfigError, InputError
 from lora_cli.records import Finished, as_json
@@ -95,15 +95,17 @@ def train(
 ) -> None:
     """Train; an interrupted run of the same config is continued."""
     run_config = config_file.load(config, overrides or [])
+    is_main = launch.current().is_main
     from lora_cli import train as training
 
     ended = training.ended(run_config, override)
     already = ended is not None
     if ended is None:
-        with interrupt.listening() as stop:
-            last = follower.Follower().follow(training.train(run_config, stop, override))
+        last = follower.Follower(silent=not is_main).follow(training.train(run_config, interrupt.requested(), override))
         assert isinstance(last, Finished), "the loop ends with Finished or raises"
         ended = last
+    if not is_main:
+        return
     if json:
         console.print_json(as_json(ended))
     else:

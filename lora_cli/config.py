@@ -222,6 +222,11 @@ class TrainConfig(Section):
     warmup_ratio: Override[Float] = Field(0.03, ge=0, lt=1, description="share of all steps spent warming up")
     weight_decay: Override[Float] = Field(0.0, ge=0, description="decoupled, as in AdamW")
     max_grad_norm: Override[Float] = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    max_loss_jump: Override[Float | None] = Field(
+        None,
+        gt=1,
+        description="stop at a step whose loss is so many times that of the last 32, 4 for example; null: never",
+    )
     micro_batch_tokens: Noted[Annotated[Int, Field(ge=1)] | Literal["auto"]] = Field(
         "auto", description="tokens one forward sees"
     )

@@ -1,10 +1,11 @@
 """Draws results and errors. Results go to stdout, messages to stderr; without a terminal, plain lines."""
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -27,9 +28,36 @@ for number, name in ((1, "stdout"), (2, "stderr")):
     if getattr(sys, name) is None:  # it was closed by who started us
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         setattr(sys, name, open(number, "w"))  # noqa: SIM115 - for as long as the process lives
+
+
+class _Messages:
+    """stderr, and nothing any more once that is closed: what is going on goes on when nobody can read of it."""
+
+    def write(self, text: str) -> int:
+        """Write where somebody reads."""
+        with self._open():
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush where somebody reads."""
+        with self._open():
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # a pipe whose reader ended, a terminal that is gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 _WIDTH = None if sys.stdout.isatty() else 140  # lines of a file need not be folded as early as a terminal's
 out = Console(highlight=False, emoji=False, width=_WIDTH)
-err = Console(stderr=True, highlight=False, emoji=False)
+err = Console(file=cast(IO[str], _Messages()), stderr=True, highlight=False, emoji=False)
 _ROUNDED = {"nearest": "to nearest", "stochastic": "by chance"}
 _LITTLE = 0.95  # of an update left after rounding
 _SHOWN_CHARACTERS = 2000  # of a row in a preview

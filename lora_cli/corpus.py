@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow
 import pyarrow.ipc
 
-from lora_cli import storage
+from lora_cli import interrupt, storage
 from lora_cli.data import Reader
 from lora_cli.data_file import Block
 from lora_cli.errors import NOTHING_LOADED, AdapterError, DataError, SurroundingsError
@@ -257,6 +257,7 @@ def _iter_made(reader: Reader, encoder: Encoder, processes: int) -> Iterator[_Ma
     rows = left_out = 0
     problems: list[str] = []
     for made in ordered_map(_Work(reader, encoder), reader.file.blocks(), processes):
+        interrupt.poll()
         rows += made.rows
         problems += made.problems
         left_out += max(0, len(problems) - _MOST_PROBLEMS)

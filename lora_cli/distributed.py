@@ -1,22 +1,121 @@
-"""Where this process runs. One process, for now; what is said here is the only knowledge of devices and ranks."""
+"""Where this process runs: its device, and the other processes (ranks) of its run with what they tell each other.
+
+Only tensors and JSON travel, no pickle. Ranks are replicas: each has the whole model and the same state.
+"""
 
 import contextlib
 import ctypes
+import json
 import os
+import re
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from lora_cli.errors import SurroundingsError
+from lora_cli import launch
+from lora_cli.errors import InputError, SurroundingsError
+
+ANSWER = timedelta(minutes=2)  # between ranks that have as much to do; who ended is noticed at once
+_MAIN_ANSWERS = timedelta(days=7)  # after it prepared the data, or wrote: that may take long
 
 
 @dataclass(frozen=True)
 class World:
-    """What this process runs on."""
+    """What this process runs on, and the ranks of its run. All of them have to make the same calls in the same order.
+
+    Raises SurroundingsError where another rank ended or does not answer.
+    """
 
     device: torch.device
+    rank: int = 0
+    size: int = 1
+    group: Any = None  # of what must be answered soon
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """Replace values by their sums over all ranks; the same bits on each."""
+        self._reduce(values, dist.ReduceOp.SUM, self.group)
+        return values
+
+    def largest(self, number: int) -> int:
+        """Return the largest of all ranks' numbers."""
+        found = torch.tensor(number)
+        self._reduce(found, dist.ReduceOp.MAX, self.group)
+        return int(found)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, by rank, however long one takes to give it."""
+        raw = json.dumps(value).encode()
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = len(raw)
+        self._reduce(lengths, dist.ReduceOp.SUM)
+        padded = torch.zeros(self.size, int(lengths.max()), dtype=torch.uint8)
+        padded[self.rank, : len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
+        self._reduce(padded, dist.ReduceOp.SUM)
+        return [json.loads(bytes(row[:length].tolist())) for row, length in zip(padded, lengths, strict=True)]
+
+    def from_main(self, value: Any = None) -> Any:
+        """Return the main rank's value; also how the others wait until it comes here, however long that takes."""
+        if self.size == 1:
+            return value
+        raw = json.dumps(value).encode() if self.is_main else b""
+        with self._answered():
+            length = torch.tensor(len(raw))
+            dist.broadcast(length, 0)
+            content = torch.tensor(list(raw), dtype=torch.uint8) if self.is_main else torch.empty(int(length)).byte()
+            dist.broadcast(content, 0)
+        return json.loads(bytes(content.tolist()))
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the block on the main rank, and on the others when it is through there."""
+        if not self.is_main:
+            self.from_main()
+        yield
+        if self.is_main:
+            self.from_main()
+
+    def require_same(self, facts: Mapping[str, str]) -> None:
+        """Raise InputError where another rank has other facts than the main one."""
+        of_ranks = self.gather(dict(facts))
+        if problems := [
+            f"process {rank} has another {name} than process 0 ({theirs[name][:80]}, there {of_ranks[0][name][:80]})."
+            for rank, theirs in enumerate(of_ranks)
+            for name in facts
+            if theirs[name] != of_ranks[0][name]
+        ]:
+            raise InputError(*problems, "All processes of a run have to see the same files.")
+
+    def _reduce(self, values: Tensor, operation: Any, group: Any = None) -> None:
+        if self.size > 1:
+            with self._answered():
+                dist.all_reduce(values, operation, group)
+
+    @contextlib.contextmanager
+    def _answered(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[-1])  # without gloo's own file and line
+            raise SurroundingsError(
+                f"process {self.rank}: another of the {self.size} processes of this run ended, or did not answer: "
+                f"{reason[:120].rstrip('.')}.",
+                state="What was saved is whole; the same command continues from there.",
+            ) from error
+
+
+ALONE = World(torch.device("cpu"))
 
 
 def memory_error(error: BaseException) -> SurroundingsError | None:
@@ -59,8 +158,39 @@ def keep_freed_memory() -> None:
 
 
 def current_world() -> World:
-    """Return the world this process was started in. Raises SurroundingsError when it has several processes."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1:
-        raise SurroundingsError(f"WORLD_SIZE is {size}: this version trains in one process. Start it without torchrun.")
+    """Return the world of a command that runs in one process. Raises SurroundingsError when it has several."""
+    if (size := launch.current().size) > 1:
+        raise SurroundingsError(
+            f"WORLD_SIZE is {size}: only training runs in several processes. Start without torchrun."
+        )
     return World(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[World]:
+    """Meet the other ranks that torchrun started, and be one of them while the block runs; alone where it did not.
+
+    Raises SurroundingsError where the environment makes no sense, or has more ranks than there are devices.
+    """
+    started = launch.current()
+    if started.size == 1:
+        yield current_world()
+        return
+    launch.die_with(os.getppid())
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        if started.local_rank >= (count := torch.cuda.device_count()):
+            raise SurroundingsError(
+                f"This machine has fewer GPUs ({count}) than processes: --nproc-per-node must be at most {count}."
+            )
+        device, backend = torch.device("cuda", started.local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(backend, timeout=_MAIN_ANSWERS)
+        group = dist.new_group(timeout=ANSWER)
+    except (RuntimeError, ValueError) as error:
+        raise SurroundingsError(f"The {started.size} processes could not meet: {str(error)[:200]}") from error
+    try:
+        yield World(device, started.rank, started.size, group)
+    finally:
+        dist.destroy_process_group()

@@ -12,36 +12,51 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from lora_cli import console, interrupt, storage
+from lora_cli import console, interrupt, launch, storage
 from lora_cli.errors import Interrupted, SurroundingsError, UserError
+
+_OTHERS_SECONDS = 2.0  # in which torchrun ends the others after one of its processes failed
 
 
 def run(command: Callable[[], None]) -> None:
     """Run a command; turn what goes wrong into an exit code and one paragraph on stderr."""
-    for number in interrupt.heard():  # training listens by itself; what others write is cleaned up
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    again = shlex.join(["lora", *sys.argv[1:]])
     try:
-        command()
+        with interrupt.listening(again):
+            command()
     except UserError as error:
-        _end(error)
+        _end(error, again)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is quiet
         sys.exit(1)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in storage.FAULTS:
             where = f"{error.filename}: " if error.filename else ""
-            _end(SurroundingsError(f"{where}the machine refused: {error.strerror}.", state="What was saved is whole."))
+            refused = f"{where}the machine refused: {error.strerror}."
+            _end(SurroundingsError(refused, state="What was saved is whole."), again)
+        _leave_it_to_the_main_process(error)
         console.message(
             f"error: a bug in lora ({type(error).__name__}: {str(error)[:200]}).\n{_log(traceback.format_exc())}"
         )
         sys.exit(1)
 
 
-def _end(error: UserError) -> NoReturn:
-    """Show an error and end with its exit code."""
+def _leave_it_to_the_main_process(error: Exception) -> None:
+    """Where this is another one: end, or wait to be ended by torchrun, if the main process fails too and says why."""
+    if launch.is_main():
+        return
+    if isinstance(error, Interrupted):
+        sys.exit(error.exit_code)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(_OTHERS_SECONDS)
+
+
+def _end(error: UserError, again: str) -> NoReturn:
+    """Show an error and end with its exit code; `again` is the command that goes on."""
+    _leave_it_to_the_main_process(error)
     console.print_error(error)
     if isinstance(error, Interrupted):
-        console.message(f"Continue with: {shlex.join(['lora', *sys.argv[1:]])}")
+        console.message(f"Continue with: {again}")
     if "--json" in sys.argv:
         with contextlib.suppress(OSError):
             console.print_json(

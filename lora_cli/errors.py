@@ -7,8 +7,8 @@ UserError
 │   ├── ModelError          the base model or its tokenizer
 │   └── AdapterError        an adapter, a checkpoint, a run directory
 ├── SurroundingsError   3   disk, permission, network, device, memory
-├── TrainingStopped     4   a loss or gradient that is not finite
-└── Interrupted   130, 143  Ctrl-C or SIGTERM, after saving
+├── TrainingStopped     4   a loss or gradient that is not finite, or a loss that jumped
+└── Interrupted   129, 130, 143  SIGHUP, Ctrl-C or SIGTERM, after saving
 """
 
 from collections.abc import Sequence
@@ -74,8 +74,9 @@ class TrainingStopped(UserError):
 
 
 class Interrupted(UserError):
-    """The user or the system asked to stop. `signal_number` gives the exit code: 130 or 143."""
+    """The user or the system asked to stop. `signal_number` gives the exit code: 129, 130 or 143."""
 
-    def __init__(self, signal_number: int, *problems: str, state: str) -> None:
+    def __init__(self, signal_number: int, *problems: str, state: str = "Nothing was written.") -> None:
         super().__init__(*problems, state=state)
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number

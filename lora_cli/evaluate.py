@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lora_cli import lora
+from lora_cli import interrupt, lora
 from lora_cli.batches import Batch, micro_batches
 from lora_cli.dataset import Dataset
+from lora_cli.distributed import ALONE, World
+from lora_cli.errors import Interrupted
 from lora_cli.examples import Example
 from lora_cli.forward import form, lay_out, target_scores
 from lora_cli.model import LanguageModel
@@ -46,32 +48,48 @@ class Measured:
         return self.targets, self.loss, self.correct, self.kl
 
 
-def batches(model: LanguageModel, examples: Sequence[Example], tokens: int) -> Iterator[tuple[Sequence[int], Batch]]:
-    """Iterate over (number of the example of each target, batch); neighbours in length share one."""
+def batches(
+    model: LanguageModel, examples: Sequence[Example], tokens: int, world: World = ALONE
+) -> Iterator[tuple[Sequence[int], Batch]]:
+    """Iterate over (number of the example of each target, batch), this rank's share of them.
+
+    Neighbours in length share one; an example is in one batch, whatever the number of ranks.
+    """
     lengths = examples.lengths.tolist() if isinstance(examples, Dataset) else [len(example) for example in examples]
     order = sorted(range(len(examples)), key=lambda index: lengths[index])
     for begin in range(0, len(order), _BLOCK):
         numbers = order[begin : begin + _BLOCK]
         block = [examples[index] for index in numbers]
-        for micro_batch in micro_batches(block, tokens, form(model), share=True):
+        for micro_batch in micro_batches(block, tokens, form(model), share=True)[world.rank :: world.size]:
             batch = lay_out(model, micro_batch, block)
             yield [numbers[owner] for owner in batch.owners], batch
 
 
 def measure(
-    model: LanguageModel, examples: Sequence[Example], tokens: int, gains: Sequence[float] = (1.0,)
+    model: LanguageModel,
+    examples: Sequence[Example],
+    tokens: int,
+    gains: Sequence[float] = (1.0,),
+    world: World = ALONE,
 ) -> list[Measured]:
     """Measure a set with the adapter at each gain, on the same tokens in one pass; dropout off.
 
-    The first gain is the reference of `kl`. `tokens` is one forward's budget.
+    The first gain is the reference of `kl`. `tokens` is one forward's budget. Ranks share the work, and all get the
+    same bits as one would alone. Raises Interrupted, on all ranks.
     """
     lora.set_dropout(model.module, active=False)
     sums = torch.zeros(len(gains), 3, len(examples), dtype=torch.float64)
     targets = torch.zeros(len(examples), dtype=torch.float64)
-    for owners, batch in batches(model, examples, tokens):
+    for owners, batch in batches(model, examples, tokens, world):
+        if interrupt.requested().wanted:
+            break
         index = torch.tensor(owners)
         targets.index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
         sums.index_add_(2, index, target_scores(model, batch, gains).double().cpu())
+    if number := world.largest(interrupt.requested().signal_number or 0):
+        raise Interrupted(number, "stopped on request.")
+    world.add_up(targets)
+    world.add_up(sums)  # of each example one rank adds something to zeros, which is exact
     units = _units(examples)
     count = int(units.max()) + 1 if len(units) else 0
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import deque
 from collections.abc import Generator, Iterable
 from typing import TypeVar
 
@@ -18,7 +19,9 @@ _QUIET_SECONDS = 5.0  # without a terminal, steps are reported no more often tha
 class Follower:
     """Draws the events of a run as they come."""
 
-    def __init__(self) -> None:
+    def __init__(self, silent: bool = False) -> None:
+        """`silent`: another process of the run draws the same events."""
+        self._silent = silent
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=24),
@@ -35,6 +38,8 @@ class Follower:
     def follow(self, events: Iterable[Event]) -> Event | None:
         """Draw every event; return the last."""
         last: Event | None = None
+        if self._silent:
+            return deque(events, maxlen=1).pop()
         with self._progress:
             for last in events:
                 try:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from lora_cli.dataset import Dataset
+from lora_cli.distributed import ALONE, World
 from lora_cli.evaluate import BASE_AND_ADAPTER, Measured, batches, measure
 from lora_cli.examples import IGNORED, Example
 from lora_cli.forward import target_scores
@@ -20,23 +21,27 @@ _KL_TOKENS = 2048  # of the validation set, whose targets the base is asked abou
 class Validation:
     """A validation set, and general text to measure forgetting on (None: it is not measured)."""
 
-    def __init__(self, model: LanguageModel, examples: Dataset, general: Sequence[Example] | None) -> None:
+    def __init__(
+        self, model: LanguageModel, examples: Dataset, general: Sequence[Example] | None, world: World = ALONE
+    ) -> None:
         self.model = model
         self.examples = examples
         self.general = general
+        self.world = world
         self._base: Measured | None = None  # on the general text; it does not change
 
     def measure(self, tokens: int) -> tuple[Measured, Forgetting | None]:
         """Measure the tuned model; `tokens` is one forward's budget."""
+        world = self.world
         if not self.general:
-            return measure(self.model, self.examples, tokens)[0], None
+            return measure(self.model, self.examples, tokens, world=world)[0], None
         near = np.zeros(len(self.examples), bool)
         near[spread(len(near), _KL_TOKENS / self.examples.lengths.mean())] = True
-        _, beside_base = measure(self.model, self.examples.where(near), tokens, BASE_AND_ADAPTER)
-        (rest,) = measure(self.model, self.examples.where(~near), tokens)
+        _, beside_base = measure(self.model, self.examples.where(near), tokens, BASE_AND_ADAPTER, world)
+        (rest,) = measure(self.model, self.examples.where(~near), tokens, world=world)
         if self._base is None:
-            (self._base,) = measure(self.model, self.general, tokens, (0.0,))
-        (general,) = measure(self.model, self.general, tokens)
+            (self._base,) = measure(self.model, self.general, tokens, (0.0,), world)
+        (general,) = measure(self.model, self.general, tokens, world=world)
         return beside_base + rest, forgetting(self._base, general, beside_base)
 
 
@@ -51,11 +56,11 @@ def forgetting(base_general: Measured, general: Measured, on_task: Measured) -> 
     )
 
 
-def measure_chosen(model: LanguageModel, validation: Sequence[Example], rows: Sequence[Example], tokens: int) -> Tested:
+def measure_chosen(validation: Validation, rows: Sequence[Example], tokens: int) -> Tested:
     """Measure a chosen adapter on rows that chose nothing, beside the validation rows that chose it."""
     changes = []
-    for examples in (validation, rows):
-        base, tuned = measure(model, examples, tokens, BASE_AND_ADAPTER)
+    for examples in (validation.examples, rows):
+        base, tuned = measure(validation.model, examples, tokens, BASE_AND_ADAPTER, validation.world)
         changes.append(difference(base.per_target("loss"), tuned.per_target("loss")))
     return Tested(
         targets=int(tuned.targets.sum()),

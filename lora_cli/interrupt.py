@@ -1,50 +1,101 @@
-"""Ctrl-C, SIGTERM or a closed terminal as a request: the step is finished and saved; asked twice, all ends at once."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request: what can last asks for it, and ends by itself; asked twice, at once.
+
+A handler that raised instead could be swallowed in the middle of an import or of a file's rename.
+"""
 
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from lora_cli import launch
+from lora_cli.errors import Interrupted
 
-def heard() -> list[signal.Signals]:
-    """Return the signals that ask to stop; one that who started us had ignored stays so (nohup and SIGHUP)."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    return [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if sys.platform != "win32" else ()))
 
 
 class StopRequest:
-    """Whether somebody asked to stop. Before `saving` is set there is nothing to save and the process just ends."""
+    """Whether somebody asked to stop, and by which signal."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
-        self.saving = False
-        self.leave: Callable[[], None] = lambda: None  # what is to be done before the process ends at once
 
     @property
     def wanted(self) -> bool:
+        """Whether somebody asked."""
         return self.signal_number is not None
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.wanted or not self.saving:
-            # Not an exception: one raised in the middle of an import or of a file's rename could be swallowed there.
-            # What is being written has a temporary name, and the kernel lets go of the run's lock.
-            said = "stopped at once; the last checkpoint is whole." if self.wanted else "stopped while getting ready."
-            cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
-            self.leave()
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, f"{cursor}\n{said} The same command goes on from there.\n".encode())
-            os._exit(128 + number)
-        self.signal_number = number
+
+_request = StopRequest()
+_patient = 0  # blocks under way that end by themselves
+_command = ""
+_leaving: list[Callable[[], None]] = []  # what is to be done before a signal ends the process
+
+
+def requested() -> StopRequest:
+    """Return this process's request: signals are sent to a process, so there is one."""
+    return _request
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[StopRequest]:
-    """Listen while the block runs."""
-    request = StopRequest()
-    before = {number: signal.signal(number, request._handle) for number in heard()}
+def leaving(function: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, have a function called before a signal ends the process at once."""
+    _leaving.append(function)
     try:
-        yield request
+        yield
     finally:
+        _leaving.remove(function)
+
+
+@contextlib.contextmanager
+def patience() -> Iterator[None]:
+    """While the block runs a signal only leaves a request; it asks for it, or ends soon, and cleans up behind itself.
+
+    Elsewhere there is nothing to save or to clean, and a signal ends the process.
+    """
+    global _patient
+    _patient += 1
+    try:
+        yield
+    finally:
+        _patient -= 1
+
+
+def poll() -> None:
+    """Raise Interrupted where somebody asked to stop."""
+    if _request.signal_number is not None:
+        raise Interrupted(_request.signal_number, "stopped on request.")
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    handed_on = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun, whose processes may have heard it already
+    if not _patient or (_request.wanted and not handed_on):
+        said = "stopped at once; what is whole stays whole." if _request.wanted else "stopped; nothing was written."
+        cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
+        for function in reversed(_leaving):
+            function()
+        if launch.is_main():
+            with contextlib.suppress(OSError):
+                os.write(2, f"{cursor}\n{said} Continue with: {_command}\n".encode())
+        os._exit(128 + number)
+    _request.signal_number = number
+
+
+@contextlib.contextmanager
+def listening(command: str) -> Iterator[None]:
+    """Take signals as requests while the block runs; `command` is what to type to go on.
+
+    A signal that is ignored already, as SIGHUP under nohup is, stays so.
+    """
+    global _request, _command
+    _request, _command = StopRequest(), command
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _handle) for number in heard}
+    try:
+        yield
+    finally:
+        _request = StopRequest()
         for number, handler in before.items():
             signal.signal(number, handler)

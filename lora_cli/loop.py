@@ -2,52 +2,32 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lora_cli import adapter, adapter_folder, card, checkpoint, lora, run_dir, storage
 from lora_cli.adapter_folder import Origin
-from lora_cli.batches import Step, micro_batches, plan_epoch, steps_in_epoch
+from lora_cli.batches import Step, plan_epoch
 from lora_cli.blocks import compile_blocks, recompute_activations
 from lora_cli.checkpoint import Stopping, TrainState
 from lora_cli.config import RunConfig
 from lora_cli.dataset import Dataset, TrainingSet
-from lora_cli.distributed import keep_freed_memory, memory_error
+from lora_cli.distributed import ALONE, World, keep_freed_memory
 from lora_cli.errors import AdapterError, Interrupted, SurroundingsError, TrainingStopped
 from lora_cli.examples import Example
 from lora_cli.forgetting import Validation, measure_chosen, without_surprising
-from lora_cli.forward import base_states, embedding_noise, form, lay_out, share_inputs, target_loss
+from lora_cli.forward import share_inputs
 from lora_cli.fused import fuse
 from lora_cli.interrupt import StopRequest
-from lora_cli.loss import ZERO, LossSum, Pull
 from lora_cli.model import LanguageModel
 from lora_cli.optim import build_optimizer, clip_gradients, lr_at
-from lora_cli.randomness import derive_seed
 from lora_cli.records import Evaluated, Event, Finished, Notice, Saved, StepDone, Tested
 from lora_cli.run_dir import RunDir
-
-
-@dataclass(frozen=True)
-class Timetable:
-    """At which steps what happens: pure arithmetic."""
-
-    steps_per_epoch: int
-    total_steps: int
-
-    @classmethod
-    def of(cls, examples: int, config: RunConfig) -> "Timetable":
-        """Return the timetable of a run that draws a number of examples an epoch."""
-        per_epoch = steps_in_epoch(examples, config.train.batch_size)
-        total = per_epoch * config.train.epochs
-        return cls(per_epoch, min(total, config.train.max_steps or total))
-
-    def is_due(self, step: int, per_epoch: int) -> bool:
-        """Return whether something that happens `per_epoch` times an epoch, and at the end, happens after a step."""
-        before, after = ((step - done) * per_epoch // self.steps_per_epoch for done in (1, 0))
-        return after > before or step == self.total_steps
+from lora_cli.step import WINDOW, Summed, add_gradients, flat_gradients, jump, worst_rows
+from lora_cli.timetable import Timetable
 
 
 class Loop:
@@ -64,6 +44,7 @@ class Loop:
         origin: Origin,
         stop: StopRequest,
         tokens: int,
+        world: World = ALONE,
     ) -> None:
         """Give the model a fresh adapter and an optimizer. `state` is then at step 0; a forward sees `tokens`."""
         self.config = config
@@ -77,6 +58,7 @@ class Loop:
         self.stop = stop
         self.timetable = Timetable.of(train.mixture.drawn, config)
         self.tokens = tokens
+        self.world = world
         keep_freed_memory()
         torch.set_flush_denormal(True)  # lora_B starts at zero: its first products are denormal, and slow on a CPU
         lora.apply_lora(model.module, config.lora, config.seed)
@@ -88,29 +70,35 @@ class Loop:
         if config.train.activation_checkpointing:
             recompute_activations(model.module)
         self.parameters = list(lora.trainable(model.module).values())
-        for parameter in self.parameters:  # made once: made anew in each step they would cut the memory into pieces
-            parameter.grad = torch.zeros_like(parameter)
+        self.gradients = flat_gradients(self.parameters)
         optimizer = build_optimizer(self.parameters, config.train)
-        self.state = TrainState(model.module, optimizer, 0, Stopping())
+        self.state = TrainState(model.module, optimizer, 0, Stopping(), evaluated=validation is None)
+        self.losses = deque[float](maxlen=WINDOW)  # of the steps before
 
     def restore(self) -> Iterator[Notice]:
         """Go to the newest whole checkpoint, where there is one, and forget what was measured after it."""
-        path, problems = checkpoint.latest(self.run)
+        newest, problems = checkpoint.latest(self.run) if self.world.is_main else (None, [])
+        path = Path(found) if (found := self.world.from_main(newest and str(newest))) else None
         for problem in problems:
             yield Notice(f"{problem}; {'an older checkpoint is used' if path else 'training begins anew'}.")
-        for foreign in run_dir.foreign_folders(self.run):
+        for foreign in run_dir.foreign_folders(self.run) if self.world.is_main else ():
             yield Notice(f"{foreign}: is no checkpoint of this program, and is passed over.")
         if path is not None:
             checkpoint.load(path, self.state)
-            checkpoint.prune(self.run, self.config.save.keep)  # a process may have been killed before it did
+            if self.world.is_main:
+                checkpoint.prune(self.run, self.config.save.keep)  # a process may have been killed before it did
             yield Notice(f"Continuing after step {self.state.step} ({path}).")
-        for problem in run_dir.rewind_metrics(self.run, self.state.step if path else -1):
-            yield Notice(problem)
+        losses = list[float]()
+        if self.world.is_main:
+            for problem in run_dir.rewind_metrics(self.run, self.state.step if path else -1, self.state.evaluated):
+                yield Notice(problem)
+            losses = [record["loss"] for record in run_dir.read_metrics(self.run) if record["event"] == "step"]
+        self.losses.extend(self.world.from_main(losses[-WINDOW:]))
 
     def __iter__(self) -> Iterator[Event]:
         """Train to the end, to early stopping, or until asked to stop (Interrupted, after saving)."""
-        if self.validation and self.state.step == 0:
-            yield self._evaluate()
+        if not self.state.evaluated:  # of the base, or where a stop cut it short
+            yield from self._after_step()
         epoch, plan = -1, list[Step]()
         while self.state.step < self.timetable.total_steps and not self._patience_spent():
             if self.state.step // self.timetable.steps_per_epoch != epoch:
@@ -132,17 +120,25 @@ class Loop:
         examples = [self.train[index] for index in step]
         if (limit := self.config.train.surprise_limit) is not None:
             examples = without_surprising(self.model, examples, limit, self.tokens)
-        while (loss := self._add_gradients(number, examples)) is None:
+        while (summed := self._add_gradients(number, examples)) is None:
             self.tokens //= 2
             yield Notice(f"Memory ran out; step {number} is taken again with {self.tokens} tokens a forward.")
+        loss = summed.loss
+        self._require_sound(number, loss.mean, summed)
+        self.world.add_up(self.gradients)
         norm = float(clip_gradients(self.parameters, self.config.train.max_grad_norm))
-        self._require_finite(norm, "gradient norm", number, examples)
+        if not math.isfinite(norm):
+            self.gradients.zero_()
+            summed = self._add_gradients(number, examples, checked=True) or summed  # to find where it comes from
+            raise self._stopped(number, f"the gradient norm is {norm}", summed)
         rate = lr_at(number, self.timetable.total_steps, self.config.train)
         for group_of_parameters in self.state.optimizer.param_groups:
             group_of_parameters["lr"] = rate
         self.state.optimizer.step()
-        self.state.optimizer.zero_grad(set_to_none=False)
+        self.gradients.zero_()
         self.state.step = number
+        self.state.evaluated = not (self.validation and self.timetable.is_due(number, self.config.eval.per_epoch))
+        self.losses.append(loss.mean)
         yield StepDone(
             step=number,
             epoch=number / self.timetable.steps_per_epoch,
@@ -155,68 +151,58 @@ class Loop:
             seconds=time.perf_counter() - began,
         )
 
-    def _add_gradients(self, number: int, examples: Sequence[Example]) -> LossSum | None:
-        """Add up the gradients of the sum of all token losses, divided once by the step's targets.
+    def _add_gradients(self, number: int, examples: Sequence[Example], checked: bool = False) -> Summed | None:
+        return add_gradients(
+            self.model, self.config, number, examples, self.tokens, self.gradients, self.world, checked
+        )
 
-        Returns None, with the gradients at zero, when memory ran out and smaller micro-batches would need less.
-        """
-        lora.set_dropout(self.model.module, active=True)
-        targets = sum(example.targets for example in examples)
-        settings = self.config.train
-        share = settings.share_prefixes and settings.neftune_alpha is None  # noise is drawn for each sequence
-        plan = micro_batches(examples, self.tokens, form(self.model), share)
-        loss = ZERO
-        try:
-            for micro_batch, groups in enumerate(plan):
-                torch.manual_seed(derive_seed(self.config.seed, "dropout", number, micro_batch))
-                batch = lay_out(self.model, groups, examples)
-                pull = None
-                if settings.kl_to_base:
-                    pull = Pull(base_states(self.model, batch), settings.kl_to_base, settings.kl_without_target)
-                with embedding_noise(self.model, settings.neftune_alpha, batch):
-                    part = target_loss(self.model, batch, pull)
-                (part.total / targets).backward()
-                loss = loss + replace(part, total=part.total.detach())
-                seen = [examples[member] for group in groups for member in group.members]
-                self._require_finite(float(part.total.detach()), "loss", number, seen)
-        except (RuntimeError, MemoryError) as error:
-            if len(plan) == len(examples) or memory_error(error) is None:
-                raise
-        else:
-            return loss
-        self.state.optimizer.zero_grad(set_to_none=False)
-        return None
+    def _require_sound(self, number: int, loss: float, summed: Summed) -> None:
+        """Raise TrainingStopped where a step's loss is not finite, or jumped."""
+        if not math.isfinite(loss):
+            raise self._stopped(number, f"the loss is {loss}", summed)
+        factor = self.config.train.max_loss_jump
+        if (usual := jump(loss, self.losses, factor)) is not None:
+            what = f"the loss is {loss:.4g}, more than {factor:g} times (train.max_loss_jump) the usual {usual:.4g}"
+            raise self._stopped(number, what, summed)
 
-    def _require_finite(
-        self, value: float, name: str, step: int, examples: Sequence[Example], applied: bool = False
-    ) -> None:
-        if math.isfinite(value):
-            return
-        rows = ", ".join(example.where for example in examples[:8])
+    def _stopped(self, number: int, what: str, summed: Summed | None = None) -> TrainingStopped:
+        """Return the error of a step that must not be applied; without `summed` it was applied before."""
+        rows = f" Rows of it: {worst_rows(summed.suspect, self.world)}." if summed else ""
         path, _ = checkpoint.latest(self.run)
         last = f"The last checkpoint is {path}." if path else "No checkpoint was written."
-        raise TrainingStopped(
-            f"step {step}: the {name} is {value}. Rows of it: {rows}{', ...' if len(examples) > 8 else ''}.",
-            "A lower train.learning_rate, or model.dtype: float32, are the usual ways out.",
-            state=last if applied else f"The step was not applied. {last}",
+        return TrainingStopped(
+            f"step {number}: {what}.{rows}",
+            "A lower train.learning_rate, other rows, or model.dtype: float32, are the usual ways out.",
+            state=f"The step was not applied. {last}" if summed else last,
         )
 
     def _after_step(self) -> Iterator[Event]:
         """Evaluate and save where the timetable says so, and save before stopping on request."""
-        is_best = False
-        if self.validation and self.timetable.is_due(self.state.step, self.config.eval.per_epoch):
-            event = self._evaluate()
+        step, is_best = self.state.step, False
+        if not self.state.evaluated:
+            try:
+                event = self._evaluate()
+            except Interrupted as stop:
+                if step:  # as not evaluated: the next run does that first
+                    yield self._save(is_best)
+                raise self._interrupted(stop.signal_number) from None
+            self.state.evaluated = True
             is_best = event.improved
             yield event
-        due = self.timetable.is_due(self.state.step, self.config.save.per_epoch) or self._patience_spent()
-        if is_best or due or self.stop.wanted:
+        due = self.timetable.is_due(step, self.config.save.per_epoch) or self._patience_spent()
+        number = self.world.largest(self.stop.signal_number or 0)
+        if step and (is_best or due or number):
             yield self._save(is_best)
-        if self.stop.signal_number is not None:
-            raise Interrupted(
-                self.stop.signal_number,
-                f"stopped on request after step {self.state.step} of {self.timetable.total_steps}.",
-                state=f"Saved in {self.run.path}.",
-            )
+        if number:
+            raise self._interrupted(number)
+
+    def _interrupted(self, number: int) -> Interrupted:
+        step = self.state.step
+        return Interrupted(
+            number,
+            f"stopped on request after step {step} of {self.timetable.total_steps}.",
+            state=f"Saved in {self.run.path}." if step else "There was nothing to save yet.",
+        )
 
     def _evaluate(self) -> Evaluated:
         """Measure validation loss and take it into early stopping; at step 0 it is the base that is measured."""
@@ -225,7 +211,8 @@ class Loop:
         assert self.validation is not None, "asked for by the caller"
         result, forgetting = self.validation.measure(self.tokens)
         loss, targets = result.mean("loss"), int(result.targets.sum())
-        self._require_finite(loss, "validation loss", self.state.step, self.validation.examples, applied=True)
+        if not math.isfinite(loss):
+            raise self._stopped(self.state.step, f"the validation loss is {loss}")
         rise = forgetting.rise.value if forgetting else None
         min_delta, budget = self.config.train.early_stopping.min_delta, self.config.eval.forgetting_budget
         improved = False
@@ -252,18 +239,20 @@ class Loop:
         return patience is not None and self.state.stopping.without_improvement >= patience
 
     def _save(self, is_best: bool) -> Saved:
-        try:
-            path = checkpoint.save(self.run, self.state, self._save_adapter)
-            checkpoint.prune(self.run, self.config.save.keep)
-        except SurroundingsError as error:
-            last, _ = checkpoint.latest(self.run)
-            raise SurroundingsError(
-                *error.problems,
-                f"A checkpoint needs {checkpoint.size(sum(p.numel() for p in self.parameters)) / 1e6:.1f} MB.",
-                state=f"Training stopped after step {self.state.step}; "
-                f"the last whole checkpoint is {last}, and the same command goes on from it.",
-            ) from error
-        return Saved(self.state.step, path, is_best)
+        if self.world.is_main:
+            try:
+                checkpoint.save(self.run, self.state, self._save_adapter)
+                checkpoint.prune(self.run, self.config.save.keep)
+            except SurroundingsError as error:
+                last, _ = checkpoint.latest(self.run)
+                raise SurroundingsError(
+                    *error.problems,
+                    f"A checkpoint needs {checkpoint.size(len(self.gradients)) / 1e6:.1f} MB.",
+                    state=f"Training stopped after step {self.state.step}; "
+                    f"the last whole checkpoint is {last}, and the same command goes on from it.",
+                ) from error
+        self.world.from_main()
+        return Saved(self.state.step, run_dir.checkpoint_path(self.run, self.state.step), is_best)
 
     def _save_adapter(self, folder: Path) -> None:
         adapter_folder.save(folder, self.model.module, self.config.lora, self.origin)
@@ -272,7 +261,9 @@ class Loop:
         """Copy the best adapter, or the last one where nothing was evaluated, to where the result stands."""
         stopping = self.state.stopping
         chosen = run_dir.checkpoint_path(self.run, stopping.best_step or self.state.step)
-        is_written = self.run.adapter.exists()  # by a process that was killed before it could say so
+        is_written = self.world.from_main(
+            self.run.adapter.exists()
+        )  # by a process that was killed before it could say so
         if not is_written and (problems := storage.problems_in(chosen)):
             raise AdapterError(
                 *problems, state=f"The best checkpoint is damaged; the others in {chosen.parent} can be used."
@@ -291,10 +282,11 @@ class Loop:
             reason=f"no improvement{within} in {patience} evaluations" if early else "all steps taken",
             adapter=self.run.adapter,
         )
-        if not is_written:
+        if not is_written and self.world.is_main:
             with storage.new_directory(self.run.adapter) as folder:
                 adapter_folder.copy(chosen, folder)
                 card.write(folder, card.peft_card(adapter.read(chosen), self.run, finished))
+        self.world.from_main()
         return finished
 
     def _test(self, chosen: Path) -> Tested | None:
@@ -302,4 +294,7 @@ class Loop:
         if self.test is None or self.validation is None:
             return None
         adapter.load_weights(self.model.module, adapter.read(chosen))
-        return measure_chosen(self.model, self.validation.examples, self.test, self.tokens)
+        try:
+            return measure_chosen(self.validation, self.test, self.tokens)
+        except Interrupted as stop:
+            raise self._interrupted(stop.signal_number) from None

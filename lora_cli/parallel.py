@@ -1,6 +1,5 @@
 """A function over many items in several processes, results in order, a bounded number of them in memory."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -11,12 +10,12 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from lora_cli import launch
 from lora_cli.errors import NOTHING_LOADED, SurroundingsError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _function: Callable[[Any], Any]  # of a worker process
-_PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 
 def _begin(function: Callable[[Any], Any], parent: int) -> None:
@@ -26,10 +25,7 @@ def _begin(function: Callable[[Any], Any], parent: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before this line
-            os._exit(1)
+    launch.die_with(parent)
 
 
 def _call(item: Any) -> Any:

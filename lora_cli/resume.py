@@ -21,7 +21,7 @@ _SEEN = {
 }
 _TOKENS = "data, tokenizer, template or general text (the tokens that come of them)"
 # What bit equality depends on beside them.
-_VERSIONS = ("lora", "torch", "transformers", "device", "cpu", "threads")
+_VERSIONS = ("lora", "torch", "transformers", "device", "cpu", "threads", "processes")
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,6 @@ def _take_back(run: RunDir, kept: Path) -> str:
         )
     with storage.explained(run.evaluations):
         for path in run.evaluations.glob(f"{run.adapter.name}-*"):
-            path.rename(path.with_name(path.name.replace(run.adapter.name, kept.name, 1)))
+            storage.rename(path, path.with_name(path.name.replace(run.adapter.name, kept.name, 1)))
     storage.remove_directory(run.adapter)
     return f"The run was finished and goes on: {run.adapter} is gone until it is finished again; the same is in {kept}."

@@ -186,15 +186,21 @@ def _lines(run: RunDir) -> list[dict[str, Any] | None]:
     return records
 
 
-def rewind_metrics(run: RunDir, step: int) -> Iterator[str]:
+def rewind_metrics(run: RunDir, step: int, evaluated: bool = True) -> Iterator[str]:
     """Forget what was measured after a step, as those steps are about to be taken again.
 
-    Iterates over what was wrong with the rest: it holds each step once afterwards, except for those that are lost.
+    Without `evaluated` the step's own validation is to be done again too. Iterates over what was wrong with the rest:
+    it holds each step once afterwards, except for those that are lost.
     """
     lines = _lines(run)
     if foreign := lines.count(None):
         yield f"{run.metrics}: {foreign} lines are cut short or no measurements of a run, and were taken out."
-    before = [record for record in lines if record is not None and record["step"] <= step]
+    before = [
+        record
+        for record in lines
+        if record is not None
+        and (record["step"] < step or (record["step"] == step and (evaluated or record["event"] == "step")))
+    ]
     kept = list({(record["event"], record["step"]): record for record in before}.values())
     if len(kept) < len(before):
         yield f"{run.metrics}: {len(before) - len(kept)} lines stood there twice, and were taken out."

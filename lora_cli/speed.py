@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lora_cli import adapter, model
+from lora_cli import adapter, interrupt, model
 from lora_cli.distributed import current_world
 from lora_cli.intervals import estimate
 from lora_cli.model import LanguageModel, generating
@@ -45,6 +45,7 @@ def measure_speeds(result: Result, merged: Path, tuned_by: str) -> Mapping[str, 
         names = deque(models)
         names.rotate(number)  # each comes after each other one as often
         for name in names:
+            interrupt.poll()
             taken = _seconds(models[name], prompt)
             if number >= 0:
                 seconds[name][number] = taken

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lora_cli import disk
+from lora_cli import disk, interrupt
 from lora_cli.errors import AdapterError, SurroundingsError
 
 MANIFEST = "MANIFEST.json"
@@ -182,7 +182,8 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
         held = os.open(temporary, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX)
-        yield temporary
+        with interrupt.patience():
+            yield temporary
     finally:
         os.close(held)
         with contextlib.suppress(OSError):  # it is not there any more where all went well
@@ -306,6 +307,12 @@ def remove_directory(path: Path) -> None:
         disk.rename(path, doomed)
         disk.sync(path.parent)
         disk.remove_tree(doomed)
+
+
+def rename(path: Path, new: Path) -> None:
+    """Give a file another name in its folder."""
+    disk.rename(path, new)
+    disk.sync(new.parent)
 
 
 def remove_file(path: Path) -> None:

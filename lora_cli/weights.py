@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from lora_cli import lora, storage
+from lora_cli import interrupt, lora, storage
 from lora_cli.errors import AdapterError, ModelError
 from lora_cli.model import require_whole, weight_files
 from lora_cli.update import Update
@@ -91,7 +91,8 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def read_tensor(info: TensorInfo, room: bytearray | None = None) -> Tensor:
-    """Read one tensor, as it is stored; into `room`, where that is given."""
+    """Read one tensor, as it is stored; into `room`, where that is given. Raises Interrupted: it is what lasts."""
+    interrupt.poll()
     raw = bytearray(info.size) if room is None else memoryview(room)[: info.size]
     with info.file.open("rb") as file:
         file.seek(info.begin)

@@ -18,16 +18,18 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lora_cli import adapter, adapter_folder, checkpoint, cli, data, lora, model, run_dir, tuned
+from lora_cli import adapter, adapter_folder, checkpoint, cli, config_file, data, lora, model, run_dir, tuned
 from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Batch, Group, collate
 from lora_cli.config import DataConfig, LoraConfig, ModelConfig
 from lora_cli.data_reader import DataReader, run_to_end
 from lora_cli.dataset import Dataset
 from lora_cli.examples import Example
+from lora_cli.interrupt import StopRequest
 from lora_cli.model import ModelHeader
 from lora_cli.records import DataCounts
 from lora_cli.run_dir import RunDir
+from lora_cli.train import train
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -210,6 +212,18 @@ def write_rows(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
+def facts(place: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """What must be the same: metrics without times, and every file of the adapter and of the newest checkpoint."""
+    metrics = [
+        {key: value for key, value in record.items() if key != "seconds"}
+        for record in run_dir.read_metrics(RunDir(place))
+    ]
+    newest, _ = checkpoint.latest(RunDir(place))
+    assert newest is not None
+    files = [*newest.iterdir(), *(place / "adapter").iterdir()]
+    return metrics, {str(file.relative_to(place)): file.read_bytes() for file in files}
+
+
 @pytest.fixture
 def shared_model() -> str:
     """A small pretrained model that lies beside the project; skipped where it does not."""
@@ -231,42 +245,49 @@ def rows_file(make_rows: Callable[[int], str]) -> str:
     return make_rows(40)
 
 
+def write_config(folder: Path, model: str, rows: str, overrides: dict[str, Any]) -> Path:
+    """Write a small config, dotted keys overriding it."""
+    values: dict[str, Any] = {
+        "model": {"path": model},
+        "lora": {"rank": 4, "alpha": 8},
+        "data": {"train": rows, "validation": 8},
+        "train": {"batch_size": 4, "learning_rate": 0.01, "epochs": 2, "micro_batch_tokens": 64},
+        "eval": {"general": False},  # a test of forgetting turns it on
+        "output_dir": str(folder / "run"),
+    }
+    for dotted, value in overrides.items():
+        section = values
+        *parts, last = dotted.split(".")
+        for part in parts:
+            section = section.setdefault(part, {})
+        section[last] = value
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def make_config(tmp_path: Path, rows_file: str, model_folder: Callable[[str], str]) -> Callable[..., Path]:
     """Return a function that writes a small config, dotted keys overriding it."""
-
-    def make(kind: str = "llama", **overrides: Any) -> Path:
-        values: dict[str, Any] = {
-            "model": {"path": model_folder(kind)},
-            "lora": {"rank": 4, "alpha": 8},
-            "data": {"train": rows_file, "validation": 8},
-            "train": {"batch_size": 4, "learning_rate": 0.01, "epochs": 2, "micro_batch_tokens": 64},
-            "eval": {"general": False},  # a test of forgetting turns it on
-            "output_dir": str(tmp_path / "run"),
-        }
-        for dotted, value in overrides.items():
-            section = values
-            *parts, last = dotted.split(".")
-            for part in parts:
-                section = section.setdefault(part, {})
-            section[last] = value
-        path = tmp_path / "config.yaml"
-        path.write_text(json.dumps(values), encoding="utf-8")
-        return path
-
-    return make
+    return lambda kind="llama", **overrides: write_config(tmp_path, model_folder(kind), rows_file, overrides)
 
 
-def facts(place: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """What must be the same: metrics without times, and every file of the adapter and of the newest checkpoint."""
-    metrics = [
-        {key: value for key, value in record.items() if key != "seconds"}
-        for record in run_dir.read_metrics(RunDir(place))
-    ]
-    newest, _ = checkpoint.latest(RunDir(place))
-    assert newest is not None
-    files = [*newest.iterdir(), *(place / "adapter").iterdir()]
-    return metrics, {str(file.relative_to(place)): file.read_bytes() for file in files}
+DROPOUT = {"lora.dropout": 0.1, "train.max_steps": 12, "data.validation": 8, "eval.per_epoch": 8, "save.per_epoch": 8}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], str]) -> Path:
+    """The directory of a run of twelve steps with dropout that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    rows = write_rows(folder / "rows.jsonl", [conversation(number) for number in range(40)])
+    list(train(config_file.load(write_config(folder, model_folder("llama"), rows, DROPOUT)), StopRequest()))
+    return folder / "run"
+
+
+@pytest.fixture
+def whole(make_config: Callable[..., Path], undisturbed: Path) -> tuple[Path, Path]:
+    """A config of the undisturbed run for another directory, and the directory of that run."""
+    return make_config(**DROPOUT), undisturbed
 
 
 Invoke = Callable[..., tuple[int, str, str]]

@@ -20,11 +20,12 @@ FLOORS = [
     "config_checks",
     "strict_yaml",
     "config_file",
+    "launch",
+    "interrupt",
     "disk",
     "storage",
     "run_dir",
     "resume",
-    "interrupt",
     "loss",
     "optim",
     "projection",
@@ -74,6 +75,8 @@ FLOORS = [
     "tuned",
     "how_to_load",
     "card",
+    "timetable",
+    "step",
     "loop",
     "held_out",
     "train",
@@ -193,6 +196,7 @@ WRITES = {
 MAY_WRITE = {
     "formats.gguf_file": {"GGUFWriter"},
     "formats.onnx_graph": {"save_pretrained"},
+    "console": {"open"},  # of this process's own streams
 }
 
 
@@ -223,7 +227,7 @@ def test_only_storage_writes(path: Path):
             if called.startswith(("storage.", "disk.")):
                 continue
             assert called.rsplit(".", 1)[-1] not in WRITES - MAY_WRITE.get(name, set()), f"{called}, line {node.lineno}"
-            assert not opens_to_write(node), f"{called}, line {node.lineno}"
+            assert called in MAY_WRITE.get(name, set()) or not opens_to_write(node), f"{called}, line {node.lineno}"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ from lora_cli.examples import Example
 from lora_cli.forward import embedding_noise, form, lay_out, share_inputs, target_loss
 from lora_cli.fused import fuse
 from lora_cli.interrupt import StopRequest
-from lora_cli.loop import Timetable
 from lora_cli.loss import HeadForm, LossSum, head_logits, head_loss, logits_loss
 from lora_cli.optim import lr_at
 from lora_cli.records import Evaluated, Event, Finished, Notice, StepDone
 from lora_cli.run_dir import RunDir
+from lora_cli.timetable import Timetable
 from lora_cli.train import train
 
 CPU = torch.device("cpu")
@@ -372,7 +371,7 @@ def test_not_finite_stops_before_it_is_applied(
                 return LossSum(total, result.targets)
         return result
 
-    monkeypatch.setattr("lora_cli.loop.target_loss", poisoned)
+    monkeypatch.setattr("lora_cli.step.target_loss", poisoned)
     config = make_config(**{"train.micro_batch_tokens": 10_000})
     with pytest.raises(TrainingStopped) as caught:
         run(config)
@@ -396,82 +395,6 @@ def _infinite_gradient(total: torch.Tensor) -> torch.Tensor:
 
 def cli(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "lora_cli", *map(str, arguments)]
-
-
-DROPOUT = {"lora.dropout": 0.1, "train.max_steps": 12, "data.validation": 8, "eval.per_epoch": 8, "save.per_epoch": 8}
-
-
-@pytest.fixture
-def whole(make_config: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
-    """A config of twelve steps with dropout, and the directory of a run of it that nothing disturbed."""
-    make_config(**DROPOUT)
-    run(make_config(**DROPOUT, output_dir=str(tmp_path / "whole")))
-    return make_config(**DROPOUT), tmp_path / "whole"
-
-
-@pytest.mark.parametrize("kill_after", [5, 7])
-def test_a_killed_run_goes_on_bit_for_bit(whole: tuple[Path, Path], kill_after: int, tmp_path: Path):
-    """Twelve steps in one go equal five (seven) and the rest with a SIGKILL between: every byte but the times."""
-    config, undisturbed = whole
-    process = subprocess.Popen(cli("train", config), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while process.poll() is None:
-        if metrics.exists() and f'"step": {kill_after},' in metrics.read_text():
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.001)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    assert run_dir.read_status(RunDir(tmp_path / "run"))["status"] == "running"
-    subprocess.run(cli("train", config), check=True, capture_output=True)
-
-    assert facts(tmp_path / "run") == facts(undisturbed)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_saves_and_goes_on(whole: tuple[Path, Path], number: int, code: int, tmp_path: Path):
-    """Ctrl-C and SIGTERM finish the step, save, say how to go on, and exit 130 or 143; nothing is lost."""
-    config, undisturbed = whole
-    process = subprocess.Popen(cli("train", config), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and '"step": 3,' in metrics.read_text()):
-        time.sleep(0.001)
-    process.send_signal(number)
-    _, said = process.communicate()
-    place = RunDir(tmp_path / "run")
-    done = run_dir.read_status(place)
-
-    assert process.returncode == code
-    assert f"Continue with: lora train {config}" in said
-    assert done["status"] == "stopped"
-    assert run_dir.step_folders(place)[0][0] == done["step"]
-    subprocess.run(cli("train", config), check=True, capture_output=True)
-    assert facts(tmp_path / "run") == facts(undisturbed)
-
-
-def wait_for_handler(process: int) -> None:
-    """Wait until a process catches SIGTERM, which Python itself does not; a few seconds where the system cannot say."""
-    status = Path(f"/proc/{process}/status")
-    if not status.exists():
-        time.sleep(3.0)
-        return
-    for _ in range(300):
-        caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
-        if int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1:
-            return
-        time.sleep(0.05)
-
-
-def test_a_stop_before_the_first_step_leaves_nothing(make_config: Callable[..., Path], tmp_path: Path):
-    """While the model is still being loaded there is nothing to save; the process ends at once."""
-    process = subprocess.Popen(cli("train", make_config()), stderr=subprocess.PIPE, text=True)
-    wait_for_handler(process.pid)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-
-    assert process.returncode == 130
-    assert "Traceback" not in said
-    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_a_mixture_goes_on_where_it_stopped(make_config: Callable[..., Path], tmp_path: Path):
@@ -567,7 +490,7 @@ def test_running_out_of_memory_is_explained(make_config: Callable[..., Path], mo
     def greedy(*_: Any) -> LossSum:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("lora_cli.loop.target_loss", greedy)
+    monkeypatch.setattr("lora_cli.step.target_loss", greedy)
     with pytest.raises(SurroundingsError, match="micro_batch_tokens"):
         run(make_config())
 
@@ -584,7 +507,7 @@ def test_a_step_is_taken_again_with_less(
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         return target_loss(loaded, batch, pull)
 
-    monkeypatch.setattr("lora_cli.loop.target_loss", limited)
+    monkeypatch.setattr("lora_cli.step.target_loss", limited)
     events = run(make_config(**settings, output_dir=str(tmp_path / "again")))
     less = [event.loss for event in events if isinstance(event, StepDone)]
     said = [event.text for event in events if isinstance(event, Notice) and "Memory ran out" in event.text]

@@ -57,6 +57,7 @@ OTHERS: dict[str, Any] = {
     "train.warmup_ratio": 0.1,
     "train.weight_decay": 0.1,
     "train.max_grad_norm": 0.5,
+    "train.max_loss_jump": 9.0,
     "train.micro_batch_tokens": 32,
     "train.order": "prompts",
     "train.share_prefixes": False,

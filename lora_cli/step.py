@@ -1,0 +1,111 @@
+"""The gradients of one optimizer step, over all ranks: sharing the work out changes no number beyond rounding.
+
+Which forwards a step is divided into, and the dropout of each, is the same however many ranks take them in turn.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli import lora
+from lora_cli.batches import micro_batches
+from lora_cli.config import RunConfig
+from lora_cli.distributed import World, memory_error
+from lora_cli.errors import SurroundingsError
+from lora_cli.examples import Example
+from lora_cli.forward import base_states, embedding_noise, form, lay_out, target_loss
+from lora_cli.loss import ZERO, LossSum, Pull
+from lora_cli.model import LanguageModel
+from lora_cli.randomness import derive_seed
+
+WINDOW = 32  # steps whose losses a jump is seen against
+_LEAST = 8  # before there are so many, nothing is a jump
+
+Suspect = tuple[float, list[str]]  # the highest mean loss of a forward (infinite: it is not finite), and its rows
+
+
+@dataclass(frozen=True)
+class Summed:
+    """The loss of a step, summed over all ranks, and this rank's suspect."""
+
+    loss: LossSum
+    suspect: Suspect
+
+
+def flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Return one buffer [n] of zeros, the gradients of all parameters: made once, and added up over ranks at once."""
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return flat
+
+
+def add_gradients(
+    model: LanguageModel,
+    config: RunConfig,
+    number: int,
+    examples: Sequence[Example],
+    tokens: int,
+    gradients: Tensor,
+    world: World,
+    checked: bool = False,
+) -> Summed | None:
+    """Add this rank's share to the gradients of all token losses of a step, divided once by the step's targets.
+
+    Returns None, with the gradients at zero, where a rank's memory ran out and smaller forwards would need less.
+    A rank goes no further than its first loss that is not finite; `checked` looks at the gradients likewise.
+    """
+    lora.set_dropout(model.module, active=True)
+    targets = sum(example.targets for example in examples)
+    settings = config.train
+    share = settings.share_prefixes and settings.neftune_alpha is None  # noise is drawn for each sequence
+    plan = micro_batches(examples, tokens, form(model), share)
+    loss, suspect, ran_out = ZERO, (-math.inf, list[str]()), None
+    try:
+        for micro_batch in range(world.rank, len(plan), world.size):
+            torch.manual_seed(derive_seed(config.seed, "dropout", number, micro_batch))
+            batch = lay_out(model, plan[micro_batch], examples)
+            pull = None
+            if settings.kl_to_base:
+                pull = Pull(base_states(model, batch), settings.kl_to_base, settings.kl_without_target)
+            with embedding_noise(model, settings.neftune_alpha, batch):
+                part = target_loss(model, batch, pull)
+            (part.total / targets).backward()
+            loss = loss + replace(part, total=part.total.detach())
+            mean = float(part.total.detach()) / part.targets
+            is_finite = math.isfinite(mean) and not (checked and not math.isfinite(float(gradients.norm())))
+            rows = [examples[member].where for group in plan[micro_batch] for member in group.members]
+            suspect = max(suspect, (mean if is_finite else math.inf, rows))
+            if not is_finite:
+                break
+    except (RuntimeError, MemoryError) as error:
+        if memory_error(error) is None:
+            raise
+        ran_out = error
+    sums = world.add_up(
+        torch.tensor([float(loss.total), float(loss.penalty), float(ran_out is not None)], dtype=torch.float64)
+    )
+    if sums[2] == 0:
+        return Summed(LossSum(sums[0], targets, sums[1]), suspect)
+    if len(plan) == len(examples):
+        raise ran_out or SurroundingsError("another process ran out of memory.", state="The step was not applied.")
+    gradients.zero_()
+    return None
+
+
+def worst_rows(suspect: Suspect, world: World) -> str:
+    """Return the first rows of the suspect of all ranks that is most likely to be at fault, as text."""
+    _, rows = max(world.gather(suspect))
+    return ", ".join(rows[:8]) + (", ..." if len(rows) > 8 else "")
+
+
+def jump(loss: float, before: Sequence[float], factor: float | None) -> float | None:
+    """Return the median of the losses before, where a loss is more than `factor` times that; else None."""
+    if factor is None or len(before) < _LEAST:
+        return None
+    median = statistics.median(before)
+    return median if loss > factor * median else None

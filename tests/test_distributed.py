@@ -1,0 +1,245 @@
+"""Several processes train as one would: the same numbers, one that writes, and none that goes on alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Invoke, conversation, facts, write_config, write_rows
+from processes import disturb, end, lora, run_ranks, send, start_ranks
+
+from lora_cli import cli, config_file, distributed, run_dir, step
+from lora_cli.interrupt import StopRequest
+from lora_cli.loss import LossSum
+from lora_cli.records import StepDone
+from lora_cli.run_dir import RunDir
+from lora_cli.train import train
+
+SETTINGS = {
+    "lora.dropout": 0.1,
+    "train.max_steps": 6,
+    "train.early_stopping": {"patience": None},
+    "eval.per_epoch": 2,
+    "save.per_epoch": 4,
+}
+Make = Callable[..., Path]
+
+
+def measured(place: Path) -> list[tuple[Any, ...]]:
+    """The step of every record, and what was measured there."""
+    keys = ("event", "step", "loss", "grad_norm", "targets", "tokens")
+    return [tuple(record.get(key, 0) for key in keys) for record in run_dir.read_metrics(RunDir(place))]
+
+
+def close(first: Path, second: Path) -> bool:
+    """Whether two runs measured the same things, losses and gradient norms to 1e-5."""
+    one, other = measured(first), measured(second)
+    numbers = zip((each[2:4] for each in one), (each[2:4] for each in other), strict=True)
+    assert [each[:2] + each[4:] for each in one] == [each[:2] + each[4:] for each in other]
+    return len(one) > 6 and all(a == pytest.approx(b, rel=1e-5) for a, b in numbers)
+
+
+def finished(size: int, config: Path, folder: Path) -> Path:
+    """Train on some processes to the end, of which only the first says something; return the run's place."""
+    codes, said = run_ranks(size, lambda rank: lora("train", config), folder)
+    assert codes == [0] * size, said
+    assert not any(said[1:])
+    return Path(config_file.load(config).output_dir)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], str]) -> Path:
+    """A run of two processes that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    rows = write_rows(folder / "rows.jsonl", [conversation(number) for number in range(40)])
+    return finished(2, write_config(folder, model_folder("llama"), rows, SETTINGS), folder)
+
+
+@pytest.mark.parametrize(("dropout", "sizes"), [(0.0, (1, 2)), (0.1, (1, 4))])
+def test_any_number_of_processes_measures_the_same(
+    dropout: float, sizes: tuple[int, ...], make_config: Make, whole: Path, tmp_path: Path
+):
+    """The same steps, and losses and gradient norms to 1e-5; the base's to the bit."""
+    settings = SETTINGS | {"lora.dropout": dropout}
+    places = [finished(size, make_config(**settings, output_dir=f"{tmp_path}/{size}"), tmp_path) for size in sizes]
+    places += [whole] if dropout else []
+
+    assert all(close(place, places[0]) for place in places[1:])
+    assert len({measured(place)[0] for place in places}) == 1
+
+
+def stopped_after(number: int, config: Path) -> None:
+    """Train, and ask to stop after a step; the exit is a failure's where nothing stopped it."""
+    stop = StopRequest()
+    for event in train(config_file.load(config), stop):
+        if isinstance(event, StepDone) and event.step == number:
+            stop.signal_number = signal.SIGTERM
+    raise AssertionError("it should have stopped")
+
+
+def test_a_run_goes_on_with_other_processes(make_config: Make, whole: Path, tmp_path: Path):
+    """Two processes, then one, then two: as two all the time, to 1e-5."""
+    config = make_config(**SETTINGS)
+    for number, size in ((2, 2), (4, 1)):
+        codes, said = run_ranks(size, lambda rank, number=number: stopped_after(number, config), tmp_path)
+        assert codes == [70] * size
+        assert f"stopped on request after step {number} of 6" in said[0]
+
+    assert close(finished(2, config, tmp_path), whole)
+
+
+def not_a_number(loss: LossSum) -> LossSum:
+    return LossSum(loss.total * torch.nan, loss.targets)
+
+
+def infinite_gradient(loss: LossSum) -> LossSum:
+    zero = loss.total - loss.total.detach()
+    return LossSum(loss.total + torch.sqrt(zero * zero.detach() + zero), loss.targets)
+
+
+@pytest.mark.parametrize(("fault", "what"), [(not_a_number, "loss is nan"), (infinite_gradient, "gradient norm is")])
+def test_what_is_not_finite_on_one_process_stops_all(
+    fault: Callable[[LossSum], LossSum], what: str, make_config: Make, tmp_path: Path
+):
+    """The step is applied nowhere and not saved; the first process names the rows that the other had; exit 4."""
+    config = make_config(**SETTINGS | {"train.micro_batch_tokens": 1, "data.validation": 0})
+
+    def work(rank: int) -> None:
+        if rank == 1:
+            # Of four rows two are this process's: the first forward of the fourth step.
+            disturb(step, "target_loss", 7, fault, for_good=True)
+        lora("train", config)
+
+    codes, said = run_ranks(2, work, tmp_path)
+    place = RunDir(tmp_path / "run")
+    wrong = next(line for line in said[0].splitlines() if "Rows of it" in line)
+
+    assert codes == [4, 4]
+    assert f"step 4: the {what}" in wrong
+    assert wrong.count("rows.jsonl:") == 1
+    assert "not applied" in said[0]
+    assert max(number for number, _ in run_dir.step_folders(place)) <= 3
+    assert run_dir.read_status(place)["status"] == "failed"
+
+
+def out_of_memory(_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_memory_that_runs_out_on_one_process_is_all_processes_business(make_config: Make, tmp_path: Path):
+    """All take the step again with smaller forwards; the numbers are those of a run that had enough."""
+    settings = SETTINGS | {"train.micro_batch_tokens": 80, "lora.dropout": 0.0}
+    enough = finished(1, make_config(**settings, output_dir=f"{tmp_path}/enough"), tmp_path)
+    config = make_config(**settings)
+
+    def work(rank: int) -> None:
+        if rank == 1:
+            disturb(step, "target_loss", 2, out_of_memory)
+        lora("train", config)
+
+    codes, said = run_ranks(2, work, tmp_path)
+
+    assert codes == [0, 0]
+    assert "is taken again with 40 tokens a forward" in said[0]
+    assert close(tmp_path / "run", enough)
+
+
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(make_config: Make, whole: Path, tmp_path: Path):
+    """Killed in its fifth forward: the other ends within seconds with exit 3; then the same bits as undisturbed."""
+    config = make_config(**SETTINGS)
+
+    def work(rank: int) -> None:
+        if rank == 1:
+            disturb(step, "target_loss", 5, send(signal.SIGKILL))
+        lora("train", config)
+
+    begin = time.monotonic()
+    codes, said = run_ranks(2, work, tmp_path)
+
+    assert codes == [3, -signal.SIGKILL]
+    assert "another of the 2 processes of this run ended" in said[0]
+    assert time.monotonic() - begin < 15
+    assert facts(finished(2, config, tmp_path)) == facts(whole)
+
+
+def test_a_process_that_hangs_ends_the_others(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One that was halted is waited for no longer than is allowed."""
+    monkeypatch.setattr(distributed, "ANSWER", timedelta(seconds=1))
+    config = make_config(**SETTINGS | {"train.epochs": 1000, "train.max_steps": 5000, "data.validation": 0})
+    first, second = start_ranks(2, lambda rank: lora("train", config), tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.01)
+    os.kill(second, signal.SIGSTOP)
+    try:
+        assert end(first, seconds=20) == 3
+        assert "did not answer" in (tmp_path / "rank-0").read_text()
+    finally:
+        os.kill(second, signal.SIGKILL)
+        os.waitpid(second, 0)
+
+
+def test_processes_that_see_other_files_do_not_train_together(make_config: Make, tmp_path: Path):
+    """Another config or other data on one process is an error on all, before anything is written."""
+    other = write_rows(tmp_path / "other.jsonl", [conversation(number) for number in range(50, 90)])
+    config = make_config(**SETTINGS)
+    codes, said = run_ranks(2, lambda rank: lora("train", config, *([f"data.train={other}"] * rank)), tmp_path)
+
+    assert codes == [2, 2]
+    assert "process 1 has another config than process 0" in said[0]
+    assert "process 1 has another data than process 0" in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "what"),
+    [
+        ({"RANK": "0"}, "not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=x"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=2"),
+    ],
+)
+def test_half_an_environment_of_torchrun_is_named(
+    environment: dict[str, str], what: str, make_config: Make, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+):
+    """What is missing or makes no sense is said; nothing waits for processes that will not come."""
+    monkeypatch.setattr(cli, "_OTHERS_SECONDS", 0.0)
+    for name, value in ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} if len(environment) > 1 else {}).items():
+        monkeypatch.setenv(name, value)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, _, said = invoke("train", make_config())
+
+    assert code == 3
+    assert what in said
+
+
+def test_torchrun_stops_and_goes_on(make_config: Make, whole: Path, tmp_path: Path):
+    """A SIGTERM to torchrun reaches all: they save at one step, end, and the run goes on to the same bits."""
+    config = make_config(**SETTINGS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*launcher, "-m", "lora_cli", "train", str(config)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    status = json.loads((tmp_path / "run" / "run.json").read_text())
+
+    assert said.count("stopped on request") == 1
+    assert said.count("Continue with: lora train") == 1
+    assert status["status"] == "stopped"
+    assert facts(finished(2, config, tmp_path)) == facts(whole)

@@ -98,8 +98,6 @@ class Loop:
         path, problems = checkpoint.latest(self.run)
         for problem in problems:
             yield Notice(f"{problem}; {'an older checkpoint is used' if path else 'training begins anew'}.")
-        for foreign in run_dir.foreign_folders(self.run):
-            yield Notice(f"{foreign}: is no checkpoint of this program, and is passed over.")
         if path is not None:
             checkpoint.load(path, self.state)
             yield Notice(f"Continuing after step {self.state.step} ({path}).")
@@ -257,11 +255,11 @@ class Loop:
             checkpoint.prune(self.run, self.config.save.keep)
         except SurroundingsError as error:
             last, _ = checkpoint.latest(self.run)
+            way = f"goes on from {last}" if last else "begins anew, as there is no whole checkpoint yet"
             raise SurroundingsError(
                 *error.problems,
                 f"A checkpoint needs {checkpoint.size(sum(p.numel() for p in self.parameters)) / 1e6:.1f} MB.",
-                state=f"Training stopped after step {self.state.step}; "
-                f"the last whole checkpoint is {last}, and the same command goes on from it.",
+                state=f"Training stopped after step {self.state.step}; the same command {way}.",
             ) from error
         return Saved(self.state.step, path, is_best)
 

@@ -83,6 +83,8 @@ def _train(
         validation = Validation(language_model, prepared.validation, prepared.general)
     tokens = environment["micro_batch_tokens"]
     loop = Loop(config, run, language_model, prepared.train, validation, prepared.test, origin, stop, tokens)
+    for foreign in run_dir.foreign_folders(run):
+        yield Notice(f"{foreign}: is no checkpoint of this program, and is passed over.")
     yield from loop.restore()
     if any(change.key == "eval.forgetting_budget" for change in changes):
         loop.state.stopping.judge_anew(config.eval.forgetting_budget)

@@ -104,21 +104,31 @@ def test_a_folder_without_permission(tmp_path: Path):
     tmp_path.chmod(0o700)
 
 
+def test_a_folder_that_is_read_only(tmp_path: Path):
+    """Its mode allows everything; the mount does not."""
+
+    def probe() -> None:
+        if not faults.small_disk(tmp_path, 4096, faults.READ_ONLY):
+            raise SurroundingsError("skipped")
+        storage.require_writable(tmp_path / "run")
+
+    if (said := in_child(probe)).startswith("skipped"):
+        pytest.skip("this machine allows no mount of one's own")
+    assert f"{tmp_path / 'run'}: cannot be written: Read-only file system." in said
+
+
 def test_a_disk_without_room_is_refused_before_the_model_loads(make_config: Callable[..., Path], tmp_path: Path):
     """What the checkpoints and the adapter will take is counted from the shapes, and compared with what is free."""
     config, disk = make_config(), tmp_path / "disk"
     disk.mkdir()
-    (tmp_path / "allowed").write_text("")
 
     def on_small_disk() -> None:
         if not faults.small_disk(disk, 128 << 10):
-            (tmp_path / "allowed").unlink()
-            return
+            raise SurroundingsError("skipped")
         for event in train(config_file.load(config, [f"output_dir={disk}/run"]), StopRequest()):
             assert not isinstance(event, StepDone)
 
-    said = in_child(on_small_disk)
-    if not (tmp_path / "allowed").exists():
+    if (said := in_child(on_small_disk)).startswith("skipped"):
         pytest.skip("this machine allows no mount of one's own")
     assert f"{disk}/run: needs 0." in said
     assert " MB are free" in said
@@ -235,7 +245,7 @@ def test_a_full_disk_while_saving(make_config: Callable[..., Path], monkeypatch:
     assert f"{run.metrics}: cannot be written: the disk is full (" in said
     assert "MB free)" in said
     assert "A checkpoint needs 0.1 MB." in said
-    assert f"the last whole checkpoint is {last}, and the same command goes on from it." in said
+    assert f"Training stopped after step 4; the same command goes on from {last}." in said
     assert storage.problems_in(last) == []
     assert [path for path in run.path.rglob("*") if storage.is_temporary(path)] == []
 

@@ -160,6 +160,18 @@ def test_no_home_and_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPa
     assert corpus.cache_folder() == tmp_path / "cache" / "tokens"
 
 
+def test_kept_tokens_that_cannot_be_kept(
+    invoke: Invoke, make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """The tokens of a large file: exit 3 with the way out, before they are made."""
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("LORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(corpus, "SMALL", 0)
+    code, _, err = invoke("train", make_config())
+
+    assert (code, f"{tmp_path / 'cache'} is a file" in err, "LORA_CACHE names another folder" in err) == (3, True, True)
+
+
 def test_a_bug_is_shown_where_no_log_can_be_written(
     invoke: Invoke, make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -264,6 +276,24 @@ def test_a_closed_terminal_stops_the_run_after_saving(make_config: Callable[...,
             assert stop.signal_number is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_stopped_while_getting_ready_nothing_is_left(is_there: bool, tmp_path: Path):
+    """The process ends at once; the folders it made for the run are gone, and no other."""
+    run = run_dir.RunDir(tmp_path / "runs" / "first")
+    if is_there:
+        run.path.mkdir(parents=True)
+
+    def stopped() -> int:
+        with interrupt.listening() as stop, run_dir.held(run) as stop.leave:
+            assert run.holder.exists()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    assert faults.forked(stopped) == 143
+    assert (tmp_path / "runs").exists() == is_there
+    assert not run.holder.exists()
 
 
 def test_a_few_faults_of_the_disk(tmp_path: Path):

@@ -99,7 +99,8 @@ def size(parameters: int) -> int:
 
 
 def load(path: Path, state: TrainState) -> None:
-    """Load a checkpoint into a state whose model is already wrapped."""
+    """Load a checkpoint into a state whose model is already wrapped. Raises AdapterError."""
+    numbers = read_numbers(path)
     adapter.load_weights(state.model, adapter.read(path))
     moments = safetensors.torch.load_file(path / OPTIMIZER)
     for name, parameter in lora.trainable(state.model).items():
@@ -109,7 +110,7 @@ def load(path: Path, state: TrainState) -> None:
             for moment in ("step", "exp_avg", "exp_avg_sq")
             if (value := moments.get(f"{name}.{moment}")) is not None
         }
-    state.step, state.stopping = read_numbers(path)
+    state.step, state.stopping = numbers
     state.evaluated = is_evaluated(path)
 
 

@@ -81,8 +81,6 @@ class Loop:
         path = Path(found) if (found := self.world.from_main(newest and str(newest))) else None
         for problem in problems:
             yield Notice(f"{problem}; {'an older checkpoint is used' if path else 'training begins anew'}.")
-        for foreign in run_dir.foreign_folders(self.run) if self.world.is_main else ():
-            yield Notice(f"{foreign}: is no checkpoint of this program, and is passed over.")
         if path is not None:
             checkpoint.load(path, self.state)
             if self.world.is_main:
@@ -245,11 +243,11 @@ class Loop:
                 checkpoint.prune(self.run, self.config.save.keep)
             except SurroundingsError as error:
                 last, _ = checkpoint.latest(self.run)
+                way = f"goes on from {last}" if last else "begins anew, as there is no whole checkpoint yet"
                 raise SurroundingsError(
                     *error.problems,
                     f"A checkpoint needs {checkpoint.size(len(self.gradients)) / 1e6:.1f} MB.",
-                    state=f"Training stopped after step {self.state.step}; "
-                    f"the last whole checkpoint is {last}, and the same command goes on from it.",
+                    state=f"Training stopped after step {self.state.step}; the same command {way}.",
                 ) from error
         self.world.from_main()
         return Saved(self.state.step, run_dir.checkpoint_path(self.run, self.state.step), is_best)

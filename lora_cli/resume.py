@@ -131,9 +131,12 @@ def create(run: RunDir, config: RunConfig, environment: Mapping[str, Any]) -> No
     with storage.explained(run.path):
         storage.make_folder(run.checkpoints)
     storage.sweep(run.checkpoints)
-    before = run_dir.read_environment(run) or {"format": FORMAT, **environment}
-    now = {**before, "micro_batch_tokens": environment["micro_batch_tokens"]}
-    if now != run_dir.read_environment(run):
+    before = run_dir.read_environment(run)
+    now = {"format": FORMAT, **(before or environment)}
+    # A run of an older version has not all the hashes; it was found to be the same by those that it has.
+    now |= {key: value for key, value in environment.items() if key.endswith("_fingerprint") and key not in now}
+    now |= {"format": FORMAT, "micro_batch_tokens": environment["micro_batch_tokens"]}
+    if now != before:
         storage.write_json(run.environment, now)
     if not run.config.exists():
         storage.write_file(run.config, config_file.dump(config))

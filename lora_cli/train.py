@@ -99,6 +99,8 @@ def _train(
             validation = Validation(language_model, prepared.validation, prepared.general, world)
         tokens = int(environment["micro_batch_tokens"])
         loop = Loop(config, run, language_model, prepared.train, validation, prepared.test, origin, stop, tokens, world)
+        for foreign in run_dir.foreign_folders(run) if world.is_main else ():
+            yield Notice(f"{foreign}: is no checkpoint of this program, and is passed over.")
         yield from loop.restore()
         world.require_same({"step": str(loop.state.step)})
         if any(change.key == "eval.forgetting_budget" for change in changes):

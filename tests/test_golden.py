@@ -70,6 +70,11 @@ def test_a_run_of_an_earlier_version_goes_on(kept: Path, tmp_path: Path, monkeyp
 
     assert "Continuing after step 2" in "\n".join(event.text for event in resumed if isinstance(event, Notice))
     assert isinstance(resumed[-1], Finished)
+    assert run_dir.read_environment(RunDir(Path("run"))).keys() >= {
+        "format",
+        "rows_fingerprint",
+        "tokenizer_fingerprint",
+    }
     losses = [[event.loss for event in events if isinstance(event, StepDone)] for events in (straight, resumed)]
     assert losses[1] == pytest.approx(losses[0][2:], rel=1e-3)
     assert [record["step"] for record in run_dir.read_metrics(RunDir(Path("run"))) if record["event"] == "step"] == [

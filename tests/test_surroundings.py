@@ -104,21 +104,31 @@ def test_a_folder_without_permission(tmp_path: Path):
     tmp_path.chmod(0o700)
 
 
+def test_a_folder_that_is_read_only(tmp_path: Path):
+    """Its mode allows everything; the mount does not."""
+
+    def probe() -> None:
+        if not faults.small_disk(tmp_path, 4096, faults.READ_ONLY):
+            raise SurroundingsError("skipped")
+        storage.require_writable(tmp_path / "run")
+
+    if (said := in_child(probe)).startswith("skipped"):
+        pytest.skip("this machine allows no mount of one's own")
+    assert f"{tmp_path / 'run'}: cannot be written: Read-only file system." in said
+
+
 def test_a_disk_without_room_is_refused_before_the_model_loads(make_config: Callable[..., Path], tmp_path: Path):
     """What the checkpoints and the adapter will take is counted from the shapes, and compared with what is free."""
     config, disk = make_config(), tmp_path / "disk"
     disk.mkdir()
-    (tmp_path / "allowed").write_text("")
 
     def on_small_disk() -> None:
         if not faults.small_disk(disk, 128 << 10):
-            (tmp_path / "allowed").unlink()
-            return
+            raise SurroundingsError("skipped")
         for event in train(config_file.load(config, [f"output_dir={disk}/run"]), StopRequest()):
             assert not isinstance(event, StepDone)
 
-    said = in_child(on_small_disk)
-    if not (tmp_path / "allowed").exists():
+    if (said := in_child(on_small_disk)).startswith("skipped"):
         pytest.skip("this machine allows no mount of one's own")
     assert f"{disk}/run: needs 0." in said
     assert " MB are free" in said
@@ -148,6 +158,18 @@ def test_no_home_and_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPa
         assert "Set LORA_CACHE" in in_child(nowhere)
     monkeypatch.setenv("LORA_CACHE", str(tmp_path / "cache"))
     assert corpus.cache_folder() == tmp_path / "cache" / "tokens"
+
+
+def test_kept_tokens_that_cannot_be_kept(
+    invoke: Invoke, make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """The tokens of a large file: exit 3 with the way out, before they are made."""
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("LORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(corpus, "SMALL", 0)
+    code, _, err = invoke("train", make_config())
+
+    assert (code, f"{tmp_path / 'cache'} is a file" in err, "LORA_CACHE names another folder" in err) == (3, True, True)
 
 
 def test_a_bug_is_shown_where_no_log_can_be_written(
@@ -235,7 +257,7 @@ def test_a_full_disk_while_saving(make_config: Callable[..., Path], monkeypatch:
     assert f"{run.metrics}: cannot be written: the disk is full (" in said
     assert "MB free)" in said
     assert "A checkpoint needs 0.1 MB." in said
-    assert f"the last whole checkpoint is {last}, and the same command goes on from it." in said
+    assert f"Training stopped after step 4; the same command goes on from {last}." in said
     assert storage.problems_in(last) == []
     assert [path for path in run.path.rglob("*") if storage.is_temporary(path)] == []
 
@@ -254,6 +276,24 @@ def test_a_closed_terminal_stops_the_run_after_saving(make_config: Callable[...,
             assert stop.signal_number is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_stopped_while_getting_ready_nothing_is_left(is_there: bool, tmp_path: Path):
+    """The process ends at once; the folders it made for the run are gone, and no other."""
+    run = run_dir.RunDir(tmp_path / "runs" / "first")
+    if is_there:
+        run.path.mkdir(parents=True)
+
+    def stopped() -> int:
+        with interrupt.listening() as stop, run_dir.held(run) as stop.leave:
+            assert run.holder.exists()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    assert faults.forked(stopped) == 143
+    assert (tmp_path / "runs").exists() == is_there
+    assert not run.holder.exists()
 
 
 def test_a_few_faults_of_the_disk(tmp_path: Path):

@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -24,6 +25,7 @@ from conftest import conversation, facts, save_base, write_rows
 
 from lora_cli import config_file, ending, run_dir, storage
 from lora_cli.interrupt import StopRequest
+from lora_cli.records import StepDone
 from lora_cli.run_dir import RunDir
 from lora_cli.train import train
 
@@ -31,13 +33,15 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
 # Audit events of calls that change a folder, and where their arguments hold (path, folder's descriptor).
 _CALLS = {"open": (0, None), "os.mkdir": (0, 2), "os.rename": (0, 2), "os.link": (0, 2), "os.chmod": (0, 2)}
 _DELETING = {"os.remove": (0, 1), "os.rmdir": (0, 1)}
-_NEW_MOUNTS, _NEW_USER = 0x20000, 0x10000000
+_NEW_MOUNTS, _NEW_USER = 0x20000, 0x10000000  # of unshare(2)
+READ_ONLY = 1  # of mount(2)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong. `call`: the number-th call with an error; `size`: files of at most so many bytes; `room`: after
-    the number-th event of the run only `size` bytes are free.
+    """What goes wrong. `call`: the number-th call that changes the folder, with an error; `resume`: that which reads or
+    changes it, of a run that goes on; `size`: files of at most so many bytes; `room`: after the number-th event only
+    `size` bytes are free.
     """
 
     kind: str
@@ -53,6 +57,7 @@ class Calls:
     """Counts the calls that change a folder, and has one of them fail."""
 
     def __init__(self, folder: Path, fails: Fault | None) -> None:
+        self.read = fails is not None and fails.kind == "resume"
         self.folder, self.fails, self.count, self.failed = str(folder), fails, 0, ""
         self._fsync = os.fsync
         os.fsync = self._synced  # it has no audit event
@@ -62,7 +67,7 @@ class Calls:
         if event in _CALLS or event in _DELETING:
             at, folder_at = (_CALLS | _DELETING)[event]
             path = arguments[at]
-            if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            if event == "open" and not self.read and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
                 return
             if isinstance(path, int):
                 path = f"/proc/self/fd/{path}"
@@ -97,6 +102,11 @@ class Place:
     @property
     def said(self) -> Path:
         return self.folder / f"{self.name}.txt"
+
+    def copied(self, folder: Path) -> "Place":
+        """Return a place with a copy of this one's run."""
+        shutil.copytree(self.folder, folder)
+        return Place(folder, self.inputs)
 
     def config(self) -> Path:
         """Write a config of four steps and two checkpoints, the older of which is deleted."""
@@ -156,14 +166,17 @@ def train_in(place: Place, fault: Fault | None = None, filled: Path | None = Non
     config = place.config()
     torch.set_num_threads(1)  # a forked process has none of its parent's
     torch.cuda.is_available = lambda: False  # nor its GPU
-    calls = Calls(place.run.path, fault if fault and fault.kind == "call" else None)
+    calls = Calls(place.run.path, fault if fault and fault.kind in ("call", "resume") else None)
     if fault and fault.kind == "size":
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.size, resource.RLIM_INFINITY))
 
     def command() -> None:
-        for number, _ in enumerate(train(config_file.load(config), StopRequest())):
+        stop = StopRequest()
+        for number, event in enumerate(train(config_file.load(config), stop)):
             if fault and filled and number == fault.number:
                 _fill(filled, fault.size)
+            if fault and fault.kind == "stop" and isinstance(event, StepDone) and event.step == fault.number:
+                stop.signal_number = signal.SIGINT
 
     sys.argv = ["lora", "train", str(config)]
     try:
@@ -215,7 +228,7 @@ def trial(place: Place, fault: Fault, expected: Any, filled: Path | None = None)
     return [f"{fault} ({failed}): {what}" for what in wrong]
 
 
-def small_disk(folder: Path, size: int) -> bool:
+def small_disk(folder: Path, size: int, flags: int = 0) -> bool:
     """Mount a disk of a size at a folder, for this process and its children; return whether the machine allows it."""
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
@@ -226,7 +239,7 @@ def small_disk(folder: Path, size: int) -> bool:
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
     libc.mount(None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: nobody else sees it
-    return libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, f"size={size}".encode()) == 0
+    return libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", flags, f"size={size}".encode()) == 0
 
 
 _NO_MOUNT = 77
@@ -240,9 +253,10 @@ def _on_small_disk(place: Place, fault: Fault, expected: Any, result: Path) -> i
     return 0
 
 
-def faults(calls: int, largest: int) -> list[Fault]:
+def faults(calls: int, calls_of_resume: int, largest: int) -> list[Fault]:
     """Return every fault there is: each call with each error, each size of file, the end of room after each event."""
     found = [Fault("call", number, error) for number in range(1, calls + 1) for error in ERRORS]
+    found += [Fault("resume", number, errno.EIO) for number in range(1, calls_of_resume + 1)]
     found += [Fault("size", size=size) for size in range(0, largest, 256)]
     return found + [Fault("room", number, size=size) for number in range(8) for size in range(0, 40_000, 4096)]
 
@@ -255,7 +269,13 @@ def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
     assert forked(lambda: train_in(straight)) == 0, straight.said.read_text()
     expected = facts(straight.run.path)
     largest = max(path.stat().st_size for path in straight.run.path.rglob("*") if path.is_file())
-    possible = faults(counted(straight)["calls"], largest)
+    calls = counted(straight)["calls"]
+    half = Place(folder / "half", inputs)
+    half.folder.mkdir()
+    assert forked(lambda: train_in(half, Fault("stop", 2))) == 130, half.said.read_text()
+    going_on = half.copied(folder / "going-on")
+    assert forked(lambda: train_in(going_on, Fault("resume"))) == 0, going_on.said.read_text()
+    possible = faults(calls, counted(going_on)["calls"], largest)
     chosen = random.Random(seed).sample(possible, min(count, len(possible)))
     failures: list[str] = []
     without_mount = 0
@@ -269,7 +289,10 @@ def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
                 json.loads(result.read_text()) if code == 0 else [] if code == _NO_MOUNT else [f"{fault}: {code}"]
             )
         else:
-            place.folder.mkdir()
+            if fault.kind == "resume":
+                half.copied(place.folder)
+            else:
+                place.folder.mkdir()
             failures += trial(place, fault, expected)
         shutil.rmtree(place.folder)
     return {"tried": len(chosen), "possible": len(possible), "without_mount": without_mount, "failures": failures}

@@ -194,7 +194,7 @@ def test_processes_that_see_other_files_do_not_train_together(make_config: Make,
     codes, said = run_ranks(2, lambda rank: lora("train", config, *([f"data.train={other}"] * rank)), tmp_path)
 
     assert codes == [2, 2]
-    assert "process 1 has another config than process 0" in said[0]
+    assert "process 1 has another data.train than process 0" in said[0]
     assert "process 1 has another data than process 0" in said[0]
     assert not (tmp_path / "run").exists()
 

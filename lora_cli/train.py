@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lora_cli import __version__, data, interrupt, launch, resume, run_dir, storage
-from lora_cli.config import RunConfig
+from lora_cli.config import RunConfig, flat
 from lora_cli.errors import Interrupted, UserError
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Evaluated, Event, Finished, Notice, Started, StepDone, as_json
@@ -160,7 +160,8 @@ def _environment(
     from lora_cli.memory import estimate_memory
 
     base_fingerprint, data_fingerprint = model.fingerprint(prepared.header.folder), prepared.data_fingerprint()
-    world.require_same({"config": str(config), "base model": base_fingerprint, "data": data_fingerprint})
+    settings = {key: str(value) for key, value in flat(config)}
+    world.require_same(settings | {"base model": base_fingerprint, "data": data_fingerprint})
     environment = describe_environment(str(world.device), base_fingerprint, data_fingerprint)
     environment |= {f"{name}_fingerprint": value for name, value in prepared.fingerprints().items()}
     # A run that goes on keeps its micro-batches, whatever is free now: sums are rounded in the same order.

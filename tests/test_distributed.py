@@ -25,7 +25,7 @@ from lora_cli.train import train
 
 SETTINGS = {
     "lora.dropout": 0.1,
-    "train.max_steps": 6,
+    "train.max_steps": 16,
     "train.early_stopping": {"patience": None},
     "eval.per_epoch": 2,
     "save.per_epoch": 4,
@@ -44,7 +44,7 @@ def close(first: Path, second: Path) -> bool:
     one, other = measured(first), measured(second)
     numbers = zip((each[2:4] for each in one), (each[2:4] for each in other), strict=True)
     assert [each[:2] + each[4:] for each in one] == [each[:2] + each[4:] for each in other]
-    return len(one) > 6 and all(a == pytest.approx(b, rel=1e-5) for a, b in numbers)
+    return len(one) > 16 and all(a == pytest.approx(b, rel=1e-5) for a, b in numbers)
 
 
 def finished(size: int, config: Path, folder: Path) -> Path:
@@ -91,7 +91,7 @@ def test_a_run_goes_on_with_other_processes(make_config: Make, whole: Path, tmp_
     for number, size in ((2, 2), (4, 1)):
         codes, said = run_ranks(size, lambda rank, number=number: stopped_after(number, config), tmp_path)
         assert codes == [70] * size
-        assert f"stopped on request after step {number} of 6" in said[0]
+        assert f"stopped on request after step {number} of 16" in said[0]
 
     assert close(finished(2, config, tmp_path), whole)
 
@@ -166,7 +166,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(make_config: Ma
 
     assert codes == [3, -signal.SIGKILL]
     assert "another of the 2 processes of this run ended" in said[0]
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 30
     assert facts(finished(2, config, tmp_path)) == facts(whole)
 
 
@@ -194,7 +194,7 @@ def test_processes_that_see_other_files_do_not_train_together(make_config: Make,
     codes, said = run_ranks(2, lambda rank: lora("train", config, *([f"data.train={other}"] * rank)), tmp_path)
 
     assert codes == [2, 2]
-    assert "process 1 has another config than process 0" in said[0]
+    assert "process 1 has another data.train than process 0" in said[0]
     assert "process 1 has another data than process 0" in said[0]
     assert not (tmp_path / "run").exists()
 
@@ -236,7 +236,7 @@ def test_torchrun_stops_and_goes_on(make_config: Make, whole: Path, tmp_path: Pa
     while process.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=180)
     status = json.loads((tmp_path / "run" / "run.json").read_text())
 
     assert said.count("stopped on request") == 1

@@ -25,12 +25,12 @@ import numpy as np
 import pyarrow
 import pyarrow.ipc
 
-from lora_cli import storage
+from lora_cli import limits, storage
 from lora_cli.data import Reader
 from lora_cli.data_file import Block
 from lora_cli.errors import NOTHING_LOADED, AdapterError, DataError
 from lora_cli.examples import Encoded, Encoder
-from lora_cli.parallel import ordered_map, usable_processors
+from lora_cli.parallel import Overdue, ordered_map, usable_processors
 from lora_cli.records import Notice, Preparing
 
 SMALL = 4 << 20  # bytes; a smaller file is neither kept nor cut for several processes
@@ -164,9 +164,17 @@ class _Work:
 
     def __call__(self, block: Block) -> _Made:
         rows, problems = self.reader.read(block)
-        sequences, wrong = self.encoder.encode(rows)
+        try:
+            sequences, wrong = self.encoder.encode(rows)
+        except limits.TemplateLimit as error:
+            raise self.refused(error) from None
         problems += [f"{self.reader.file.place(number)}: this row {what}." for number, what in wrong]
         return _Made(len(rows), sum(row.templated for row in rows), block.size, _columns(sequences), problems)
+
+    def refused(self, error: limits.TemplateLimit) -> DataError:
+        """Return the error of the row at which the chat template went beyond a limit."""
+        place = self.reader.file.place(limits.row_at_work())
+        return DataError(f"{place}: {error.problems[0]}", state=NOTHING_LOADED)
 
 
 class _Digest:
@@ -191,7 +199,7 @@ def make(reader: Reader, encoder: Encoder) -> Generator[Notice | Preparing, None
     small = reader.file.size < SMALL
     if small:
         batches, digest, templated = list[pyarrow.RecordBatch](), _Digest(), 0
-        for made in _iter_made(reader, encoder, processes=1):
+        for made in _iter_made(reader, encoder, processes=0):
             batches.append(_batch(made.columns))
             digest.update(made.columns)
             templated += made.templated
@@ -242,12 +250,16 @@ def _iter_made(reader: Reader, encoder: Encoder, processes: int) -> Iterator[_Ma
     """Iterate over the blocks of a file as tokens. Raises DataError at the end of a file that has wrong rows."""
     rows = left_out = 0
     problems: list[str] = []
-    for made in ordered_map(_Work(reader, encoder), reader.file.blocks(), processes):
-        rows += made.rows
-        problems += made.problems
-        left_out += max(0, len(problems) - _MOST_PROBLEMS)
-        del problems[_MOST_PROBLEMS:]
-        yield made
+    work = _Work(reader, encoder)
+    try:
+        for made in ordered_map(work, reader.file.blocks(), processes):
+            rows += made.rows
+            problems += made.problems
+            left_out += max(0, len(problems) - _MOST_PROBLEMS)
+            del problems[_MOST_PROBLEMS:]
+            yield made
+    except Overdue:
+        raise work.refused(limits.too_long()) from None
     if problems:
         raise DataError(*problems, *["..."] * left_out, state=NOTHING_LOADED)
     if not rows:

@@ -9,12 +9,14 @@ import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any, Protocol
 
-from lora_cli.chat_template import ChatTemplate, limited
-from lora_cli.control_tokens import BREAK, added_tokens, alternatives, find_control_tokens
+from lora_cli.chat_template import ChatTemplate
+from lora_cli.control_tokens import BREAK, ControlTokens, added_tokens, alternatives, find_control_tokens
 from lora_cli.conversation import Conversation, RowError, name_of, reasoning
+from lora_cli.limits import begin_row, limited
 from lora_cli.reports import Marked
 from lora_cli.spans import Rendering, SpanFinder
 
@@ -104,17 +106,25 @@ class Encoder:
         self._backend.no_padding()
         self.template = template
         self.keep_controls = keep_controls
-        self.controls = find_control_tokens(tokenizer, template)
         vocabulary, added = tokenizer.get_vocab(), added_tokens(tokenizer)
         self.added_ids = {vocabulary[token] for token in added if token in vocabulary}
         self.finder = SpanFinder(template, alternatives(added)) if template else None
 
+    @cached_property
+    def controls(self) -> ControlTokens:
+        """The strings that are more than text; what asks for them first renders, so within `limited()`."""
+        return find_control_tokens(self.tokenizer, self.template)
+
     def encode(self, rows: Sequence[Conversation]) -> tuple[list[Encoded], list[tuple[int, str]]]:
-        """Return the sequences of some rows in their order, and (row number, what is wrong) for rows that have none."""
+        """Return the sequences of some rows in their order, and (row number, what is wrong) for rows that have none.
+
+        Raises TemplateLimit.
+        """
         problems: list[tuple[int, str]] = []
         found: list[_Rendered] = []
         with limited():
             for row in rows:
+                begin_row(row.number)
                 try:
                     count = self.controls.in_row(row)
                     broken = count > 0 and not self.keep_controls

@@ -50,7 +50,7 @@ class SpanFinder:
 
         Some templates rewrite earlier answers once a conversation goes on (they drop earlier thinking). Such an answer
         is trained in the form in which it was given, in a sequence of its own that ends with it. Raises RowError. Call
-        it within `chat_template.limited()`.
+        it within `limits.limited()`.
         """
         trained = [index for index, message in enumerate(row.messages) if message.trained]
         whole = self.template.render(row, trained[-1] + 1, prompt=False)

@@ -199,7 +199,7 @@ def make(reader: Reader, encoder: Encoder) -> Generator[Notice | Preparing, None
     small = reader.file.size < SMALL
     if small:
         batches, digest, templated = list[pyarrow.RecordBatch](), _Digest(), 0
-        for made in _iter_made(reader, encoder, processes=0):
+        for made in _iter_made(reader, encoder, processes=1):
             batches.append(_batch(made.columns))
             digest.update(made.columns)
             templated += made.templated

@@ -98,31 +98,30 @@ def usable_processors() -> int:
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
-    """Iterate over `function(item)` in the order of the items; with no processes, each in one of its own.
+    """Iterate over `function(item)` in the order of the items.
 
-    At most two items a process are under way. When a process is killed, what is left is done one item at a time. Raises
-    what the function raises, and as `run_apart`.
+    At most two items a process are under way. When a process is killed, what is left is done one item at a time, as by
+    `run_apart`. Raises what the function raises, and as `run_apart`.
     """
+    # Forked, a worker has the tokenizer without loading it; elsewhere than on Linux that is not safe.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    executor = ProcessPoolExecutor(processes, context, _begin, (function, os.getpid()))
     items = iter(items)
     waiting: deque[Item] = deque()
     futures: deque[Future[Result]] = deque()
-    if processes:
-        # Forked, a worker has the tokenizer without loading it; elsewhere than on Linux that is not safe.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        executor = ProcessPoolExecutor(processes, context, _begin, (function, os.getpid()))
-        try:
-            for item in items:
-                waiting.append(item)
-                futures.append(executor.submit(_call, item))
-                if len(futures) == 2 * processes:
-                    yield futures.popleft().result()
-                    waiting.popleft()
-            while futures:
+    try:
+        for item in items:
+            waiting.append(item)
+            futures.append(executor.submit(_call, item))
+            if len(futures) == 2 * processes:
                 yield futures.popleft().result()
                 waiting.popleft()
-        except BrokenProcessPool:
-            pass
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+        while futures:
+            yield futures.popleft().result()
+            waiting.popleft()
+    except BrokenProcessPool:
+        pass
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
     for item in chain(waiting, items):
         yield run_apart(partial(function, item))

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lora_cli import names
 from lora_cli.attention import PACKED, packed_attention
 from lora_cli.config import ModelConfig
 from lora_cli.errors import NOTHING_LOADED, ModelError, SurroundingsError
@@ -228,10 +229,16 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors"))
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    if wrong := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
-        raise ModelError(f"{index}: names {wrong[0][:80]}, which is not in this folder.", state=NOTHING_LOADED)
-    return [folder / name for name in names]
+    files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
+    for name in files:
+        why = names.problem_with(name) or ("is in a folder" if "/" in name else None)
+        if why is None and not (folder / name).is_file():
+            why = "is not there"
+        if why is not None:
+            raise ModelError(
+                f"{index}: names {ascii(name)[:80]}, which is not in this folder: it {why}.", state=NOTHING_LOADED
+            )
+    return [folder / name for name in files]
 
 
 def fingerprint(folder: Path) -> str:

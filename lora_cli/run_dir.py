@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lora_cli import config_file, storage
+from lora_cli import config_file, names, storage
 from lora_cli.config import RunConfig, differences
 from lora_cli.errors import AdapterError, ConfigError, DataError
 from lora_cli.records import Estimate, Evaluated, Finished, Forgetting, StepDone, Tested, as_json, event_name
@@ -69,6 +69,7 @@ def require_usable(run: RunDir, config: RunConfig) -> None:
         return
     if not run.path.is_dir():
         raise ConfigError(f"output_dir: {run.path} is a file, not a folder.")
+    require_own(run)
     if not is_run_dir(run.path):
         ours = {run.checkpoints.name, run.environment.name}  # of a run that was killed while it was created
         names = {p.name for p in run.path.iterdir() if not storage.is_temporary(p)}
@@ -83,6 +84,15 @@ def require_usable(run: RunDir, config: RunConfig) -> None:
             *(f"  {line}" for line in changed),
             "To go on with that run, use its config; to start anew, set another output_dir (output_dir=...).",
         )
+
+
+def require_own(run: RunDir) -> None:
+    """Raise AdapterError where something inside a run is a link that leads out of it; it is not followed."""
+    if problems := [
+        f"{link}: is a link that leads out of the run directory, which is not followed; put what it names in its place."
+        for link in names.iter_links_out(run.path)
+    ]:
+        raise AdapterError(*problems, state="Nothing was read or written.")
 
 
 def create(run: RunDir, config: RunConfig, environment: dict[str, Any]) -> None:
@@ -200,11 +210,14 @@ def find_adapter(path: Path) -> tuple[Path, RunDir | None]:
     RUN is a run directory (its finished adapter), a checkpoint, or any PEFT adapter folder. Raises AdapterError.
     """
     if (path / "adapter_config.json").is_file():
-        _require_whole(path)
         above = [parent for parent in (path.parent, path.parent.parent) if is_run_dir(parent)]
+        if above:
+            require_own(RunDir(above[0]))
+        _require_whole(path)
         return path, RunDir(above[0]) if above else None
     if is_run_dir(path):
         run = RunDir(path)
+        require_own(run)
         if (run.adapter / "adapter_config.json").is_file():
             _require_whole(run.adapter)
             return run.adapter, run

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lora_cli"
 # From the ground up: a file imports only what stands before it.
 FLOORS = [
     "errors",
+    "names",
     "records",
     "reports",
     "runtimes",

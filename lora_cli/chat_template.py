@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lora_cli import limits
 from lora_cli.conversation import Conversation, Message, RowError, reasoning, thinks
 from lora_cli.errors import NOTHING_LOADED, ConfigError, ModelError
+from lora_cli.redact import cut
 
 SOURCE = 1 << 20  # characters a template may have
 OUTPUT = 64 << 10  # characters a row may become; more by its own size, GROWTH times
@@ -123,7 +124,7 @@ class ChatTemplate:
             hint = ""
             if not self.merge_system and messages[0].role == "system":
                 hint = "; if it knows no system role, data.merge_system: true puts it in front of the first question"
-            raise RowError(f"is refused by the chat template: {str(error)[:200]}{hint}") from None
+            raise RowError(f"is refused by the chat template: {cut(str(error), 200)}{hint}") from None
         (text,) = texts
         if len(text) > OUTPUT and len(text) > (most := OUTPUT + GROWTH * _size(row)):
             raise limits.TemplateLimit(f"The chat template makes {len(text):,} characters of this; {most:,} are taken.")

@@ -16,6 +16,7 @@ from lora_cli import __version__, arguments, config_file, console, figures, foll
 from lora_cli import data as data_rows
 from lora_cli.errors import ConfigError, InputError, Interrupted, UserError
 from lora_cli.records import Finished, as_json
+from lora_cli.redact import cut, redact
 
 app = typer.Typer(
     help="Fine-tune Hugging Face language models with LoRA, from one YAML file.",
@@ -291,6 +292,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # training listens by itself; what others write is cleaned up
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
+        arguments.require_no_secret(sys.argv[1:])
         app()
     except UserError as error:
         console.print_error(error)
@@ -306,9 +308,9 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         log = Path(tempfile.mkstemp(prefix="lora-bug-", suffix=".log")[1])
-        storage.write_file(log, traceback.format_exc())
+        storage.write_file(log, redact(traceback.format_exc()))
         console.message(
-            f"error: a bug in lora ({type(error).__name__}: {str(error)[:200]}).\n"
+            f"error: a bug in lora ({type(error).__name__}: {cut(str(error), 200)}).\n"
             f"The traceback is in {log}; please report it."
         )
         sys.exit(1)

@@ -35,7 +35,7 @@ from lora_cli.records import Notice, Preparing
 
 SMALL = 4 << 20  # bytes; a smaller file is neither kept nor cut for several processes
 UNUSED_DAYS = 30  # after which a kept file is deleted
-_VERSION = 1  # of what is kept; a change in how tokens are made raises it
+_VERSION = 2  # of what is kept; a change in how tokens are made raises it
 _SEQUENCES, _FACTS = "sequences.arrow", "facts.json"
 _MOST_PROBLEMS = 1000  # kept in memory; the others are counted
 

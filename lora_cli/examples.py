@@ -6,10 +6,11 @@ Only answers are trained, each with its end token. `spans` says where they lie i
 import enum
 import hashlib
 import json
+import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import groupby, pairwise
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from lora_cli.chat_template import ChatTemplate
 from lora_cli.control_tokens import BREAK, ControlTokens, added_tokens, alternatives, find_control_tokens
 from lora_cli.conversation import Conversation, RowError, name_of, reasoning
 from lora_cli.limits import begin_row, limited
+from lora_cli.redact import holds_secret, redact
 from lora_cli.reports import Marked
 from lora_cli.spans import Rendering, SpanFinder
 
@@ -65,6 +67,7 @@ class Flag(enum.IntFlag):
     LOSSY = 1  # the answers' tokens spell another text than the answers
     BLANK = 2  # a question is white space
     WITHOUT_TOOLS = 4  # the chat template leaves out the row's tools
+    SECRET = 8  # it holds what looks like a key or a password
 
 
 @dataclass(frozen=True)
@@ -271,7 +274,9 @@ def _flags(row: Conversation, text: str) -> Flag:
     blank = any(not m.content.strip() for m in row.messages if m.role in ("user", "prompt"))
     names = [name_of(tool) for tool in row.tools or ()]
     left_out = any(name.replace(BREAK, "") not in text.replace(BREAK, "") for name in names)
-    return (Flag.BLANK if blank else Flag.NONE) | (Flag.WITHOUT_TOOLS if left_out else Flag.NONE)
+    secret = holds_secret(text.replace(BREAK, ""))
+    found = {Flag.BLANK: blank, Flag.WITHOUT_TOOLS: left_out, Flag.SECRET: secret}
+    return reduce(operator.or_, (flag for flag, is_so in found.items() if is_so), Flag.NONE)
 
 
 def _keys(row: Conversation) -> tuple[int, int, int]:
@@ -294,10 +299,10 @@ def _key(value: Any) -> int:
 
 
 def preview(example: Example, tokenizer: Tokenizer) -> list[Marked]:
-    """Return the example's text, control tokens included, cut where it changes between trained and not."""
+    """Return the example's text with its control tokens, secrets hidden, cut where training begins or ends."""
     pairs = zip(example.input_ids, example.labels, strict=True)
     runs = groupby(pairs, key=lambda pair: pair[1] != IGNORED)
-    return [Marked(tokenizer.decode([token for token, _ in run]), trained) for trained, run in runs]
+    return [Marked(redact(tokenizer.decode([token for token, _ in run])), trained) for trained, run in runs]
 
 
 def last_answer(example: Example) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

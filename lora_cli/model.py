@@ -22,6 +22,7 @@ from lora_cli.config import ModelConfig
 from lora_cli.errors import NOTHING_LOADED, ModelError, SurroundingsError
 from lora_cli.examples import Tokenizer
 from lora_cli.layout import Layout, probe
+from lora_cli.redact import cut
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -97,7 +98,7 @@ def find_folder(path: str, revision: str | None = None) -> Path:
         ) from None
     except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as error:
         raise SurroundingsError(
-            f"model.path: {path} is no folder here, and the hub cannot be reached to fetch it: {str(error)[:200]}",
+            f"model.path: {path} is no folder here, and the hub cannot be reached to fetch it: {cut(str(error), 200)}",
             state=NOTHING_LOADED,
         ) from None
 
@@ -125,7 +126,7 @@ def read_header(config: ModelConfig) -> ModelHeader:
         parsed = AutoConfig.from_pretrained(folder, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        raise ModelError(f"{folder}: cannot be read as a model: {str(error)[:300]}", state=NOTHING_LOADED) from None
+        raise ModelError(f"{folder}: cannot be read as a model: {cut(str(error), 300)}", state=NOTHING_LOADED) from None
     if not tokenizer.is_fast:
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json), which is needed.", state=NOTHING_LOADED)
     positions = getattr(parsed.get_text_config(), "max_position_embeddings", None)
@@ -147,7 +148,7 @@ def build_skeleton(header: ModelHeader, trust_remote_code: bool = False, device:
             return AutoModelForCausalLM.from_config(header.config, trust_remote_code=trust_remote_code).eval()
     except ValueError as error:
         raise ModelError(
-            f"{header.folder}: a {header.config.model_type} model is no causal language model: {str(error)[:120]}",
+            f"{header.folder}: a {header.config.model_type} model is no causal language model: {cut(str(error), 120)}",
             state=NOTHING_LOADED,
         ) from None
 
@@ -174,7 +175,7 @@ def load_model(header: ModelHeader, config: ModelConfig, device: torch.device) -
             output_loading_info=True,
         )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{header.folder}: the weights cannot be read: {str(error)[:300]}") from None
+        raise ModelError(f"{header.folder}: the weights cannot be read: {cut(str(error), 300)}") from None
     missing = [str(name) for name in [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]]
     if missing:
         raise ModelError(

@@ -147,6 +147,11 @@ def _data_notices(name: str, counts: DataCounts) -> Iterator[str]:
             f"{name}: the chat template leaves out the tools of {counts.without_tools} rows; the model learns to call "
             "tools that it is not shown. Write them into the system message, or choose a template that knows tools."
         )
+    if counts.secrets:
+        yield (
+            f"{name}: {counts.secrets} rows hold what looks like a key or a password; a model may repeat what it is "
+            "trained on."
+        )
     if counts.lossy:
         yield f"{name}: {counts.lossy} answers hold characters that the tokenizer writes differently."
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from lora_cli.errors import NOTHING_READ, ConfigError
+from lora_cli.redact import cut
 
 MAX_DEPTH = 20
 MAX_NODES = 20_000
@@ -123,7 +124,7 @@ def parse(text: str, name: str) -> Document:
     if node is None or (isinstance(node, yaml.ScalarNode) and not node.value):
         raise ConfigError(f"{name}: the file is empty. `lora init` writes a config to start from.", state=NOTHING_READ)
     if not isinstance(node, yaml.MappingNode):
-        seen = "a list" if isinstance(node, yaml.SequenceNode) else f'the text "{str(node.value)[:60]}"'
+        seen = "a list" if isinstance(node, yaml.SequenceNode) else f'the text "{cut(str(node.value), 60)}"'
         raise ConfigError(
             f"{name}:1:1: expected keys and values (`model: ...`), found {seen}. A colon needs a space after it.",
             state=NOTHING_READ,

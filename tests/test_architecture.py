@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lora_cli"
 
 # From the ground up: a file imports only what stands before it.
 FLOORS = [
+    "redact",
     "errors",
     "names",
     "records",

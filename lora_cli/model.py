@@ -16,9 +16,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_cli import names
+from lora_cli import names, remote_code
 from lora_cli.attention import PACKED, packed_attention
 from lora_cli.config import ModelConfig
+from lora_cli.config_checks import problem_of_remote_code
 from lora_cli.errors import NOTHING_LOADED, ModelError, SurroundingsError
 from lora_cli.examples import Tokenizer
 from lora_cli.layout import Layout, probe
@@ -105,7 +106,11 @@ def find_folder(path: str, revision: str | None = None) -> Path:
 
 def read_header(config: ModelConfig) -> ModelHeader:
     """Read a model's configuration and tokenizer, without its weights. Raises ModelError, SurroundingsError."""
+    if problem := problem_of_remote_code(config):
+        raise ModelError(f"model.trust_remote_code: {problem}.", state=NOTHING_LOADED)
     folder = find_folder(config.path, config.revision)
+    if config.trust_remote_code:
+        remote_code.require_own(folder)
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:

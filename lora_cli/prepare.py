@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from lora_cli import data, dataset, lora, model
+from lora_cli import data, dataset, lora, model, remote_code
 from lora_cli.chat_template import ChatTemplate, begins_with_bos
 from lora_cli.config import RunConfig
 from lora_cli.data_reader import DataReader, News
@@ -82,6 +82,7 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
     training_set = dataset.mix(train, sets.weights, replay, ratio)
     ends = _ends(train)
     notices = [
+        *_code_notices(header, config),
         *_adapter_notices(skeleton, targets, config),
         *_data_notices("train", train_counts),
         *(_data_notices("validation", validation_counts) if validation_counts else ()),
@@ -111,6 +112,12 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
 
 
 # --- what a user should know ---
+
+
+def _code_notices(header: ModelHeader, config: RunConfig) -> Iterator[str]:
+    if config.model.trust_remote_code and (files := remote_code.hashes(header.folder)):
+        named = ", ".join(f"{name} (SHA-256 {digest[:12]})" for name, digest in files.items())
+        yield f"model.trust_remote_code: Python code of the model's own is run: {named}."
 
 
 def _adapter_notices(skeleton: nn.Module, targets: Sequence[str], config: RunConfig) -> Iterator[str]:

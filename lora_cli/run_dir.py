@@ -101,8 +101,12 @@ def create(run: RunDir, config: RunConfig, environment: dict[str, Any]) -> None:
         before = read_environment(run)
         changed = [
             f"{run.path}: the {what} changed since this run began ({before.get(key)} then, {environment[key]} now)."
-            for key, what in (("base_fingerprint", "base model"), ("data_fingerprint", "data, tokenizer or template"))
-            if before.get(key) != environment[key]
+            for key, what in (
+                ("base_fingerprint", "base model"),
+                ("data_fingerprint", "data, tokenizer or template"),
+                ("remote_code", "model's own code"),
+            )
+            if before.get(key) != environment.get(key)
         ]
         if changed:
             raise DataError(*changed, "Put it back to continue, or start anew with another output_dir.")

@@ -33,7 +33,7 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
     for text in prepared.notices:
         yield Notice(text)
 
-    from lora_cli import adapter, adapter_folder, lora, model
+    from lora_cli import adapter, adapter_folder, lora, model, remote_code
     from lora_cli.distributed import current_world, memory_error
     from lora_cli.forgetting import Validation
     from lora_cli.loop import Loop
@@ -48,6 +48,8 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
         longest = int(prepared.train.examples.lengths.max())
         tokens = estimate_memory(prepared.header, config, longest, world.device).tokens
     environment["micro_batch_tokens"] = tokens
+    if config.model.trust_remote_code:
+        environment["remote_code"] = remote_code.hashes(prepared.header.folder)
     environment["model_type"] = str(prepared.header.config.model_type)
     counted = {"train": prepared.train_counts, "validation": prepared.validation_counts, "test": prepared.test_counts}
     environment["data"] = {

@@ -14,6 +14,7 @@ FLOORS = [
     "redact",
     "errors",
     "names",
+    "remote_code",
     "records",
     "reports",
     "runtimes",

@@ -7,6 +7,7 @@ output_dir/
 
 import contextlib
 import json
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -135,6 +136,14 @@ def held(run: RunDir) -> Iterator[None]:
         storage.sweep(run.path)
         storage.sweep(run.checkpoints)
         yield
+
+
+def warning(run: RunDir) -> str | None:
+    """Return what to tell of a run directory that every user of the machine may write to."""
+    mode = run.path.stat().st_mode
+    if not mode & stat.S_IWOTH:
+        return None
+    return f"{run.path}: every user of this machine may write here, and could change this run; chmod o-w {run.path}"
 
 
 def append(run: RunDir, record: StepDone | Evaluated) -> None:

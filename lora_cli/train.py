@@ -63,6 +63,8 @@ def train(config: RunConfig, stop: StopRequest) -> Iterator[Event]:
             yield Notice(problem)
     with run_dir.held(run):
         run_dir.create(run, config, environment)
+        if (warning := run_dir.warning(run)) is not None:
+            yield Notice(warning)
         templates = prepared.template.files(*adapter.TEMPLATES) if prepared.template and prepared.templated else {}
         origin = adapter_folder.Origin(config.model.path, config.model.revision, base_fingerprint, templates)
         validation = None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import transformers
 from torch import nn
@@ -179,7 +180,7 @@ def load_model(header: ModelHeader, config: ModelConfig, device: torch.device) -
             ignore_mismatched_sizes=True,  # so that they are listed; they are an error below
             output_loading_info=True,
         )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
         raise ModelError(f"{header.folder}: the weights cannot be read: {cut(str(error), 300)}") from None
     missing = [str(name) for name in [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]]
     if missing:

@@ -16,12 +16,12 @@ _FORMS = re.compile(
     | \bxox[abeoprs]-[A-Za-z0-9-]{10,}                                 # Slack
     | \beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}                       # JSON Web Token
     | -----BEGIN\ [A-Z\ ]{0,20}PRIVATE\ KEY-----[^-]{0,10000}
-    | (?<=://)[^\s/@:'"]{0,200}:[^\s/@'"]{1,200}(?=@)                  # name:password@ in an address
+    | (?:(?<=://)|(?<=:/))[^\s/@:'"]{0,200}:[^\s/@'"]{1,200}(?=@)                  # name:password@ in an address
     """,
     re.VERBOSE,
 )
 # Of each form a piece that is quickly looked for.
-_MARKS = ("hf_", "sk-", "gh", "github_pat_", "glpat-", "AKIA", "ASIA", "AIza", "xox", "eyJ", "PRIVATE KEY", "://")
+_MARKS = ("hf_", "sk-", "gh", "github_pat_", "glpat-", "AKIA", "ASIA", "AIza", "xox", "eyJ", "PRIVATE KEY", ":/")
 _SECRET_NAME = re.compile(
     r"(?:^|_)(?:API|PG)?(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASS|CREDENTIALS?)(?:_|$)", re.IGNORECASE
 )

@@ -21,7 +21,6 @@ TEMPLATES = {
     "format": "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
     "files": "{% include '/etc/passwd' %}",
 }
-QUICK_TEMPLATES = ("repeat", "power", "replace", "recursion", "nesting", "classes", "globals", "format", "files")
 
 CONFIGS = {
     "aliases": "a0: &a0 [x, x, x]\n"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lora_cli import lora
 from lora_cli.errors import AdapterError
+from lora_cli.redact import cut
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -29,6 +30,10 @@ TEMPLATES = (TEMPLATE, TOOL_TEMPLATE)  # where transformers looks for them
 PREFIX = "base_model.model."
 _NAME = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
 
+
+_LARGEST_HEADER = 32 << 20  # bytes
+_MOST_TENSORS = 1_000_000
+_DTYPES = {"F64", "F32", "F16", "BF16"}
 
 # PEFT settings that make more of an adapter than W + scale * B A.
 _NOT_PLAIN = (
@@ -65,6 +70,7 @@ def read(folder: Path) -> Adapter:
     if not (folder / WEIGHTS).is_file():
         hint = " Pickled weights (.bin) are not read; save it again with PEFT." if list(folder.glob("*.bin")) else ""
         raise AdapterError(f"{folder}: has no {WEIGHTS}.{hint}", state="Nothing was read.")
+    _require_sane(folder / WEIGHTS)
     try:
         with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -98,6 +104,28 @@ def read(folder: Path) -> Adapter:
             name: (folder / name).read_text(encoding="utf-8") for name in TEMPLATES if (folder / name).is_file()
         },
     )
+
+
+def _require_sane(file: Path) -> None:
+    """Raise AdapterError where a file's header is not what an adapter's can be; no tensor is read.
+
+    The library checks then that the tensors lie side by side and fill the file to its end.
+    """
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if not 2 <= length <= min(_LARGEST_HEADER, file.stat().st_size - 8):
+                raise ValueError(f"it begins like a header of {length:,} bytes")
+            entries = json.loads(opened.read(length))
+        dtypes = {entry["dtype"] for name, entry in entries.items() if name != "__metadata__"}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(
+            f"{file}: is no safetensors file: {cut(str(error), 120)}.", state="Nothing was read."
+        ) from None
+    if len(entries) > _MOST_TENSORS or not dtypes <= _DTYPES:
+        what = ", ".join(map(ascii, sorted(map(str, dtypes - _DTYPES)))) or f"{len(entries):,} tensors"
+        accepted = f"an adapter has at most {_MOST_TENSORS:,} tensors of {', '.join(sorted(_DTYPES))}"
+        raise AdapterError(f"{file}: holds {what[:80]}; {accepted}.", state="Nothing was read.")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

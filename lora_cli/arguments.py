@@ -1,10 +1,22 @@
 """Arguments that Typer cannot read by itself."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_cli.errors import InputError
+from lora_cli.errors import NOTHING_READ, InputError
+from lora_cli.redact import redact
+
+
+def require_no_secret(arguments: Sequence[str]) -> None:
+    """Raise InputError where an argument holds a secret: other users of the machine see it, and messages say it."""
+    if numbers := [str(number) for number, text in enumerate(arguments, start=1) if redact(text) != text]:
+        raise InputError(
+            f"Argument {', '.join(numbers)} of the command holds what looks like a key or a password, seen by others "
+            "on this machine. Take it out: the hub's token comes from `hf auth login` or HF_TOKEN.",
+            state=NOTHING_READ,
+        )
 
 
 def paths_and_weights(runs: list[Path], weights: str | None) -> tuple[list[Path], list[float] | None]:

@@ -1,31 +1,28 @@
 """Chat templates: named ones, and the model's own, each run within limits of time, memory and output.
 
 A template is a program that comes with a model. transformers renders it in Jinja's sandbox, which stops it from
-reaching the machine but not from looping or from asking for memory; the limits here do.
+reaching the machine but not from looping or from asking for memory; `limits` does.
 """
 
-import contextlib
 import datetime
 import json
 import re
-import resource
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from lora_cli import limits
 from lora_cli.conversation import Conversation, Message, RowError, reasoning, thinks
-from lora_cli.errors import NOTHING_LOADED, ConfigError
+from lora_cli.errors import NOTHING_LOADED, ConfigError, ModelError
+from lora_cli.redact import cut
 
-SECONDS = 5.0  # a row may take to render
-MEMORY = 1 << 30  # bytes a block of rows may add to the process while it renders
-OUTPUT = 64 << 20  # characters a row may become
+SOURCE = 1 << 20  # characters a template may have
+OUTPUT = 64 << 10  # characters a row may become; more by its own size, GROWTH times
+GROWTH = 8
 
 # ChatML and Zephyr as their model cards describe them, Alpaca as its README does; the two last need nothing of a
 # vocabulary but an end token.
@@ -103,15 +100,15 @@ class ChatTemplate:
         """Render the first `count` messages; `prompt` adds what the model sees before it answers.
 
         An answer without reasoning is asked for without thinking, where the template knows both ways. Raises RowError.
-        Call it within `limited()`.
+        Call it within `limits.limited()`, or by `render_apart`. Raises TemplateLimit too.
         """
         messages = row.messages
         if self.merge_system:
             messages = _merged(messages)
             count = max(1, count - (len(row.messages) - len(messages)))
         asked = next((m for m in messages[count - (not prompt) :] if m.role == "assistant"), None)
+        limits.begin_rendering()
         try:
-            _start_clock(SECONDS)
             texts, ranges = render_jinja_template(
                 conversations=[[_as_dict(message) for message in messages[:count]]],
                 tools=row.tools,
@@ -121,21 +118,31 @@ class ChatTemplate:
                 enable_thinking=asked is None or thinks(asked),
                 **self.special_tokens,
             )
-        except TimeoutError:
-            raise RowError(f"takes the chat template more than {SECONDS:.0f} seconds to render") from None
         except MemoryError:
-            raise RowError(f"takes the chat template more than {MEMORY >> 30} GiB of memory to render") from None
+            raise
         except Exception as error:  # a template is a program: it may fail in any way
             hint = ""
             if not self.merge_system and messages[0].role == "system":
                 hint = "; if it knows no system role, data.merge_system: true puts it in front of the first question"
-            raise RowError(f"is refused by the chat template: {str(error)[:200]}{hint}") from None
-        finally:
-            _stop_clock()
+            raise RowError(f"is refused by the chat template: {cut(str(error), 200)}{hint}") from None
         (text,) = texts
-        if len(text) > OUTPUT:
-            raise RowError(f"becomes {len(text):,} characters in the chat template; at most {OUTPUT:,} are taken")
+        if len(text) > OUTPUT and len(text) > (most := OUTPUT + GROWTH * _size(row)):
+            raise limits.TemplateLimit(f"The chat template makes {len(text):,} characters of this; {most:,} are taken.")
         return Rendered(text, tuple(ranges[0]) if ranges else ())
+
+    def render_apart(self, row: Conversation, count: int, *, prompt: bool) -> Rendered:
+        """Render as `render` does, in a process of its own: whatever the template does, this one goes on."""
+
+        def render() -> Rendered:
+            with limits.limited():
+                return self.render(row, count, prompt=prompt)
+
+        return limits.apart(render)
+
+
+def _size(row: Conversation) -> int:
+    """Return how many characters a row holds."""
+    return sum(len(m.content) + len(str(m.extra)) for m in row.messages) + len(str(row.tools))
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
@@ -185,6 +192,10 @@ def choose(setting: str | None, tokenizer: Any, date: str, merge_system: bool) -
         source = own
     if not source:
         return None
+    if (longest := max(len(source), len(with_tools or ""))) > SOURCE:
+        raise ModelError(
+            f"The chat template has {longest:,} characters; at most {SOURCE:,} are taken.", state=NOTHING_LOADED
+        )
     known = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     return ChatTemplate(source, with_tools or source, known, datetime.date.fromisoformat(date), merge_system)
 
@@ -193,47 +204,3 @@ def begins_with_bos(tokenizer: Any) -> bool:
     """Return whether a tokenizer begins plain text with its start token."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-
-
-# --- limits ---
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise TimeoutError
-
-
-def _start_clock(seconds: float) -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-def _stop_clock() -> None:
-    _start_clock(0)
-
-
-@contextlib.contextmanager
-def limited() -> Iterator[None]:
-    """Run a block in which templates are rendered: each within SECONDS, all of them within MEMORY more bytes.
-
-    Time is limited in the main thread of a process, memory where the system counts it (Linux).
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    in_main = threading.current_thread() is threading.main_thread()
-    used = _address_space()
-    before = signal.signal(signal.SIGALRM, _stop) if in_main else None
-    if used is not None and (soft == resource.RLIM_INFINITY or used + MEMORY < soft):
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        if in_main:
-            signal.signal(signal.SIGALRM, before)
-
-
-def _address_space() -> int | None:
-    """Return the bytes of address space of this process; None where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except OSError:
-        return None

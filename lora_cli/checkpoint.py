@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 
 from lora_cli import adapter, lora, run_dir, storage
+from lora_cli.errors import AdapterError
 from lora_cli.run_dir import RunDir
 
 OPTIMIZER = "optimizer.safetensors"
@@ -102,7 +104,10 @@ def load(path: Path, state: TrainState) -> None:
     """Load a checkpoint into a state whose model is already wrapped. Raises AdapterError."""
     numbers = read_numbers(path)
     adapter.load_weights(state.model, adapter.read(path))
-    moments = safetensors.torch.load_file(path / OPTIMIZER)
+    try:
+        moments = safetensors.torch.load_file(path / OPTIMIZER)
+    except safetensors.SafetensorError as error:
+        raise AdapterError(f"{path / OPTIMIZER}: cannot be read: {error}.", state="Nothing was read.") from None
     for name, parameter in lora.trainable(state.model).items():
         state.optimizer.state[parameter] = {
             # AdamW keeps its step counter on the CPU unless told otherwise; the moments stay with their parameter.

@@ -21,6 +21,7 @@ from lora_cli.memory import tokens_worth_it
 from lora_cli.model import LanguageModel
 from lora_cli.questions import Question, answer, choose, expected_texts, options_of, questions_of, units_of
 from lora_cli.records import Forgetting, as_json
+from lora_cli.redact import redact
 from lora_cli.reports import Comparison, EvalReport, Sample
 from lora_cli.scan import scan
 from lora_cli.tuned import Result
@@ -128,7 +129,7 @@ def _answered(
         for base, adapted in zip(of_base, of_tuned, strict=True):
             figures[base.name] = _compared([base.sums, adapted.sums], units, base.figure)
     samples = [
-        Sample(each.where, tokenizer.decode(each.prompt), wanted, *answers)
+        Sample(each.where, *map(redact, (tokenizer.decode(each.prompt), wanted, *answers)))
         for each, wanted, *answers in zip(questions, expected, *said, strict=True)
         if said
     ]

@@ -1,14 +1,27 @@
 """What no single field of a config can see: keys that do not go together, and those this version cannot honour."""
 
+import re
+from pathlib import Path
 from typing import Any
 
-from lora_cli.config import FORMAT_KEYS, RunConfig, flat
+from lora_cli.config import FORMAT_KEYS, ModelConfig, RunConfig, flat
 
 # Keys of the contract whose other values this version cannot honour yet: refused, never ignored.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "model.quantization": (None,),
     "lora.method": ("lora", "rslora"),
 }
+
+
+def problem_of_remote_code(model: ModelConfig) -> str | None:
+    """Return why a model's own code cannot be trusted as it is named: what is run must not change by itself."""
+    pinned = re.fullmatch(r"[0-9a-f]{40}", model.revision or "")
+    if not model.trust_remote_code or pinned or Path(model.path).expanduser().is_dir():
+        return None
+    return (
+        f"{model.path} is no folder here, so the code that is run could change: set model.revision to the commit that "
+        "you have read (40 hexadecimal digits)"
+    )
 
 
 def check_config(config: RunConfig) -> dict[str, str]:
@@ -19,6 +32,8 @@ def check_config(config: RunConfig) -> dict[str, str]:
         if root in _ONLY and value not in _ONLY[root]:
             usable = " or ".join("null" if v is None else str(v) for v in _ONLY[root])
             problems[root] = f"this version cannot do {value!r} yet; leave {root} at {usable}"
+    if problem := problem_of_remote_code(config.model):
+        problems["model.trust_remote_code"] = problem
     if config.train.learning_rate == "auto":
         problems["train.learning_rate"] = "this version cannot choose the rate yet; give a number, for example 3e-4"
     if config.eval.forgetting_budget is not None and False in (config.eval.general, config.data.validation != 0):

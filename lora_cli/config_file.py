@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from lora_cli.config import ModelConfig, RunConfig, Section
 from lora_cli.config_checks import check_config
 from lora_cli.errors import NOTHING_READ, ConfigError, SurroundingsError
+from lora_cli.redact import cut, redact
 from lora_cli.strict_yaml import Document, Key, dump_inline, parse, read_value
 from lora_cli.strict_yaml import dump as dump_yaml
 
@@ -155,7 +156,7 @@ def _value_at(values: Any, path: Sequence[str | int]) -> Any:
 def _show(value: Any) -> str:
     text = "null" if value is None else repr(value)
     kind = {str: "text", bool: "true/false", dict: "keys", list: "a list"}.get(type(value))
-    return f"{text[:80]} ({kind})" if kind else text[:80]
+    return f"{cut(text, 80)} ({kind})" if kind else cut(text, 80)
 
 
 def _validate(document: Document, name: str) -> RunConfig:
@@ -210,7 +211,28 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}).", state=NOTHING_READ) from None
-    return _validate(_override(parse(text, str(path)), overrides), str(path))
+    document = _override(parse(text, str(path)), overrides)
+    _require_no_secret(document, str(path))
+    return _validate(document, str(path))
+
+
+def _require_no_secret(document: Document, name: str) -> None:
+    """Raise ConfigError where a key or a value looks like a secret, without repeating it."""
+
+    def places(value: Any, at: Key) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from places(key, (*at, str(key)))
+                yield from places(inner, (*at, str(key)))
+        elif isinstance(value, list):
+            for index, inner in enumerate(value):
+                yield from places(inner, (*at, index))
+        elif isinstance(value, str) and redact(value) != value:
+            yield f"{document.place(at) or name}: {'.'.join(map(str, at))} holds what looks like a key or a password."
+
+    if problems := list(dict.fromkeys(places(document.values, ()))):
+        way = "Take it out: a config is copied into its run. The hub's token comes from `hf auth login` or HF_TOKEN."
+        raise ConfigError(*problems, way, state=NOTHING_READ)
 
 
 def dump(config: RunConfig) -> str:

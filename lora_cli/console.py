@@ -13,6 +13,7 @@ from rich.text import Text
 
 from lora_cli.errors import UserError
 from lora_cli.records import DataCounts, Finished, with_interval
+from lora_cli.redact import redact
 from lora_cli.reports import (
     CheckReport,
     CombineReport,
@@ -78,7 +79,7 @@ def print_text(text: str) -> None:
 
 def message(text: str) -> None:
     """Print a message on stderr."""
-    err.print(text, markup=False, soft_wrap=True)
+    err.print(redact(text), markup=False, soft_wrap=True)
 
 
 def print_error(error: UserError) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_cli.chat_template import ChatTemplate, limited
+from lora_cli.chat_template import ChatTemplate
 from lora_cli.conversation import Conversation, Message, RowError
 
 BREAK = "\ue0b7"  # of Unicode's private use area
@@ -60,7 +60,10 @@ class ControlTokens:
 
 
 def find_control_tokens(tokenizer: Any, template: ChatTemplate | None) -> ControlTokens:
-    """Return a tokenizer's special tokens, and what the template writes around a turn, special token or not."""
+    """Return a tokenizer's special tokens, and what the template writes around a turn, special token or not.
+
+    Call it within `limits.limited()`.
+    """
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(map(str, tokenizer.all_special_tokens))
     special = {token for token in special if not _THINKING.search(token)}
@@ -83,8 +86,7 @@ def _role_markers(template: ChatTemplate, added: set[str]) -> set[str]:
     asked, answered, again = _SENTINELS
     turns = (Message("user", asked, False), Message("assistant", answered, True), Message("user", again, False))
     try:
-        with limited():
-            text = template.render(Conversation(turns, True), 3, prompt=False).text
+        text = template.render(Conversation(turns, True), 3, prompt=False).text
     except RowError:  # a template that takes no such conversation: its rows will say so
         return set()
     if not all(text.count(sentinel) == 1 for sentinel in _SENTINELS):

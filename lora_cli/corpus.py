@@ -24,17 +24,17 @@ import numpy as np
 import pyarrow
 import pyarrow.ipc
 
-from lora_cli import interrupt, storage
+from lora_cli import interrupt, limits, storage
 from lora_cli.data import Reader
 from lora_cli.data_file import Block
 from lora_cli.errors import NOTHING_LOADED, AdapterError, DataError, SurroundingsError
 from lora_cli.examples import Encoded, Encoder
-from lora_cli.parallel import ordered_map, usable_processors
+from lora_cli.parallel import Overdue, ordered_map, usable_processors
 from lora_cli.records import Notice, Preparing
 
 SMALL = 4 << 20  # bytes; a smaller file is neither kept nor cut for several processes
 UNUSED_DAYS = 30  # after which a kept file is deleted
-_VERSION = 1  # of what is kept; a change in how tokens are made raises it
+_VERSION = 2  # of what is kept; a change in how tokens are made raises it
 _SEQUENCES, _FACTS = "sequences.arrow", "facts.json"
 _MOST_PROBLEMS = 1000  # kept in memory; the others are counted
 
@@ -171,9 +171,17 @@ class _Work:
 
     def __call__(self, block: Block) -> _Made:
         rows, problems = self.reader.read(block)
-        sequences, wrong = self.encoder.encode(rows)
+        try:
+            sequences, wrong = self.encoder.encode(rows)
+        except limits.TemplateLimit as error:
+            raise self.refused(error) from None
         problems += [f"{self.reader.file.place(number)}: this row {what}." for number, what in wrong]
         return _Made(len(rows), sum(row.templated for row in rows), block.size, _columns(sequences), problems)
+
+    def refused(self, error: limits.TemplateLimit) -> DataError:
+        """Return the error of the row at which the chat template went beyond a limit."""
+        place = self.reader.file.place(limits.row_at_work())
+        return DataError(f"{place}: {error.problems[0]}", state=NOTHING_LOADED)
 
 
 class _Digest:
@@ -256,13 +264,17 @@ def _iter_made(reader: Reader, encoder: Encoder, processes: int) -> Iterator[_Ma
     """Iterate over the blocks of a file as tokens. Raises DataError at the end of a file that has wrong rows."""
     rows = left_out = 0
     problems: list[str] = []
-    for made in ordered_map(_Work(reader, encoder), reader.file.blocks(), processes):
-        interrupt.poll()
-        rows += made.rows
-        problems += made.problems
-        left_out += max(0, len(problems) - _MOST_PROBLEMS)
-        del problems[_MOST_PROBLEMS:]
-        yield made
+    work = _Work(reader, encoder)
+    try:
+        for made in ordered_map(work, reader.file.blocks(), processes):
+            interrupt.poll()
+            rows += made.rows
+            problems += made.problems
+            left_out += max(0, len(problems) - _MOST_PROBLEMS)
+            del problems[_MOST_PROBLEMS:]
+            yield made
+    except Overdue:
+        raise work.refused(limits.too_long()) from None
     if problems:
         raise DataError(*problems, *["..."] * left_out, state=NOTHING_LOADED)
     if not rows:

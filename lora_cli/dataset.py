@@ -248,6 +248,7 @@ def _count(before: Dataset, after: Dataset, truncated: int, lost: int, places: S
         control_tokens=int(controls[first].sum()),
         lossy=int((flags & Flag.LOSSY > 0).sum()),
         blank=int((flags & Flag.BLANK > 0)[first].sum()),
+        secrets=len(np.unique(before.rows()[flags & Flag.SECRET > 0])),
         without_tools=int((flags & Flag.WITHOUT_TOOLS > 0)[first].sum()),
         sources=tuple(
             SourceCounts(

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from lora_cli import console, interrupt, launch, storage
+from lora_cli import arguments, console, interrupt, launch, storage
 from lora_cli.errors import Interrupted, SurroundingsError, UserError
+from lora_cli.redact import cut, redact
 
 _OTHERS_SECONDS = 2.0  # in which torchrun ends the others after one of its processes failed
 
@@ -23,6 +24,7 @@ def run(command: Callable[[], None]) -> None:
     again = shlex.join(["lora", *sys.argv[1:]])
     try:
         with interrupt.listening(again):
+            arguments.require_no_secret(sys.argv[1:])
             command()
     except UserError as error:
         _end(error, again)
@@ -35,9 +37,8 @@ def run(command: Callable[[], None]) -> None:
             refused = f"{where}the machine refused: {error.strerror}."
             _end(SurroundingsError(refused, state="What was saved is whole."), again)
         _leave_it_to_the_main_process(error)
-        console.message(
-            f"error: a bug in lora ({type(error).__name__}: {str(error)[:200]}).\n{_log(traceback.format_exc())}"
-        )
+        log = _log(redact(traceback.format_exc()))
+        console.message(f"error: a bug in lora ({type(error).__name__}: {cut(str(error), 200)}).\n{log}")
         sys.exit(1)
 
 

@@ -13,6 +13,8 @@ UserError
 
 from collections.abc import Sequence
 
+from lora_cli.redact import redact
+
 # What state things are in when a stage fails.
 NOTHING_READ = "No data or model was read, and nothing was written."
 NOTHING_LOADED = "No weights were read, and nothing was written."
@@ -22,13 +24,14 @@ class UserError(Exception):
     """One or more problems of one stage, reported together.
 
     Each problem is a sentence: where, what is wrong, the value seen, what is accepted, how to fix it.
-    `state` says what state things are in now.
+    `state` says what state things are in now. Secrets in them are hidden.
     """
 
     exit_code = 2
     most_shown = 10
 
     def __init__(self, *problems: str, state: str = "Nothing was written.") -> None:
+        problems = tuple(map(redact, problems))
         super().__init__("\n".join(problems))
         self.problems: Sequence[str] = problems
         self.state = state

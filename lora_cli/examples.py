@@ -6,15 +6,19 @@ Only answers are trained, each with its end token. `spans` says where they lie i
 import enum
 import hashlib
 import json
+import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from itertools import groupby, pairwise
 from typing import Any, Protocol
 
-from lora_cli.chat_template import ChatTemplate, limited
-from lora_cli.control_tokens import BREAK, added_tokens, alternatives, find_control_tokens
+from lora_cli.chat_template import ChatTemplate
+from lora_cli.control_tokens import BREAK, ControlTokens, added_tokens, alternatives, find_control_tokens
 from lora_cli.conversation import Conversation, RowError, name_of, reasoning
+from lora_cli.limits import begin_row, limited
+from lora_cli.redact import holds_secret, redact
 from lora_cli.reports import Marked
 from lora_cli.spans import Rendering, SpanFinder
 
@@ -63,6 +67,7 @@ class Flag(enum.IntFlag):
     LOSSY = 1  # the answers' tokens spell another text than the answers
     BLANK = 2  # a question is white space
     WITHOUT_TOOLS = 4  # the chat template leaves out the row's tools
+    SECRET = 8  # it holds what looks like a key or a password
 
 
 @dataclass(frozen=True)
@@ -104,17 +109,25 @@ class Encoder:
         self._backend.no_padding()
         self.template = template
         self.keep_controls = keep_controls
-        self.controls = find_control_tokens(tokenizer, template)
         vocabulary, added = tokenizer.get_vocab(), added_tokens(tokenizer)
         self.added_ids = {vocabulary[token] for token in added if token in vocabulary}
         self.finder = SpanFinder(template, alternatives(added)) if template else None
 
+    @cached_property
+    def controls(self) -> ControlTokens:
+        """The strings that are more than text; what asks for them first renders, so within `limited()`."""
+        return find_control_tokens(self.tokenizer, self.template)
+
     def encode(self, rows: Sequence[Conversation]) -> tuple[list[Encoded], list[tuple[int, str]]]:
-        """Return the sequences of some rows in their order, and (row number, what is wrong) for rows that have none."""
+        """Return the sequences of some rows in their order, and (row number, what is wrong) for rows that have none.
+
+        Raises TemplateLimit.
+        """
         problems: list[tuple[int, str]] = []
         found: list[_Rendered] = []
         with limited():
             for row in rows:
+                begin_row(row.number)
                 try:
                     count = self.controls.in_row(row)
                     broken = count > 0 and not self.keep_controls
@@ -261,7 +274,9 @@ def _flags(row: Conversation, text: str) -> Flag:
     blank = any(not m.content.strip() for m in row.messages if m.role in ("user", "prompt"))
     names = [name_of(tool) for tool in row.tools or ()]
     left_out = any(name.replace(BREAK, "") not in text.replace(BREAK, "") for name in names)
-    return (Flag.BLANK if blank else Flag.NONE) | (Flag.WITHOUT_TOOLS if left_out else Flag.NONE)
+    secret = holds_secret(text.replace(BREAK, ""))
+    found = {Flag.BLANK: blank, Flag.WITHOUT_TOOLS: left_out, Flag.SECRET: secret}
+    return reduce(operator.or_, (flag for flag, is_so in found.items() if is_so), Flag.NONE)
 
 
 def _keys(row: Conversation) -> tuple[int, int, int]:
@@ -284,10 +299,10 @@ def _key(value: Any) -> int:
 
 
 def preview(example: Example, tokenizer: Tokenizer) -> list[Marked]:
-    """Return the example's text, control tokens included, cut where it changes between trained and not."""
+    """Return the example's text with its control tokens, secrets hidden, cut where training begins or ends."""
     pairs = zip(example.input_ids, example.labels, strict=True)
     runs = groupby(pairs, key=lambda pair: pair[1] != IGNORED)
-    return [Marked(tokenizer.decode([token for token, _ in run]), trained) for trained, run in runs]
+    return [Marked(redact(tokenizer.decode([token for token, _ in run])), trained) for trained, run in runs]
 
 
 def last_answer(example: Example) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

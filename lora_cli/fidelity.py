@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_cli.conversation import Message, RowError, name_of, reasoning_and_answer
+from lora_cli.redact import cut
 
 
 def squash(text: str) -> str:
@@ -63,12 +64,14 @@ def require_parts(body: str, message: Message) -> None:
         wanted = squash(part)
         place = rest.find(wanted)
         if place < 0:
-            raise RowError(f"has an answer whose {what} the chat template leaves out or changes: {part[:60]!r}")
+            raise RowError(f"has an answer whose {what} the chat template leaves out or changes: {cut(part, 60)!r}")
         rest = rest[place + len(wanted) :]
     for call in calls:
         function = call.get("function", call)
         given = _leaves(function.get("arguments")) if isinstance(function, dict) else ()
         if lost := next((part for part in given if not _stands_in(whole, part)), None):
-            raise RowError(f"has a tool call whose arguments the chat template leaves out or changes: {lost[:60]!r}")
+            raise RowError(
+                f"has a tool call whose arguments the chat template leaves out or changes: {cut(lost, 60)!r}"
+            )
     if rest and not calls:
-        raise RowError(f"has an answer behind which the chat template writes more: {body[-60:]!r}")
+        raise RowError(f"has an answer behind which the chat template writes more: {cut(body, -60)!r}")

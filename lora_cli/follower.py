@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from lora_cli.console import duration, err
 from lora_cli.figures import forgetting_in_words
 from lora_cli.records import Evaluated, Event, Finished, Notice, Preparing, Saved, Started, StepDone
+from lora_cli.redact import redact
 
 Result = TypeVar("Result")
 _QUIET_SECONDS = 5.0  # without a terminal, steps are reported no more often than this
@@ -67,7 +68,7 @@ class Follower:
                 pass
 
     def _say(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, soft_wrap=True)
+        self._progress.console.print(redact(text), markup=False, soft_wrap=True)
 
     def _preparing(self, event: Preparing) -> None:
         now = time.monotonic()

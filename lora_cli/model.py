@@ -10,18 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_cli import storage
+from lora_cli import names, remote_code, storage
 from lora_cli.attention import PACKED, packed_attention
 from lora_cli.config import ModelConfig
+from lora_cli.config_checks import problem_of_remote_code
 from lora_cli.errors import NOTHING_LOADED, ModelError, SurroundingsError
 from lora_cli.examples import Tokenizer
 from lora_cli.layout import Layout, probe
+from lora_cli.redact import cut
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -97,15 +100,19 @@ def find_folder(path: str, revision: str | None = None) -> Path:
         ) from None
     except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as error:
         raise SurroundingsError(
-            f"model.path: {path} is no folder here, and the hub cannot be reached to fetch it: {str(error)[:200]}",
+            f"model.path: {path} is no folder here, and the hub cannot be reached to fetch it: {cut(str(error), 200)}",
             state=NOTHING_LOADED,
         ) from None
 
 
 def read_header(config: ModelConfig) -> ModelHeader:
     """Read a model's configuration and tokenizer, without its weights. Raises ModelError, SurroundingsError."""
+    if problem := problem_of_remote_code(config):
+        raise ModelError(f"model.trust_remote_code: {problem}.", state=NOTHING_LOADED)
     folder = find_folder(config.path, config.revision)
     require_whole(folder, unread=".safetensors")
+    if config.trust_remote_code:
+        remote_code.require_own(folder)
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -126,7 +133,7 @@ def read_header(config: ModelConfig) -> ModelHeader:
         parsed = AutoConfig.from_pretrained(folder, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        raise ModelError(f"{folder}: cannot be read as a model: {str(error)[:300]}", state=NOTHING_LOADED) from None
+        raise ModelError(f"{folder}: cannot be read as a model: {cut(str(error), 300)}", state=NOTHING_LOADED) from None
     if not tokenizer.is_fast:
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json), which is needed.", state=NOTHING_LOADED)
     positions = getattr(parsed.get_text_config(), "max_position_embeddings", None)
@@ -159,7 +166,7 @@ def build_skeleton(header: ModelHeader, trust_remote_code: bool = False, device:
             return AutoModelForCausalLM.from_config(header.config, trust_remote_code=trust_remote_code).eval()
     except ValueError as error:
         raise ModelError(
-            f"{header.folder}: a {header.config.model_type} model is no causal language model: {str(error)[:120]}",
+            f"{header.folder}: a {header.config.model_type} model is no causal language model: {cut(str(error), 120)}",
             state=NOTHING_LOADED,
         ) from None
 
@@ -186,8 +193,8 @@ def load_model(header: ModelHeader, config: ModelConfig, device: torch.device) -
             ignore_mismatched_sizes=True,  # so that they are listed; they are an error below
             output_loading_info=True,
         )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise ModelError(f"{header.folder}: the weights cannot be read: {str(error)[:300]}") from None
+    except (ValueError, OSError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
+        raise ModelError(f"{header.folder}: the weights cannot be read: {cut(str(error), 300)}") from None
     missing = [str(name) for name in [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]]
     if missing:
         raise ModelError(
@@ -242,10 +249,16 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors"))
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    if wrong := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
-        raise ModelError(f"{index}: names {wrong[0][:80]}, which is not in this folder.", state=NOTHING_LOADED)
-    return [folder / name for name in names]
+    files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
+    for name in files:
+        why = names.problem_with(name) or ("is in a folder" if "/" in name else None)
+        if why is None and not (folder / name).is_file():
+            why = "is not there"
+        if why is not None:
+            raise ModelError(
+                f"{index}: names {ascii(name)[:80]}, which is not in this folder: it {why}.", state=NOTHING_LOADED
+            )
+    return [folder / name for name in files]
 
 
 def fingerprint(folder: Path) -> str:

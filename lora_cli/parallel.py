@@ -1,4 +1,4 @@
-"""A function over many items in several processes, results in order, a bounded number of them in memory."""
+"""Functions in other processes: over many items in several, results in order; or one call in one of its own."""
 
 import multiprocessing
 import os
@@ -8,6 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import chain
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from lora_cli import launch
@@ -15,7 +18,7 @@ from lora_cli.errors import NOTHING_LOADED, SurroundingsError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_function: Callable[[Any], Any]  # of a worker process
+_function: Callable[[Any], Any] | None = None  # of a worker process
 
 
 def _begin(function: Callable[[Any], Any], parent: int) -> None:
@@ -29,7 +32,60 @@ def _begin(function: Callable[[Any], Any], parent: int) -> None:
 
 
 def _call(item: Any) -> Any:
+    assert _function is not None, "the process is a worker"
     return _function(item)
+
+
+def in_worker() -> bool:
+    """Return whether this process was started here, so that it may be ended."""
+    return _function is not None
+
+
+class Overdue(Exception):
+    """A process was ended by the kernel: it had a timer of its CPU time (SIGPROF), and that ran out."""
+
+
+def run_apart(function: Callable[[], Result]) -> Result:
+    """Return `function()`, called in a process forked for it; in this one where that is not safe (not Linux).
+
+    Raises what the function raises, Overdue, SurroundingsError when the process is killed otherwise.
+    """
+    if sys.platform != "linux":
+        return function()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(function, sender, os.getpid()))
+    process.start()
+    sender.close()
+    try:
+        returned, result = receiver.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode == -signal.SIGPROF:
+            raise Overdue from None
+        raise _killed() from None
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    if not returned:
+        raise result
+    return result
+
+
+def _answer(function: Callable[[], Any], sender: Connection, parent: int) -> None:
+    _begin(lambda _: function(), parent)
+    try:
+        answer = True, function()
+    except Exception as error:
+        answer = False, error
+    sender.send(answer)
+
+
+def _killed() -> SurroundingsError:
+    return SurroundingsError(
+        "A process that prepares the data was killed, by the system when memory runs out.", state=NOTHING_LOADED
+    )
 
 
 def usable_processors() -> int:
@@ -38,28 +94,30 @@ def usable_processors() -> int:
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
-    """Iterate over `function(item)` in the order of the items; with one process, in this one.
+    """Iterate over `function(item)` in the order of the items.
 
-    At most two items a process are under way. Raises what the function raises, SurroundingsError when a process is
-    killed from outside.
+    At most two items a process are under way. When a process is killed, what is left is done one item at a time, as by
+    `run_apart`. Raises what the function raises, and as `run_apart`.
     """
-    if processes == 1:
-        yield from map(function, items)
-        return
     # Forked, a worker has the tokenizer without loading it; elsewhere than on Linux that is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     executor = ProcessPoolExecutor(processes, context, _begin, (function, os.getpid()))
-    waiting: deque[Future[Any]] = deque()
+    items = iter(items)
+    waiting: deque[Item] = deque()
+    futures: deque[Future[Result]] = deque()
     try:
         for item in items:
-            waiting.append(executor.submit(_call, item))
-            if len(waiting) == 2 * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            waiting.append(item)
+            futures.append(executor.submit(_call, item))
+            if len(futures) == 2 * processes:
+                yield futures.popleft().result()
+                waiting.popleft()
+        while futures:
+            yield futures.popleft().result()
+            waiting.popleft()
     except BrokenProcessPool:
-        raise SurroundingsError(
-            "A process that prepares the data was killed, by the system when memory runs out.", state=NOTHING_LOADED
-        ) from None
+        pass
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+    for item in chain(waiting, items):
+        yield run_apart(partial(function, item))

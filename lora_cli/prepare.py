@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from lora_cli import data, dataset, lora, model
+from lora_cli import data, dataset, lora, model, remote_code
 from lora_cli.chat_template import ChatTemplate, begins_with_bos
 from lora_cli.config import RunConfig
 from lora_cli.data_reader import DataReader, News
@@ -105,6 +105,7 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
     training_set = dataset.mix(train, sets.weights, replay, ratio)
     ends = _ends(train)
     notices = [
+        *_code_notices(header, config),
         *_adapter_notices(skeleton, targets, config),
         *_data_notices("train", train_counts),
         *(_data_notices("validation", validation_counts) if validation_counts else ()),
@@ -134,6 +135,12 @@ def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
 
 
 # --- what a user should know ---
+
+
+def _code_notices(header: ModelHeader, config: RunConfig) -> Iterator[str]:
+    if config.model.trust_remote_code and (files := remote_code.hashes(header.folder)):
+        named = ", ".join(f"{name} (SHA-256 {digest[:12]})" for name, digest in files.items())
+        yield f"model.trust_remote_code: Python code of the model's own is run: {named}."
 
 
 def _adapter_notices(skeleton: nn.Module, targets: Sequence[str], config: RunConfig) -> Iterator[str]:
@@ -169,6 +176,11 @@ def _data_notices(name: str, counts: DataCounts) -> Iterator[str]:
         yield (
             f"{name}: the chat template leaves out the tools of {counts.without_tools} rows; the model learns to call "
             "tools that it is not shown. Write them into the system message, or choose a template that knows tools."
+        )
+    if counts.secrets:
+        yield (
+            f"{name}: {counts.secrets} rows hold what looks like a key or a password; a model may repeat what it is "
+            "trained on."
         )
     if counts.lossy:
         yield f"{name}: {counts.lossy} answers hold characters that the tokenizer writes differently."

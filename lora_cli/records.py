@@ -31,6 +31,7 @@ class DataCounts:
     lossy: int  # sequences whose answers the tokenizer does not spell letter for letter
     blank: int  # rows with a question of white space
     without_tools: int  # rows whose tools the chat template leaves out
+    secrets: int  # rows with what looks like a key or a password
     sources: Sequence["SourceCounts"]
 
 

@@ -15,6 +15,7 @@ _ELSEWHERE = "To start anew, set another output_dir (output_dir=...)."
 # What a run saw, by its hash in environment.json.
 _SEEN = {
     "base_fingerprint": "base model (its config.json or weights)",
+    "remote_code": "model's own code",
     "tokenizer_fingerprint": "tokenizer",
     "template_fingerprint": "chat template",
     "rows_fingerprint": "data (the rows of its files)",
@@ -95,7 +96,7 @@ def plan(run: RunDir, config: RunConfig, override: bool) -> list[Change]:
 def require_same(run: RunDir, environment: Mapping[str, Any]) -> None:
     """Raise DataError where base, tokenizer, template or data are not those the run began with."""
     before = run_dir.read_environment(run)
-    changed = [key for key in _SEEN if key in before and before[key] != environment[key]]
+    changed = [key for key in _SEEN if key in before and before[key] != environment.get(key)]
     if (
         not changed
         and before.get("data_fingerprint", environment["data_fingerprint"]) != environment["data_fingerprint"]
@@ -105,7 +106,7 @@ def require_same(run: RunDir, environment: Mapping[str, Any]) -> None:
         raise DataError(
             *(
                 f"{run.path}: the {_SEEN.get(key, _TOKENS)} changed since this run began "
-                f"({before[key]} then, {environment[key]} now)."
+                f"({before[key]} then, {environment.get(key)} now)."
                 for key in changed
             ),
             f"Put it back to continue. {_ELSEWHERE}",

@@ -9,13 +9,14 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lora_cli import storage
+from lora_cli import names, storage
 from lora_cli.config import RunConfig
 from lora_cli.errors import AdapterError, ConfigError, SurroundingsError
 from lora_cli.records import Estimate, Evaluated, Finished, Forgetting, StepDone, Tested, as_json, event_name
@@ -78,16 +79,13 @@ def is_run_dir(path: Path) -> bool:
 
 def require_place(run: RunDir) -> bool:
     """Return whether the folder holds a run of ours. Raises ConfigError where it holds anything else."""
+    require_own(run)
     with storage.explained(run.path):
-        names = {p.name for p in run.path.iterdir() if not storage.is_temporary(p)} if run.path.is_dir() else set()
+        there = {p.name for p in run.path.iterdir() if not storage.is_temporary(p)} if run.path.is_dir() else set()
     if is_run_dir(run.path):
         return True
-    ours = {
-        run.checkpoints.name,
-        run.environment.name,
-        run.holder.name,
-    }  # of a run that was killed while it was created
-    if found := sorted(names - ours):
+    ours = {run.checkpoints.name, run.environment.name, run.holder.name}  # of one that was killed while it was created
+    if found := sorted(there - ours):
         foreign = [name for name in found if name.startswith("checkpoint-")]
         raise ConfigError(
             f"output_dir: {run.path} holds other files ({', '.join(found[:5])}); name another folder.",
@@ -119,6 +117,15 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise SurroundingsError(f"{path}: cannot be read: {error.strerror}.") from error
+
+
+def require_own(run: RunDir) -> None:
+    """Raise AdapterError where something inside a run is a link that leads out of it; it is not followed."""
+    if problems := [
+        f"{link}: is a link that leads out of the run directory, which is not followed; put what it names in its place."
+        for link in names.iter_links_out(run.path)
+    ]:
+        raise AdapterError(*problems, state="Nothing was read or written.")
 
 
 def read_environment(run: RunDir) -> dict[str, Any]:
@@ -166,6 +173,14 @@ def _holder(run: RunDir) -> str:
             return f"It is process {found['pid']} on {found['host']}, since {found['started']}."
         time.sleep(0.05)
     return "It does not say which."
+
+
+def warning(run: RunDir) -> str | None:
+    """Return what to tell of a run directory that every user of the machine may write to."""
+    mode = run.path.stat().st_mode
+    if not mode & stat.S_IWOTH:
+        return None
+    return f"{run.path}: every user of this machine may write here, and could change this run; chmod o-w {run.path}"
 
 
 def append(run: RunDir, record: StepDone | Evaluated) -> None:
@@ -285,11 +300,14 @@ def find_adapter(path: Path) -> tuple[Path, RunDir | None]:
     RUN is a run directory (its finished adapter), a checkpoint, or any PEFT adapter folder. Raises AdapterError.
     """
     if (path / "adapter_config.json").is_file():
-        _require_whole(path)
         above = [parent for parent in (path.parent, path.parent.parent) if is_run_dir(parent)]
+        if above:
+            require_own(RunDir(above[0]))
+        _require_whole(path)
         return path, RunDir(above[0]) if above else None
     if is_run_dir(path):
         run = RunDir(path)
+        require_own(run)
         if (run.adapter / "adapter_config.json").is_file():
             _require_whole(run.adapter)
             return run.adapter, run

@@ -41,11 +41,11 @@ def score(metric: Metric, expected: Sequence[str], answers: Sequence[str], extra
         case "json":
             return _json(expected, answers)
         case "rouge-l":
-            scorer = _library("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+            scorer = _library("rouge_score").RougeScorer(["rougeL"])
             values = [scorer.score(*pair)["rougeL"].fmeasure for pair in zip(expected, answers, strict=True)]
             return [Scored("rouge_l", over_ones(values))]
         case "chrf":
-            chrf = _library("sacrebleu.metrics").CHRF()
+            chrf = _library("sacrebleu").CHRF()
             values = [
                 chrf.sentence_score(given, [asked]).score / 100 for asked, given in zip(expected, answers, strict=True)
             ]
@@ -61,14 +61,18 @@ def over_ones(values: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.stack([np.array(values, np.float64), np.ones(len(values))], axis=1)
 
 
-def _library(name: str) -> Any:
-    import importlib
-
+def _library(name: Literal["rouge_score", "sacrebleu"]) -> Any:
     try:
-        return importlib.import_module(name)
+        if name == "sacrebleu":
+            import sacrebleu.metrics
+
+            return sacrebleu.metrics
+        from rouge_score import rouge_scorer  # type: ignore[import-untyped]  # it has none
+
+        return rouge_scorer
     except ImportError:
         raise SurroundingsError(
-            f"this metric needs {name.split('.')[0]}, which is not installed: pip install 'lora-cli[eval]'."
+            f"this metric needs {name}, which is not installed: pip install 'lora-cli[eval]'."
         ) from None
 
 
@@ -157,7 +161,7 @@ def _leaves(value: Any, path: str) -> Sequence[str]:
 
 def _bleu(expected: Sequence[str], answers: Sequence[str]) -> Scored:
     """Return BLEU's sums: n-gram matches, n-gram totals, both lengths (Papineni et al. 2002; sacrebleu's tokens)."""
-    bleu = _library("sacrebleu.metrics").BLEU(effective_order=True)  # of a row, it changes no sum
+    bleu = _library("sacrebleu").BLEU(effective_order=True)  # of a row, it changes no sum
     rows = [bleu.sentence_score(given, [asked]) for asked, given in zip(expected, answers, strict=True)]
     sums = [[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows]
     return Scored("bleu", np.array(sums, np.float64).reshape(len(rows), 10), _of_bleu(bleu.compute_bleu))

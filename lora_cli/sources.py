@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lora_cli.data_file import PACKED, SUFFIXES, DataFile, explained, holds_lines, kind_of
 from lora_cli.errors import NOTHING_LOADED, DataError, SurroundingsError
+from lora_cli.redact import cut
 
 
 def find_files(source: str, subset: str | None = None, split: str | None = None) -> list[DataFile]:
@@ -67,17 +68,17 @@ def _fetch(name: str, subset: str | None, split: str) -> DataFile:
         rows = datasets.load_dataset(name, subset, split=split)
     except FileNotFoundError as error:  # of which datasets' DatasetNotFoundError is one
         raise DataError(
-            f'data: "{name}" is no file here, and no data set that the hub shows: {str(error)[:200]}',
+            f'data: "{name}" is no file here, and no data set that the hub shows: {cut(str(error), 200)}',
             state=NOTHING_LOADED,
         ) from None
     except (ConnectionError, OSError) as error:
         raise SurroundingsError(
-            f'data: "{name}" is no file here, and as a hub data set it cannot be reached: {str(error)[:200]}',
+            f'data: "{name}" is no file here, and as a hub data set it cannot be reached: {cut(str(error), 200)}',
             state=NOTHING_LOADED,
         ) from None
     except Exception as error:  # the hub client raises many kinds for a name or split that is not there
         raise DataError(
-            f'data: the hub data set "{name}" cannot be read: {str(error)[:300]}', state=NOTHING_LOADED
+            f'data: the hub data set "{name}" cannot be read: {cut(str(error), 300)}', state=NOTHING_LOADED
         ) from None
     return DataFile(
         f"{name}[{f'{subset}/' if subset else ''}{split}]",

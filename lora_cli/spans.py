@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from lora_cli.chat_template import ChatTemplate
 from lora_cli.conversation import Conversation, Message, RowError, reasoning_and_answer, thinks
 from lora_cli.fidelity import require_asked, require_parts, squash
+from lora_cli.redact import cut
 
 _PROBE = "Zx9qz"
 _EMPTY_THINKING = re.compile(r"\s*(?:<think>\s*)?</think>\s*")
@@ -50,7 +51,7 @@ class SpanFinder:
 
         Some templates rewrite earlier answers once a conversation goes on (they drop earlier thinking). Such an answer
         is trained in the form in which it was given, in a sequence of its own that ends with it. Raises RowError. Call
-        it within `chat_template.limited()`.
+        it within `limits.limited()`.
         """
         trained = [index for index, message in enumerate(row.messages) if message.trained]
         whole = self.template.render(row, trained[-1] + 1, prompt=False)
@@ -140,7 +141,7 @@ class SpanFinder:
         else:  # a tool call may end otherwise
             ends = list(self._run.finditer(tail))
             if not ends or tail[ends[-1].end() :].strip():
-                raise RowError(f"ends without an end token in the chat template: {tail[-60:]!r}")
+                raise RowError(f"ends without an end token in the chat template: {cut(tail, -60)!r}")
             body, end = tail[: ends[-1].start()], ends[-1][0]
         require_parts(body, message)
         return 0 if thinks(message) else _empty_thinking(body), body + end
@@ -219,7 +220,7 @@ class SpanFinder:
                     return between.removeprefix(closing) + answer
         raise RowError(
             f"is written differently by the chat template once message {index + 1} is answered, so what to train "
-            f"cannot be told: ...{before[-60:]!r} before, ...{after[-60:]!r} after"
+            f"cannot be told: ...{cut(before, -60)!r} before, ...{cut(after, -60)!r} after"
         )
 
 

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lora_cli import disk, interrupt
+from lora_cli import disk, interrupt, names
 from lora_cli.errors import AdapterError, SurroundingsError
 
 MANIFEST = "MANIFEST.json"
@@ -284,8 +284,8 @@ def problems_in(folder: Path, unread: str | None = None) -> list[str]:
     problems, whole = [], dict[str, Path]()
     for name, (size, _) in expected.items():
         file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            problems.append(f"{manifest}: names a file outside its folder: {name[:80]}")
+        if reason := names.problem_with(name):
+            problems.append(f"{manifest}: names a file {name[:80]!r}, which {reason}")
         elif not file.is_file():
             problems.append(f"{file}: is missing")
         elif file.stat().st_size != size:

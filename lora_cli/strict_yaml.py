@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from lora_cli.errors import NOTHING_READ, ConfigError
+from lora_cli.redact import cut
 
 MAX_DEPTH = 20
 MAX_NODES = 20_000
@@ -20,7 +21,18 @@ Key = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's implicit types only."""
+    """PyYAML's safe loader with YAML 1.2's implicit types only, and a budget that it keeps to while it reads."""
+
+    nodes = depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.nodes, self.depth = self.nodes + 1, self.depth + 1
+        if self.nodes > MAX_NODES or self.depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # of a library without types
+            raise yaml.MarkedYAMLError(None, None, "it is nested too deeply or too large for a config", mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _TYPES = ("null", "bool", "int", "float", "merge", "str", "seq", "map")
@@ -37,7 +49,11 @@ for _tag, _pattern, _first in (
 
 
 def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(node.value.replace("_", ""))
+    try:
+        return int(node.value.replace("_", ""))
+    except ValueError:
+        problem = f"a number of {len(node.value):,} digits"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
 def _real(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
@@ -118,12 +134,21 @@ def _iter_keys(node: yaml.Node, at: Key, name: str, problems: list[str]) -> Iter
                 stack.append((child, (*at, index), above))
 
 
+def _construct(node: yaml.Node, name: str) -> Any:
+    try:
+        return _Loader("").construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise ConfigError(f"{place}: {error.problem} cannot be read.", state=NOTHING_READ) from None
+
+
 def parse(text: str, name: str) -> Document:
     node = _compose(text, name)
     if node is None or (isinstance(node, yaml.ScalarNode) and not node.value):
         raise ConfigError(f"{name}: the file is empty. `lora init` writes a config to start from.", state=NOTHING_READ)
     if not isinstance(node, yaml.MappingNode):
-        seen = "a list" if isinstance(node, yaml.SequenceNode) else f'the text "{str(node.value)[:60]}"'
+        seen = "a list" if isinstance(node, yaml.SequenceNode) else f'the text "{cut(str(node.value), 60)}"'
         raise ConfigError(
             f"{name}:1:1: expected keys and values (`model: ...`), found {seen}. A colon needs a space after it.",
             state=NOTHING_READ,
@@ -133,11 +158,7 @@ def parse(text: str, name: str) -> Document:
     places = {at: f"{name}:{mark.line + 1}:{mark.column + 1}" for at, mark in marks}
     if problems:
         raise ConfigError(*problems, state=NOTHING_READ)
-    loader = _Loader("")
-    try:
-        values = loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        raise ConfigError(f"{name}: {error.problem}.", state=NOTHING_READ) from None
+    values = _construct(node, name)
     return Document({str(key): value for key, value in values.items()}, places)
 
 
@@ -150,7 +171,7 @@ def read_value(text: str) -> Any:
     dict(_iter_keys(node, (), "override", problems))
     if problems:
         raise ConfigError(*problems, state=NOTHING_READ)
-    return _Loader("").construct_document(node)
+    return _construct(node, "override")
 
 
 def dump(values: Any) -> str:

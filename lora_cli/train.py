@@ -90,6 +90,8 @@ def _train(
     with interrupt.patience():
         if world.is_main:
             resume.create(run, config, environment)
+            if (warning := run_dir.warning(run)) is not None:
+                yield Notice(warning)
         world.from_main()
         templates = prepared.template.files(*adapter.TEMPLATES) if prepared.template and prepared.templated else {}
         base_fingerprint = str(environment["base_fingerprint"])
@@ -156,7 +158,7 @@ def _environment(
     config: RunConfig, run: RunDir, prepared: "Prepared", changes: list[Change], world: "World"
 ) -> dict[str, Any]:
     """Return what environment.json says: the main process's, which agrees with the others on config, base and data."""
-    from lora_cli import model
+    from lora_cli import model, remote_code
     from lora_cli.memory import estimate_memory
 
     base_fingerprint, data_fingerprint = model.fingerprint(prepared.header.folder), prepared.data_fingerprint()
@@ -172,6 +174,8 @@ def _environment(
         longest = int(prepared.train.examples.lengths.max())
         tokens = estimate_memory(prepared.header, config, longest, world.device).tokens
     environment |= {"processes": world.size, "micro_batch_tokens": tokens}
+    if config.model.trust_remote_code:
+        environment["remote_code"] = remote_code.hashes(prepared.header.folder)
     environment["model_type"] = str(prepared.header.config.model_type)
     counted = {"train": prepared.train_counts, "validation": prepared.validation_counts, "test": prepared.test_counts}
     environment["data"] = {

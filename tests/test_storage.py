@@ -92,7 +92,7 @@ def test_cut_missing_and_hostile(tmp_path: Path):
     assert ("has 5 bytes, was written with 256" in cut, "is missing" in missing) == (True, True)
 
     (folder / storage.MANIFEST).write_text('{"files": {"../secret": {"size": 1, "sha256": "0"}}}')
-    assert "outside its folder" in storage.problems_in(folder)[0]
+    assert "leads out of its folder" in storage.problems_in(folder)[0]
     (folder / storage.MANIFEST).write_text("[]")
     assert "cannot be read" in storage.problems_in(folder)[0]
     (folder / storage.MANIFEST).unlink()

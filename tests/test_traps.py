@@ -28,7 +28,7 @@ from conftest import (
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import chat_template, config_file, corpus, dataset, examples, prepare
+from lora_cli import chat_template, config_file, corpus, dataset, examples, limits, prepare
 from lora_cli.compare import Asked, compare
 from lora_cli.config import DataConfig
 from lora_cli.errors import ConfigError, DataError, ModelError, SurroundingsError
@@ -379,18 +379,18 @@ def test_a_date_that_cannot_be_told_is_said(make_config: Callable[..., Path], tm
 
 
 def test_a_template_that_loops_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A row that takes longer than the limit to render is an error, whatever the template does meanwhile."""
-    monkeypatch.setattr(chat_template, "SECONDS", 0.05)
+    """A template that takes longer than the limit to render is an error, whatever it does meanwhile."""
+    monkeypatch.setattr(limits, "SECONDS", 0.05)
     loops = "{% for a in range(10000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}"
-    with pytest.raises(DataError, match="takes the chat template more than"):
+    with pytest.raises(DataError, match=r"jsonl:1: The chat template takes more than 0 seconds"):
         build_chat(tmp_path, TURNS, loops + CHATML)
 
 
 def test_a_template_that_asks_for_memory_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A row that takes more memory than the limit to render is an error, not the end of the machine."""
-    monkeypatch.setattr(chat_template, "MEMORY", 64 << 20)
+    """A template that takes more memory than the limit to render is an error, not the end of the machine."""
+    monkeypatch.setattr(limits, "MEMORY", 64 << 20)
     greedy = "{% set text = 'a' * (messages | length * 400000000) %}"
-    with pytest.raises(DataError, match="of memory to render"):
+    with pytest.raises(DataError, match=r"jsonl:1: The chat template takes more than 64 MiB of memory"):
         build_chat(tmp_path, TURNS[1:3], greedy + CHATML)
 
 

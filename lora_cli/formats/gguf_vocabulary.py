@@ -240,10 +240,8 @@ def _begins(tokenizer: Tokenizer, bos_only: bool = False) -> bool:
     if template is None:
         return False
     try:
-        with chat_template.limited():
-            text = template.render(
-                Conversation((Message("user", "a", trained=False),), templated=True), 1, prompt=True
-            ).text
+        asked = Conversation((Message("user", "a", trained=False),), templated=True)
+        text = template.render_apart(asked, 1, prompt=True).text
     except RowError:
         return False
     bos = str(tokenizer.special_tokens_map.get("bos_token"))

@@ -165,5 +165,4 @@ def _parts(template: ChatTemplate, *roles: str, prompt: bool = True) -> list[str
 
 
 def _render(template: ChatTemplate, messages: Sequence[Message], prompt: bool = True) -> str:
-    with chat_template.limited():
-        return template.render(Conversation(messages, templated=True), len(messages), prompt=prompt).text
+    return template.render_apart(Conversation(messages, templated=True), len(messages), prompt=prompt).text

@@ -238,10 +238,12 @@ def small_disk(folder: Path, size: int, flags: int = 0) -> bool:
     user, group = os.getuid(), os.getgid()
     if libc.unshare(_NEW_MOUNTS | (_NEW_USER if user else 0)):
         return False
-    if user:
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    names = {"setgroups": "deny", "uid_map": f"0 {user} 1", "gid_map": f"0 {group} 1"} if user else {}
+    try:
+        for name, text in names.items():
+            Path(f"/proc/self/{name}").write_text(text)
+    except OSError:
+        return False
     libc.mount(None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: nobody else sees it
     return libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", flags, f"size={size}".encode()) == 0
 

@@ -140,12 +140,15 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep_unheld(path.parent)
         temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
-    held = os.open(temporary, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield temporary
+        with explained(path):
+            held = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield temporary
+        finally:
+            os.close(held)
     finally:
-        os.close(held)
         shutil.rmtree(temporary, ignore_errors=True)  # it is not there any more where all went well
 
 

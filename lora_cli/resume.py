@@ -152,7 +152,7 @@ def write_down(run: RunDir, config: RunConfig, found: Sequence[Change], step: in
     seen = {(change["key"], change["before"], change["after"]) for change in known}
     for change in found:
         if change.rule is not OnResume.FREE:
-            yield f"{change} (from step {step + 1} on)."
+            yield f"{change} (from step {step + 1} on: {change.rule.value.split(':')[0]})."
             if (change.key, change.before, change.after) not in seen:
                 known.append({"step": step, "key": change.key, "before": change.before, "after": change.after})
     if known:

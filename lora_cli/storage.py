@@ -179,13 +179,16 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
         _sweep_unheld(path.parent)
         temporary = _temporary_name(path.parent)
         disk.make_folder(temporary)
-        held = os.open(temporary, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with interrupt.patience():
-            yield temporary
+        with explained(path):
+            held = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            with interrupt.patience():
+                yield temporary
+        finally:
+            os.close(held)
     finally:
-        os.close(held)
         with contextlib.suppress(OSError):  # it is not there any more where all went well
             disk.remove_tree(temporary)
 

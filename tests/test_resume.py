@@ -203,7 +203,10 @@ def test_a_change_that_needs_override_through_the_command(invoke: Invoke, config
     assert (code, "train.learning_rate: 0.01 there, 0.02 now" in err, "--override" in err) == (2, True, True)
 
     code, _, err = invoke("train", config, "--override")
-    assert (code, "train.learning_rate: 0.01 there, 0.02 now (from step 4 on)" in err) == (0, True)
+    assert (
+        code,
+        "train.learning_rate: 0.01 there, 0.02 now (from step 4 on: the rest is trained in another way)" in err,
+    ) == (0, True)
     assert (invoke("train", config)[0], run_dir.read_status(run_of(config))["status"]) == (0, "finished")
     assert (
         "From step 4 on with another train.learning_rate: 0.02, not 0.01."
@@ -427,7 +430,10 @@ def test_a_killed_holder_leaves_no_lock(config: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("is_new", [True, False], ids=["new", "stopped before"])
 def test_of_two_that_start_together_one_wins(is_new: bool, tmp_path: Path):
-    """0 to 50 ms apart, exactly one trains; the other says who does, in under a second, and loaded no model."""
+    """0 to 50 ms apart, exactly one trains; the other says who does, in under a second, and loaded no model.
+
+    Where the run was there before, it has not even read the data.
+    """
     inputs = faults.prepare(tmp_path)
     for delay in (0.0, 0.02, 0.05):
         folder = tmp_path / str(delay)
@@ -446,4 +452,6 @@ def test_of_two_that_start_together_one_wins(is_new: bool, tmp_path: Path):
         assert f"another process is using this run directory. It is process {processes[winner]} on " in told
         assert faults.counted(pair[loser])["seconds"] < 1
         assert "parameters trained" not in told
+        assert is_new or "rows.jsonl" not in faults.counted(pair[loser])["inputs"]
+        assert "rows.jsonl" in faults.counted(pair[winner])["inputs"]
         assert isinstance(ended(config_file.load(pair[0].config())), Finished)

@@ -56,9 +56,10 @@ class Fault:
 class Calls:
     """Counts the calls that change a folder, and has one of them fail."""
 
-    def __init__(self, folder: Path, fails: Fault | None) -> None:
+    def __init__(self, folder: Path, inputs: Path, fails: Fault | None) -> None:
         self.read = fails is not None and fails.kind == "resume"
         self.folder, self.fails, self.count, self.failed = str(folder), fails, 0, ""
+        self.inputs, self.opened = str(inputs), set[str]()
         self._fsync = os.fsync
         os.fsync = self._synced  # it has no audit event
         sys.addaudithook(self._called)
@@ -67,6 +68,8 @@ class Calls:
         if event in _CALLS or event in _DELETING:
             at, folder_at = (_CALLS | _DELETING)[event]
             path = arguments[at]
+            if event == "open" and str(path).startswith(self.inputs):
+                self.opened.add(Path(path).name)
             if event == "open" and not self.read and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
                 return
             if isinstance(path, int):
@@ -166,7 +169,7 @@ def train_in(place: Place, fault: Fault | None = None, filled: Path | None = Non
     config = place.config()
     torch.set_num_threads(1)  # a forked process has none of its parent's
     torch.cuda.is_available = lambda: False  # nor its GPU
-    calls = Calls(place.run.path, fault if fault and fault.kind in ("call", "resume") else None)
+    calls = Calls(place.run.path, place.inputs, fault if fault and fault.kind in ("call", "resume") else None)
     if fault and fault.kind == "size":
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.size, resource.RLIM_INFINITY))
 
@@ -183,7 +186,8 @@ def train_in(place: Place, fault: Fault | None = None, filled: Path | None = Non
         ending.run(command)
     finally:
         seconds = time.process_time() - began
-        said.write("\n" + json.dumps({"calls": calls.count, "failed": calls.failed, "seconds": seconds}))
+        what = {"calls": calls.count, "failed": calls.failed, "inputs": sorted(calls.opened), "seconds": seconds}
+        said.write("\n" + json.dumps(what))
         said.close()
     return 0
 
@@ -234,10 +238,12 @@ def small_disk(folder: Path, size: int, flags: int = 0) -> bool:
     user, group = os.getuid(), os.getgid()
     if libc.unshare(_NEW_MOUNTS | (_NEW_USER if user else 0)):
         return False
-    if user:
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    names = {"setgroups": "deny", "uid_map": f"0 {user} 1", "gid_map": f"0 {group} 1"} if user else {}
+    try:
+        for name, text in names.items():
+            Path(f"/proc/self/{name}").write_text(text)
+    except OSError:
+        return False
     libc.mount(None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: nobody else sees it
     return libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", flags, f"size={size}".encode()) == 0
 

@@ -13,11 +13,12 @@ from itertools import chain
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from lora_cli import launch
+from lora_cli import interrupt, launch
 from lora_cli.errors import NOTHING_LOADED, SurroundingsError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_POLL_SECONDS = 0.1
 _function: Callable[[Any], Any] | None = None  # of a worker process
 
 
@@ -58,6 +59,8 @@ def run_apart(function: Callable[[], Result]) -> Result:
     process.start()
     sender.close()
     try:
+        while not receiver.poll(_POLL_SECONDS):
+            interrupt.poll()
         returned, result = receiver.recv()
     except EOFError:
         process.join()
@@ -88,6 +91,16 @@ def _killed() -> SurroundingsError:
     )
 
 
+def _result(future: Future[Any]) -> Any:
+    while True:
+        try:
+            return future.result(_POLL_SECONDS)
+        except TimeoutError:
+            if future.done():  # it is the function's own
+                raise
+            interrupt.poll()
+
+
 def usable_processors() -> int:
     """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -97,11 +110,13 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], proce
     """Iterate over `function(item)` in the order of the items.
 
     At most two items a process are under way. When a process is killed, what is left is done one item at a time, as by
-    `run_apart`. Raises what the function raises, and as `run_apart`.
+    `run_apart`. Raises what the function raises, as `run_apart`, and Interrupted; then the processes are ended in the
+    middle of their items.
     """
     # Forked, a worker has the tokenizer without loading it; elsewhere than on Linux that is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     executor = ProcessPoolExecutor(processes, context, _begin, (function, os.getpid()))
+    others = set(multiprocessing.active_children())
     items = iter(items)
     waiting: deque[Item] = deque()
     futures: deque[Future[Result]] = deque()
@@ -110,13 +125,17 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], proce
             waiting.append(item)
             futures.append(executor.submit(_call, item))
             if len(futures) == 2 * processes:
-                yield futures.popleft().result()
+                yield _result(futures.popleft())
                 waiting.popleft()
         while futures:
-            yield futures.popleft().result()
+            yield _result(futures.popleft())
             waiting.popleft()
     except BrokenProcessPool:
         pass
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
     for item in chain(waiting, items):

@@ -1,5 +1,6 @@
 """A run or a command that is stopped, in whatever it is doing: it ends soon, is whole, and goes on as if it had not."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -22,6 +23,7 @@ from lora_cli import (
     generate,
     interrupt,
     model,
+    parallel,
     run_dir,
     step,
     weights,
@@ -162,10 +164,12 @@ def test_asked_twice_it_ends_at_once(whole: Whole, tmp_path: Path):
     assert facts(finish(config, tmp_path)) == facts(undisturbed)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_stop_while_tokens_are_made_leaves_none(
-    make_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    processes: int, make_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """It ends with the block under way; no half of the kept tokens is left, and no run was begun."""
+    """It ends with the block under way; no process, no half of the kept tokens is left, and no run was begun."""
+    monkeypatch.setattr(corpus, "usable_processors", lambda: processes)
     monkeypatch.setattr(corpus, "SMALL", 0)
     monkeypatch.setattr(data_file, "BLOCK_BYTES", 500)
     monkeypatch.setenv("LORA_CACHE", str(tmp_path / "cache"))
@@ -181,6 +185,7 @@ def test_a_stop_while_tokens_are_made_leaves_none(
         prepare_and_stop()
 
     assert len(seen) == 1
+    assert not multiprocessing.active_children()
     assert not list((tmp_path / "cache" / "tokens").iterdir())
     assert not (tmp_path / "run").exists()
 
@@ -267,6 +272,16 @@ def test_a_loss_that_jumps_stops_the_run_again_and_again(make_config: Callable[.
     assert said[0] == said[1]
     assert "more than 3 times (train.max_loss_jump) the usual" in said[0]
     assert "rows.jsonl:" in said[0]
+
+
+def test_other_processes_are_not_waited_for():
+    """What a process is in the middle of is not brought to its end."""
+    begin = time.monotonic()
+    with interrupt.listening("lora"), interrupt.patience(), pytest.raises(Interrupted):  # noqa: PT012
+        for _ in parallel.ordered_map(time.sleep, [0.0, 30.0, 30.0, 30.0, 30.0], processes=2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert time.monotonic() - begin < 10
 
 
 def test_a_jump_is_seen_against_the_median():

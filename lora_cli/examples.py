@@ -15,7 +15,14 @@ from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 from lora_cli.chat_template import ChatTemplate
-from lora_cli.control_tokens import BREAK, ControlTokens, added_tokens, alternatives, find_control_tokens
+from lora_cli.control_tokens import (
+    BREAK,
+    ControlTokens,
+    added_tokens,
+    alternatives,
+    find_control_tokens,
+    without_breaks,
+)
 from lora_cli.conversation import Conversation, RowError, name_of, reasoning
 from lora_cli.limits import begin_row, limited
 from lora_cli.redact import holds_secret, redact
@@ -184,7 +191,7 @@ class Encoder:
         ids, offsets = encoding.ids, encoding.offsets
         if ids and ids[-1] == self.tokenizer.eos_token_id and offsets[-1] == (0, 0):
             ids, offsets = ids[:-1], offsets[:-1]
-        return _without_breaks(text, ids, offsets) if broken else (ids, offsets)
+        return without_breaks(text, ids, offsets) if broken else (ids, offsets)
 
     def _apart(
         self, entry: "_Rendered", ids: Sequence[int], special: bool
@@ -238,18 +245,6 @@ class Encoder:
         if entry.row.templated and any(ids[end - 1] not in self.added_ids for _, end in answers):
             return "has an answer whose end token falls to pieces in the tokenizer"
         return None
-
-
-def _without_breaks(
-    text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Leave out the tokens of every BREAK; what remains spells the text without it."""
-    kept = [
-        (token, (start, stop))
-        for token, (start, stop) in zip(ids, offsets, strict=True)
-        if start == stop or text[start:stop].strip() != BREAK
-    ]
-    return [token for token, _ in kept], [offset for _, offset in kept]
 
 
 def _ranges(

@@ -168,7 +168,10 @@ def test_nothing_that_runs_what_it_reads(path: Path):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in RUNS, called
-            assert called.split(".")[-1] not in ("system", "popen", "unsafe_load") or called == "platform.system"
+            assert (
+                called.split(".")[-1] not in ("system", "popen", "unsafe_load", "expandvars")
+                or called == "platform.system"
+            )
             assert not [each for each in node.keywords if each.arg in ("shell", "allow_pickle")], called
             if called.endswith("import_module"):
                 assert isinstance(node.args[0], ast.Constant), called

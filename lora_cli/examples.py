@@ -6,11 +6,10 @@ Only answers are trained, each with its end token. `spans` says where they lie i
 import enum
 import hashlib
 import json
-import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any, Protocol
 
@@ -269,9 +268,8 @@ def _flags(row: Conversation, text: str) -> Flag:
     blank = any(not m.content.strip() for m in row.messages if m.role in ("user", "prompt"))
     names = [name_of(tool) for tool in row.tools or ()]
     left_out = any(name.replace(BREAK, "") not in text.replace(BREAK, "") for name in names)
-    secret = holds_secret(text.replace(BREAK, ""))
-    found = {Flag.BLANK: blank, Flag.WITHOUT_TOOLS: left_out, Flag.SECRET: secret}
-    return reduce(operator.or_, (flag for flag, is_so in found.items() if is_so), Flag.NONE)
+    plain = (Flag.BLANK if blank else Flag.NONE) | (Flag.WITHOUT_TOOLS if left_out else Flag.NONE)
+    return plain | (Flag.SECRET if holds_secret(text) else Flag.NONE)
 
 
 def _keys(row: Conversation) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ the string without being it.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,3 +97,15 @@ def _role_markers(template: ChatTemplate, added: set[str]) -> set[str]:
     lines = [line for part in scaffold for line in part]
     pieces = {piece.strip() for line in lines for piece in (*token.split(line), *token.findall(line))}
     return {piece for piece in pieces if len(piece) > 2 and not piece.isalnum() and not _THINKING.search(piece)}
+
+
+def without_breaks(
+    text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Leave out the tokens of every BREAK; what remains spells the text without it."""
+    kept = [
+        (token, (start, stop))
+        for token, (start, stop) in zip(ids, offsets, strict=True)
+        if start == stop or text[start:stop].strip() != BREAK
+    ]
+    return [token for token, _ in kept], [offset for _, offset in kept]

@@ -6,16 +6,22 @@ Only answers are trained, each with its end token. `spans` says where they lie i
 import enum
 import hashlib
 import json
-import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 from lora_cli.chat_template import ChatTemplate
-from lora_cli.control_tokens import BREAK, ControlTokens, added_tokens, alternatives, find_control_tokens
+from lora_cli.control_tokens import (
+    BREAK,
+    ControlTokens,
+    added_tokens,
+    alternatives,
+    find_control_tokens,
+    without_breaks,
+)
 from lora_cli.conversation import Conversation, RowError, name_of, reasoning
 from lora_cli.limits import begin_row, limited
 from lora_cli.redact import holds_secret, redact
@@ -184,7 +190,7 @@ class Encoder:
         ids, offsets = encoding.ids, encoding.offsets
         if ids and ids[-1] == self.tokenizer.eos_token_id and offsets[-1] == (0, 0):
             ids, offsets = ids[:-1], offsets[:-1]
-        return _without_breaks(text, ids, offsets) if broken else (ids, offsets)
+        return without_breaks(text, ids, offsets) if broken else (ids, offsets)
 
     def _apart(
         self, entry: "_Rendered", ids: Sequence[int], special: bool
@@ -240,18 +246,6 @@ class Encoder:
         return None
 
 
-def _without_breaks(
-    text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Leave out the tokens of every BREAK; what remains spells the text without it."""
-    kept = [
-        (token, (start, stop))
-        for token, (start, stop) in zip(ids, offsets, strict=True)
-        if start == stop or text[start:stop].strip() != BREAK
-    ]
-    return [token for token, _ in kept], [offset for _, offset in kept]
-
-
 def _ranges(
     offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]
 ) -> tuple[list[tuple[int, int]], bool]:
@@ -274,9 +268,8 @@ def _flags(row: Conversation, text: str) -> Flag:
     blank = any(not m.content.strip() for m in row.messages if m.role in ("user", "prompt"))
     names = [name_of(tool) for tool in row.tools or ()]
     left_out = any(name.replace(BREAK, "") not in text.replace(BREAK, "") for name in names)
-    secret = holds_secret(text.replace(BREAK, ""))
-    found = {Flag.BLANK: blank, Flag.WITHOUT_TOOLS: left_out, Flag.SECRET: secret}
-    return reduce(operator.or_, (flag for flag, is_so in found.items() if is_so), Flag.NONE)
+    plain = (Flag.BLANK if blank else Flag.NONE) | (Flag.WITHOUT_TOOLS if left_out else Flag.NONE)
+    return plain | (Flag.SECRET if holds_secret(text) else Flag.NONE)
 
 
 def _keys(row: Conversation) -> tuple[int, int, int]:

@@ -1,8 +1,8 @@
 """Limits for what runs chat templates: of time, of memory, and a process that can be stopped.
 
 A template is a program that comes with a model. Jinja's sandbox keeps it from reaching the machine, not from looping
-or from asking for memory. A Python handler ends what loops in Python; one long operation in C (`7 ** 10 ** 9`) lets no
-handler run, so templates are rendered in processes of their own, which the kernel ends by a timer of their CPU time.
+or from asking for memory. A handler ends what loops in Python; one long operation in C (a `translate` of 300 million
+characters) lets no handler run, so templates are rendered in processes that the kernel ends by a timer of CPU time.
 """
 
 import contextlib

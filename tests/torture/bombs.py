@@ -4,8 +4,9 @@ LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% en
 TEMPLATES = {
     "repeat": "{{ 'a' * 10**10 }}",
     "repeat below the limit": "{{ 'a' * 10**8 }}",
-    "power": "{{ 7 ** 10 ** 9 % 3 }}",
-    "division": "{{ 3 ** 10**7 // 7 ** (3 * 10**6) % 3 }}",
+    "power": "{{ 7 ** (10 ** 9) % 3 }}",
+    "division": "{{ 3 ** (10**7) // 7 ** (3 * 10**6) % 3 }}",
+    "translation": "{{ ('é' * 3 * 10**8).translate({}) | length }}",  # one operation in C that looks at no signal
     "loops": LOOPS,
     "loops of a list": "{% set x = namespace(l=[1]) %}{% for i in range(64) %}{% set x.l = x.l + x.l %}{% endfor %}",
     "padding": "{{ '%1000000000d' % 1 }}",

@@ -9,19 +9,17 @@ import datetime
 import json
 import re
 import resource
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_cli.conversation import Conversation, Message, RowError, reasoning, thinks
 from lora_cli.errors import NOTHING_LOADED, ConfigError
+from lora_cli.time_limit import time_limit
 
 SECONDS = 5.0  # a row may take to render
 MEMORY = 1 << 30  # bytes a block of rows may add to the process while it renders
@@ -111,16 +109,16 @@ class ChatTemplate:
             count = max(1, count - (len(row.messages) - len(messages)))
         asked = next((m for m in messages[count - (not prompt) :] if m.role == "assistant"), None)
         try:
-            _start_clock(SECONDS)
-            texts, ranges = render_jinja_template(
-                conversations=[[_as_dict(message) for message in messages[:count]]],
-                tools=row.tools,
-                chat_template=self._dated_with_tools if row.tools else self._dated,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=self.marks_generation,
-                enable_thinking=asked is None or thinks(asked),
-                **self.special_tokens,
-            )
+            with time_limit(SECONDS):
+                texts, ranges = render_jinja_template(
+                    conversations=[[_as_dict(message) for message in messages[:count]]],
+                    tools=row.tools,
+                    chat_template=self._dated_with_tools if row.tools else self._dated,
+                    add_generation_prompt=prompt,
+                    return_assistant_tokens_mask=self.marks_generation,
+                    enable_thinking=asked is None or thinks(asked),
+                    **self.special_tokens,
+                )
         except TimeoutError:
             raise RowError(f"takes the chat template more than {SECONDS:.0f} seconds to render") from None
         except MemoryError:
@@ -130,8 +128,6 @@ class ChatTemplate:
             if not self.merge_system and messages[0].role == "system":
                 hint = "; if it knows no system role, data.merge_system: true puts it in front of the first question"
             raise RowError(f"is refused by the chat template: {str(error)[:200]}{hint}") from None
-        finally:
-            _stop_clock()
         (text,) = texts
         if len(text) > OUTPUT:
             raise RowError(f"becomes {len(text):,} characters in the chat template; at most {OUTPUT:,} are taken")
@@ -198,37 +194,17 @@ def begins_with_bos(tokenizer: Any) -> bool:
 # --- limits ---
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise TimeoutError
-
-
-def _start_clock(seconds: float) -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-def _stop_clock() -> None:
-    _start_clock(0)
-
-
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Run a block in which templates are rendered: each within SECONDS, all of them within MEMORY more bytes.
-
-    Time is limited in the main thread of a process, memory where the system counts it (Linux).
-    """
+    """Run a block in which templates are rendered, within MEMORY more bytes where the system counts them (Linux)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    in_main = threading.current_thread() is threading.main_thread()
     used = _address_space()
-    before = signal.signal(signal.SIGALRM, _stop) if in_main else None
     if used is not None and (soft == resource.RLIM_INFINITY or used + MEMORY < soft):
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        if in_main:
-            signal.signal(signal.SIGALRM, before)
 
 
 def _address_space() -> int | None:

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lora_cli import adapter, lora, run_dir, storage
+from lora_cli import adapter, json_file, lora, run_dir, storage
 from lora_cli.run_dir import RunDir
 
 OPTIMIZER = "optimizer.safetensors"
@@ -51,6 +51,14 @@ class Stopping:
             self.best_loss, self.best_step, self.best_forgetting = loss, step, forgetting
             self.best_excess = excess
         return is_best
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What state.json holds."""
+
+    step: int
+    stopping: Stopping
 
 
 @dataclass
@@ -98,8 +106,8 @@ def load(path: Path, state: TrainState) -> None:
 
 def read_numbers(path: Path) -> tuple[int, Stopping]:
     """Return a checkpoint's step and early-stopping state."""
-    numbers = json.loads((path / STATE).read_text(encoding="utf-8"))
-    return int(numbers["step"]), Stopping(**numbers["stopping"])
+    numbers = json_file.checked(_Numbers, json_file.read_object(path / STATE), path / STATE)
+    return numbers.step, numbers.stopping
 
 
 def latest(run: RunDir) -> tuple[Path | None, list[str]]:

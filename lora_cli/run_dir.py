@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lora_cli import config_file, storage
+from lora_cli import config_file, json_file, storage
 from lora_cli.config import RunConfig, differences
 from lora_cli.errors import AdapterError, ConfigError, DataError
-from lora_cli.records import Estimate, Evaluated, Finished, Forgetting, StepDone, Tested, as_json, event_name
+from lora_cli.records import Evaluated, Finished, StepDone, as_json, event_name
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,7 @@ def read_environment(run: RunDir) -> dict[str, Any]:
     """Return environment.json, empty when there is none."""
     if not run.environment.exists():
         return {}
-    environment: dict[str, Any] = json.loads(run.environment.read_text(encoding="utf-8"))
-    return environment
+    return json_file.read_object(run.environment)
 
 
 @contextlib.contextmanager
@@ -129,13 +128,15 @@ def append(run: RunDir, record: StepDone | Evaluated) -> None:
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl; a last line cut short by a kill is left out."""
+    """Return the records of metrics.jsonl; a line that is none, as the last one cut short by a kill, is left out."""
     if not run.metrics.exists():
         return []
     records = []
-    for line in run.metrics.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+    for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 
@@ -154,8 +155,7 @@ def read_status(run: RunDir) -> dict[str, Any]:
     """Return run.json, empty when there is none."""
     if not run.status.exists():
         return {}
-    status: dict[str, Any] = json.loads(run.status.read_text(encoding="utf-8"))
-    return status
+    return json_file.read_object(run.status)
 
 
 def read_finished(run: RunDir) -> Finished | None:
@@ -163,11 +163,8 @@ def read_finished(run: RunDir) -> Finished | None:
     status = read_status(run)
     if status.get("status") != "finished":
         return None
-    facts: dict[str, Any] = {field.name: status.get(field.name) for field in fields(Finished)}
-    test = facts["test"] and Tested(
-        **facts["test"] | {name: Estimate(**facts["test"][name]) for name in ("change", "flattery")}
-    )
-    return Finished(**facts | {"adapter": run.adapter, "test": test})
+    facts = {field.name: status.get(field.name) for field in fields(Finished)}
+    return json_file.checked(Finished, facts | {"adapter": run.adapter}, run.status)
 
 
 def read_evaluated(run: RunDir) -> dict[int, Evaluated]:
@@ -175,11 +172,8 @@ def read_evaluated(run: RunDir) -> dict[int, Evaluated]:
     found = {}
     for record in read_metrics(run):
         if record.get("event") == "evaluated":
-            facts: dict[str, Any] = {field.name: record.get(field.name) for field in fields(Evaluated)}
-            if (forgetting := facts["forgetting"]) is not None:
-                estimates = {name: Estimate(**forgetting[name]) for name in ("rise", "kl")}
-                facts["forgetting"] = Forgetting(**forgetting | estimates)
-            found[record["step"]] = Evaluated(**facts)
+            facts = {field.name: record.get(field.name) for field in fields(Evaluated)}
+            found[record["step"]] = json_file.checked(Evaluated, facts, run.metrics)
     return found
 
 

@@ -185,15 +185,15 @@ def problems_in(folder: Path) -> list[str]:
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         return [f"{folder / MANIFEST}: cannot be read ({type(error).__name__})"]
     problems = []
     for name, (size, digest) in expected.items():
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             problems.append(f"{folder / MANIFEST}: names a file outside its folder: {name[:80]}")
-        elif not file.is_file():
-            problems.append(f"{file}: is missing")
+        elif len(Path(name).name) > 255 or not file.is_file():
+            problems.append(f"{folder / name[:80]}: is missing")
         elif file.stat().st_size != size:
             problems.append(f"{file}: has {file.stat().st_size} bytes, was written with {size}")
         elif sha256(file) != digest:

@@ -102,11 +102,13 @@ def read_plain_text(path: Path) -> str:
             raw = file.read(MOST_TEXT)
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(raw, final=len(raw) < MOST_TEXT)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}).", state=NOTHING_LOADED) from None
+        raise DataError(
+            f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.", state=NOTHING_LOADED
+        ) from None
     except OSError as error:
         raise SurroundingsError(f"{path}: cannot be read: {error.strerror}.", state=NOTHING_LOADED) from None
     if not text.strip():
-        raise DataError(f"{path}: holds no text.", state=NOTHING_LOADED)
+        raise DataError(f"{path}: holds no text; name another file.", state=NOTHING_LOADED)
     return text
 
 

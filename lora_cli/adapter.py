@@ -28,6 +28,7 @@ TEMPLATE = "chat_template.jinja"
 TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"  # of models that have a second one for rows with tools
 TEMPLATES = (TEMPLATE, TOOL_TEMPLATE)  # where transformers looks for them
 PREFIX = "base_model.model."
+AGAIN = "fetch or copy the adapter again"
 SECONDS = 1.0  # that an adapter's patterns may take
 _NAME = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
 
@@ -66,26 +67,28 @@ def read(folder: Path) -> Adapter:
     values = read_config(folder)
     if not (folder / WEIGHTS).is_file():
         hint = " Pickled weights (.bin) are not read; save it again with PEFT." if list(folder.glob("*.bin")) else ""
-        raise AdapterError(f"{folder}: has no {WEIGHTS}.{hint}", state="Nothing was read.")
+        raise AdapterError(f"{folder}: has no {WEIGHTS}; {AGAIN}.{hint}", state="Nothing was read.")
     try:
         with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, safetensors.SafetensorError) as error:
+        reason = shown(error, 120).rstrip(".")
         raise AdapterError(
-            f"{folder / WEIGHTS}: cannot be read: {shown(error, 120)}.", state="Nothing was read."
+            f"{folder / WEIGHTS}: cannot be read: {reason}; {AGAIN}.", state="Nothing was read."
         ) from None
     parts: dict[str, dict[str, Tensor]] = {"lora_A": {}, "lora_B": {}}
     problems = []
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None:
-            problems.append(f"{folder / WEIGHTS}: holds {shown(name)}, which is no LoRA weight of a linear layer.")
-        elif tensor.ndim != 2 or not torch.isfinite(tensor).all():
-            problems.append(f"{folder / WEIGHTS}: {shown(name)} is not a matrix of finite numbers.")
+            what = "which is no LoRA weight of a linear layer; only those can be applied"
+            problems.append(f"{folder / WEIGHTS}: holds {shown(name)}, {what}.")
+        elif tensor.ndim != 2 or not tensor.numel() or not torch.isfinite(tensor).all():
+            problems.append(f"{folder / WEIGHTS}: {shown(name)} is not a matrix of finite numbers; {AGAIN}.")
         else:
             parts[match["part"]][match["path"]] = tensor.float()
     for path in sorted(parts["lora_A"].keys() ^ parts["lora_B"].keys()):
-        problems.append(f"{folder / WEIGHTS}: {shown(path)} has only one of lora_A and lora_B.")
+        problems.append(f"{folder / WEIGHTS}: {shown(path)} has only one of lora_A and lora_B; {AGAIN}.")
     if not tensors:
         problems.append(f"{folder / WEIGHTS}: is empty.")
     if problems:
@@ -98,9 +101,7 @@ def read(folder: Path) -> Adapter:
         lora_A=parts["lora_A"],
         lora_B=parts["lora_B"],
         scales=_scales({path: len(down) for path, down in parts["lora_A"].items()}, values, folder / CONFIG),
-        chat_templates={
-            name: (folder / name).read_text(encoding="utf-8") for name in TEMPLATES if (folder / name).is_file()
-        },
+        chat_templates={name: _read_template(folder / name) for name in TEMPLATES if (folder / name).is_file()},
     )
 
 
@@ -117,10 +118,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if values.get("use_dora"):
         problems.append(f"{path}: is a DoRA adapter, which this version cannot apply.")
     if values.get("bias", "none") != "none" or values.get("lora_bias"):
-        problems.append(f"{path}: trained biases cannot be applied.")
+        problems.append(f"{path}: trained biases cannot be applied; train with bias: none.")
     for key in _NOT_PLAIN:
         if values.get(key):
-            problems.append(f"{path}: {key} ({shown(values[key])}) cannot be applied.")
+            problems.append(
+                f"{path}: {key} ({shown(values[key])}) cannot be applied; merge it with PEFT (merge_and_unload)."
+            )
     start = values.get("init_lora_weights", True)
     if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
         problems.append(
@@ -152,6 +155,15 @@ def is_transposed(folder: Path) -> bool:
     return bool(read_config(folder).get("fan_in_fan_out"))
 
 
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise AdapterError(
+            f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.", state="Nothing was read."
+        ) from None
+
+
 def _base_fingerprint(folder: Path) -> str | None:
     """Return the fingerprint of the base an adapter was trained on; None for adapters from elsewhere."""
     path = folder / BASE
@@ -173,21 +185,20 @@ def _scales(ranks: Mapping[str, int], values: Mapping[str, Any], path: Path) -> 
     A pattern is a regular expression of whoever made the adapter: it gets no more than SECONDS.
     """
     method = "rslora" if values.get("use_rslora") else "lora"
-    scales, problems = {}, []
+    scales, problems, where = {}, [], "a pattern in alpha_pattern or rank_pattern"
     try:
         with time_limit(SECONDS):
             for layer, rank in ranks.items():
                 said = _special(layer, values.get("rank_pattern") or {}, values.get("r", rank))
                 if said != rank:
-                    problems.append(
-                        f"{path}: says that {shown(layer)} has the rank {said}, and its tensors have {rank}."
-                    )
+                    what = f"says that {shown(layer)} has the rank {said}; its tensors have {rank}"
+                    problems.append(f"{path}: {what}; {AGAIN}.")
                 alpha = _special(layer, values.get("alpha_pattern") or {}, values.get("lora_alpha", 8))
                 scales[layer] = lora.scale_of(method, float(alpha), rank)
     except TimeoutError:
-        problems = [f"{path}: a pattern in alpha_pattern or rank_pattern takes too long to match; write plain names."]
+        problems = [f"{path}: {where} takes too long to match; write plain names."]
     except (re.error, OverflowError, RecursionError) as error:
-        problems = [f"{path}: a pattern in alpha_pattern or rank_pattern is no regular expression: {shown(error)}."]
+        problems = [f"{path}: {where} is no regular expression ({shown(error)}); write plain names."]
     if problems:
         raise AdapterError(*problems, state="Nothing was read.")
     return scales

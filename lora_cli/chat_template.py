@@ -6,6 +6,7 @@ reaching the machine but not from looping or from asking for memory; the limits 
 
 import contextlib
 import datetime
+import difflib
 import json
 import re
 import resource
@@ -18,7 +19,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_cli.conversation import Conversation, Message, RowError, reasoning, thinks
-from lora_cli.errors import NOTHING_LOADED, ConfigError
+from lora_cli.errors import NOTHING_LOADED, ConfigError, shown
 from lora_cli.time_limit import time_limit
 
 SECONDS = 5.0  # a row may take to render
@@ -45,6 +46,7 @@ NAMED = {
     ),
 }
 _TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<form>[^"'\\]*)(?P=quote)\s*\)""")
+ANOTHER = "data.chat_template can name another"
 CHOICES = f"data.chat_template: a Jinja file, or one of {', '.join(NAMED)}"
 
 
@@ -120,14 +122,16 @@ class ChatTemplate:
                     **self.special_tokens,
                 )
         except TimeoutError:
-            raise RowError(f"takes the chat template more than {SECONDS:.0f} seconds to render") from None
+            raise RowError(f"takes the chat template more than {SECONDS:.0f} seconds to render; {ANOTHER}") from None
         except MemoryError:
-            raise RowError(f"takes the chat template more than {MEMORY >> 30} GiB of memory to render") from None
+            raise RowError(
+                f"takes the chat template more than {MEMORY >> 30} GiB of memory to render; {ANOTHER}"
+            ) from None
         except Exception as error:  # a template is a program: it may fail in any way
-            hint = ""
+            hint = f"; {ANOTHER}"
             if not self.merge_system and messages[0].role == "system":
                 hint = "; if it knows no system role, data.merge_system: true puts it in front of the first question"
-            raise RowError(f"is refused by the chat template: {str(error)[:200]}{hint}") from None
+            raise RowError(f"is refused by the chat template: {shown(error, 160).rstrip('.')}{hint}") from None
         (text,) = texts
         if len(text) > OUTPUT:
             raise RowError(f"becomes {len(text):,} characters in the chat template; at most {OUTPUT:,} are taken")
@@ -170,9 +174,13 @@ def choose(setting: str | None, tokenizer: Any, date: str, merge_system: bool) -
     elif setting is not None:
         try:
             source = Path(setting).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
+            close = difflib.get_close_matches(setting, NAMED, n=1)
+            hint = f'; did you mean "{close[0]}"?' if close else "."
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise ConfigError(
-                f"data.chat_template: {setting} is none of {', '.join(NAMED)}, and no file that can be read: {error}.",
+                f"data.chat_template: {shown(setting)} is none of {', '.join(NAMED)}, and no file that can be read "
+                f"({reason}){hint}",
                 state=NOTHING_LOADED,
             ) from None
     elif isinstance(own, dict):

@@ -61,7 +61,7 @@ def init(
     if path.exists():
         raise ConfigError(f"{path}: already exists; name another file, or delete it.")
     if not path.parent.is_dir():
-        raise ConfigError(f"{path}: the folder {path.parent} does not exist.")
+        raise ConfigError(f"{path}: the folder {path.parent} does not exist; make it first (mkdir -p {path.parent}).")
     storage.write_file(path, config_file.commented(model, data, output_dir))
     if json:
         console.print_json({"config": str(path)})

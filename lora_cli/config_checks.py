@@ -29,6 +29,8 @@ def check_config(config: RunConfig) -> dict[str, str]:
             problems[root] = f"this version cannot do {value!r} yet; leave {root} at {usable}"
         if key in _PLACES and (variable := re.search(r"\$\w+|\$\{[^}]*\}?", str(value))):
             problems[key] = f"{shown(variable[0])}: a config reads no variables of the environment; write the value"
+        if key in _PLACES and "\0" in str(value):
+            problems[key] = "no name of a file can hold the character NUL; take it out"
     if config.train.learning_rate == "auto":
         problems["train.learning_rate"] = "this version cannot choose the rate yet; give a number, for example 3e-4"
     if config.eval.forgetting_budget is not None and False in (config.eval.general, config.data.validation != 0):

@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_cli import config_file, json_file, storage
 from lora_cli.config import RunConfig, differences
-from lora_cli.errors import AdapterError, ConfigError, DataError
+from lora_cli.errors import AdapterError, ConfigError, DataError, shown
 from lora_cli.records import Evaluated, Finished, StepDone, as_json, event_name
 
 
@@ -54,8 +54,16 @@ class RunDir:
 
 
 def of(config: RunConfig) -> RunDir:
-    """Return the run directory that a config names."""
-    return RunDir(Path(config.output_dir).expanduser())
+    """Return the run directory that a config names. Raises ConfigError where that can be none."""
+    try:
+        path = Path(config.output_dir).expanduser()
+        there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    except (OSError, RuntimeError) as error:  # a name too long for the system, or ~ of a user it does not know
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"output_dir: {shown(config.output_dir)} can be no folder: {reason}; name another.") from None
+    if not there.is_dir():
+        raise ConfigError(f"output_dir: {there} is a file, so {path} can be no folder; name another.")
+    return RunDir(path)
 
 
 def is_run_dir(path: Path) -> bool:
@@ -67,8 +75,6 @@ def require_usable(run: RunDir, config: RunConfig) -> None:
     """Raise ConfigError unless the folder is free or holds a run of the same config."""
     if not run.path.exists():
         return
-    if not run.path.is_dir():
-        raise ConfigError(f"output_dir: {run.path} is a file, not a folder.")
     if not is_run_dir(run.path):
         ours = {run.checkpoints.name, run.environment.name}  # of a run that was killed while it was created
         names = {p.name for p in run.path.iterdir() if not storage.is_temporary(p)}
@@ -205,14 +211,18 @@ def find_adapter(path: Path) -> tuple[Path, RunDir | None]:
         steps = [str(folder) for _, folder in step_folders(run)]
         raise AdapterError(
             f"{path}: this run is not finished, so it has no adapter/ yet. "
-            + (f"Its checkpoints can be used: {', '.join(steps[:3])}." if steps else "It has no checkpoint either."),
+            + (f"Its checkpoints can be used: {', '.join(steps[:3])}." if steps else "It has no checkpoint either.")
+            + f" `lora train {run.config}` goes on with it.",
             state="Nothing was read.",
         )
-    what = "is neither a run directory nor an adapter (no adapter_config.json)" if path.is_dir() else "does not exist"
-    raise AdapterError(f"{path}: {what}.", state="Nothing was read.")
+    what = "is neither a run directory nor an adapter (no adapter_config.json)" if path.exists() else "does not exist"
+    raise AdapterError(
+        f"{path}: {what}; name a run directory, a checkpoint or an adapter folder.", state="Nothing was read."
+    )
 
 
 def _require_whole(folder: Path) -> None:
     """Raise AdapterError when a folder of ours is not as it was written; others have no manifest."""
     if (folder / storage.MANIFEST).is_file() and (problems := storage.problems_in(folder)):
-        raise AdapterError(*problems, state="Nothing was read.")
+        way_out = "The folder is not as it was written: copy it again, or use another checkpoint."
+        raise AdapterError(*problems, way_out, state="Nothing was read.")

@@ -115,5 +115,10 @@ def read_plain_text(path: Path) -> str:
 def is_hub_id(source: str) -> bool:
     """Return whether a source can only be a hub data set: no file or folder here, and not spelt like one."""
     path = Path(source).expanduser()
-    spelt_as_path = kind_of(path) is not None or source.startswith(("/", ".", "~")) or source.count("/") > 1
+    spelt_as_path = (
+        kind_of(path) is not None
+        or path.suffix == ".txt"
+        or source.startswith(("/", ".", "~"))
+        or source.count("/") > 1
+    )
     return not path.exists() and not spelt_as_path and not glob.has_magic(source)

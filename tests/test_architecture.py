@@ -105,7 +105,7 @@ DOORS = {
     "pyarrow": {"corpus", "data_file"},
     "huggingface_hub": {"hub", "model"},
     "datasets": {"sources"},
-    "safetensors": {"adapter", "adapter_folder", "checkpoint", "formats.mlx_adapter", "train"},
+    "safetensors": {"adapter", "adapter_folder", "checkpoint", "formats.mlx_adapter", "model", "train"},
     "rich": {"console", "figures", "follower"},
     "gguf": {"formats.gguf_file"},
     "typer": {"cli"},

@@ -11,15 +11,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bad_cases import AREAS, FOLDER, Case, cases, contents, prepare, problems_of
+from bad_cases import AREAS, FOLDER, Case, cases, contents, make_good, prepare, problems_of
 from conftest import Invoke
+
+
+@pytest.fixture
+def good(
+    tmp_path_factory: pytest.TempPathFactory,
+    model_folder: Callable[[str], str],
+    invoke: Invoke,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A folder in which everything is right, made once."""
+    folder = tmp_path_factory.getbasetemp() / "good"
+    if not folder.exists():
+        folder.mkdir()
+        with monkeypatch.context() as here:
+            here.chdir(folder)
+            make_good(folder, model_folder("llama"), invoke)
+    return folder
 
 
 @pytest.mark.parametrize("case", [case for area in AREAS for case in cases(area)])
 def test_a_bad_input_is_explained_and_leaves_nothing(
     case: Case,
     invoke: Invoke,
-    model_folder: Callable[[str], str],
+    good: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -29,7 +46,7 @@ def test_a_bad_input_is_explained_and_leaves_nothing(
     cache.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("LORA_CACHE", str(cache))
-    prepare(case, folder, Path(model_folder("llama")))
+    prepare(case, folder, good)
     before = list(contents(folder, cache))
     command = shlex.split(case.get("command", "train config.yaml"))
     code, out, err = invoke(*command)

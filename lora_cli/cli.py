@@ -13,7 +13,6 @@ from typing import Annotated
 import typer
 
 from lora_cli import __version__, arguments, config_file, console, figures, follower, interrupt, storage
-from lora_cli import data as data_rows
 from lora_cli.errors import ConfigError, InputError, Interrupted, UserError
 from lora_cli.records import Finished, as_json
 
@@ -80,7 +79,9 @@ def check(
 ) -> None:
     """Show what a run would do: data, mask preview, targets, memory. Trains nothing."""
     run_config = config_file.load(config, overrides or [])
-    data_rows.require_readable(run_config.data, run_config.eval.general_source)
+    from lora_cli import data as rows
+
+    rows.require_readable(run_config.data, run_config.eval.general_source)
     from lora_cli import check as checking
 
     report = follower.follow_preparation(checking.check(run_config, row))

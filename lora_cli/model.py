@@ -74,7 +74,8 @@ def find_folder(path: str, revision: str | None = None) -> Path:
         folder = Path(path).expanduser()
         is_folder = folder.is_dir()
     except (OSError, RuntimeError) as error:  # a name too long for the system, or ~ of a user it does not know
-        raise ModelError(f"model.path: {path[:200]} is no path here: {error}.", state=NOTHING_LOADED) from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"model.path: {shown(path)} is no path here: {reason}.", state=NOTHING_LOADED) from None
     if is_folder:
         if not (folder / "config.json").is_file():
             what = "has no config.json, so it is no model; name the folder that has one"

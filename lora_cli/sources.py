@@ -6,7 +6,7 @@ import glob
 from pathlib import Path
 
 from lora_cli.data_file import PACKED, SUFFIXES, DataFile, explained, holds_lines, kind_of
-from lora_cli.errors import NOTHING_LOADED, DataError, SurroundingsError
+from lora_cli.errors import NOTHING_LOADED, DataError, SurroundingsError, shown
 
 
 def find_files(source: str, subset: str | None = None, split: str | None = None) -> list[DataFile]:
@@ -18,7 +18,8 @@ def find_files(source: str, subset: str | None = None, split: str | None = None)
         path = Path(source).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, RuntimeError) as error:  # a name too long for the system, or ~ of a user it does not know
-        raise DataError(f"{source[:200]}: is no path here: {error}.", state=NOTHING_LOADED) from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{shown(source)}: is no path here: {reason}.", state=NOTHING_LOADED) from None
     if is_file:
         paths = [path]
     elif is_folder:

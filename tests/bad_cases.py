@@ -158,4 +158,20 @@ def problems_of(case: Case, code: int, out: str, err: str) -> list[str]:
         wrong.append("does not say what state things are in")
     if not paragraph.replace("\n", "").isprintable():
         wrong.append("holds what cannot be printed")
+    if shown := next((piece for piece in _long_pieces(case) if piece in paragraph), None):
+        wrong.append(f"shows more than 80 characters of what stands there: {shown}")
     return wrong
+
+
+def _long_pieces(value: Any) -> Iterator[str]:
+    """Every 100 characters that stand side by side in a line of a case: more than a key and 80 of its value."""
+    if isinstance(value, dict):
+        value = [part for inner in value.items() for part in inner]
+    if isinstance(value, str):
+        for line in value.splitlines():
+            yield from (line[begin : begin + 100] for begin in range(len(line) - 99))
+    elif isinstance(value, list):
+        if len(value) == 4 and isinstance(value[2], int):
+            yield from _long_pieces(value[0] + value[1] * min(value[2], 200) + value[3])
+        for inner in value:
+            yield from _long_pieces(inner)

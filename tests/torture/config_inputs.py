@@ -39,12 +39,11 @@ _OVERRIDES = ((), (), (), ("lora.rank=8",), ("model.dtype=float32", "train.epoch
 def prepare(folder: Path) -> tuple[Callable[[random.Random], None], Callable[[], object]]:
     """Return what writes one more config, and what reads it."""
     path, overrides = folder / "config.yaml", [tuple[str, ...]()]
-    whole = config_file.commented("a/b", "t.jsonl", "o")
     path.write_text(SHORTEST)
 
     def make(random: random.Random) -> None:
-        overrides[0] = random.choice(_OVERRIDES)
-        path.write_bytes(_changed(whole if random.random() < 0.03 else random.choice(TEXTS), random))
+        overrides[0], raw = made(random)
+        path.write_bytes(raw)
 
     def read() -> None:
         config = config_file.load(path, overrides[0])
@@ -54,6 +53,13 @@ def prepare(folder: Path) -> tuple[Callable[[random.Random], None], Callable[[],
     return make, read
 
 
+def made(random: random.Random) -> tuple[tuple[str, ...], bytes]:
+    """Return overrides and a config."""
+    overrides = random.choice(_OVERRIDES)
+    whole = config_file.commented("a/b", "t.jsonl", "o")
+    return overrides, _changed(whole if random.random() < 0.03 else random.choice(TEXTS), random)
+
+
 def _changed(text: str, random: random.Random) -> bytes:
     if random.random() < 0.3:
         return mutated_json(random.choice(VALUES), random)
@@ -61,11 +67,3 @@ def _changed(text: str, random: random.Random) -> bytes:
         text = mutated_lines(text, random) if random.random() < 0.5 else mutated_words(text, random)
     raw = text.encode("utf-8", "surrogatepass")
     return mutated_bytes(raw, random) if random.random() < 0.2 else raw
-
-
-def repeat(seed: int, number: int) -> bytes:
-    """Return one config again, to look at."""
-    generator = random.Random(f"{seed}/configs/{number}")
-    generator.choice(_OVERRIDES)
-    whole = config_file.commented("a/b", "t.jsonl", "o")
-    return _changed(whole if generator.random() < 0.03 else generator.choice(TEXTS), generator)

@@ -49,11 +49,18 @@ def prepare(folder: Path) -> tuple[Callable[[random.Random], None], Callable[[],
     chosen = [configs["jsonl"][0]]
 
     def make(random: random.Random) -> None:
-        kind = random.choice(("jsonl", "jsonl", "json", "csv"))
-        chosen[0] = random.choice(configs[kind])
-        paths[kind].write_bytes(_file(kind, random))
+        kind, number, raw = made(random)
+        chosen[0] = configs[kind][number]
+        paths[kind].write_bytes(raw)
 
     return make, lambda: data.require_readable(chosen[0])
+
+
+def made(random: random.Random) -> tuple[str, int, bytes]:
+    """Return a kind of file, the number of the settings it is read with, and its bytes."""
+    kind = random.choice(("jsonl", "jsonl", "json", "csv"))
+    number = random.choice(range(len(_SETTINGS)))
+    return kind, number, _file(kind, random)
 
 
 def _file(kind: str, random: random.Random) -> bytes:
@@ -77,10 +84,3 @@ def _table(row: Any, random: random.Random) -> bytes:
         writer.writerow([random.choice(VALUES) if random.random() < 0.1 else field for field in fields])
     raw = text.getvalue().encode("utf-8", "surrogatepass")
     return mutated_bytes(raw, random) if random.random() < 0.2 else raw
-
-
-def repeat(seed: int, number: int) -> tuple[str, dict[str, Any], bytes]:
-    """Return one file again, to look at: its kind, the settings it is read with, its bytes."""
-    generator = random.Random(f"{seed}/data/{number}")
-    kind = generator.choice(("jsonl", "jsonl", "json", "csv"))
-    return kind, generator.choice(_SETTINGS), _file(kind, generator)

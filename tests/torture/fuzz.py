@@ -1,10 +1,11 @@
 """Fuzzing of everything that is read before it can be trusted: configs, rows, adapters, manifests, a run's records.
 
-Each input is a valid one made wrong by a generator that (seed, area, number) fixes, and goes through the reader the
-commands use. It may be accepted or refused with a UserError; any other exception, more than two seconds or a GiB, a
-file written, a process, a socket or an import is a failure.
+Each input is a valid one made wrong by the generator `Random("SEED/AREA/NUMBER")`, so that it can be made again, and
+goes through the reader the commands use. It may be accepted or refused with a UserError; any other exception, more than
+two seconds or a GiB, a file written, a process, a socket or an import is a failure. A folder in memory is the fastest.
 """
 
+import functools
 import multiprocessing
 import os
 import random
@@ -28,7 +29,7 @@ AREAS: dict[str, Callable[[Path], tuple[Make, Read]]] = {
     "manifests": stored_inputs.prepare_manifest,
     "records": stored_inputs.prepare_records,
 }
-_CHUNK = 2_000  # inputs a process reads before the next one is started
+_CHUNK = 2_000  # inputs given to a process at once
 
 
 def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
@@ -70,10 +71,7 @@ def _read_chunk(area: str, seed: int, begin: int, end: int, folder: Path) -> tup
     return refused, failures, first
 
 
-_watches: list[Watch] = []
-
-
+@functools.cache
 def _watch() -> Watch:
-    if not _watches:
-        _watches.append(Watch())
-    return _watches[0]
+    """Return the watch of this process."""
+    return Watch()

@@ -47,6 +47,15 @@ def test_dump_and_load_agree(tmp_path: Path):
     assert config == load(tmp_path, config_file.dump(config))
 
 
+@pytest.mark.parametrize("name", ["1e5", "08", "no", "~", "1_000", "0x10", "2026-01-01", "a: b", "é\n\\", "=", "<<"])
+def test_a_name_stays_a_name(tmp_path: Path, name: str):
+    """Text that either version of YAML takes for something else is written in quotes."""
+    config = load(tmp_path, GOOD.replace("runs/x", json.dumps(name)))
+
+    assert config.output_dir == name
+    assert load(tmp_path, config_file.dump(config)) == config
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("3e-4", 3e-4), ("1e-4", 1e-4), ("2E-5", 2e-5), (".5", 0.5), ("1", 1), ("0.001", 0.001)],

@@ -7,7 +7,7 @@ chat_template.jinja          the chat template its rows were written with, where
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lora_cli import lora
-from lora_cli.errors import AdapterError
-from lora_cli.redact import cut
+from lora_cli import json_file, lora
+from lora_cli.errors import AdapterError, shown
+from lora_cli.json_file import is_number
+from lora_cli.time_limit import time_limit
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -28,6 +29,8 @@ TEMPLATE = "chat_template.jinja"
 TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"  # of models that have a second one for rows with tools
 TEMPLATES = (TEMPLATE, TOOL_TEMPLATE)  # where transformers looks for them
 PREFIX = "base_model.model."
+AGAIN = "fetch or copy the adapter again"
+SECONDS = 1.0  # that an adapter's patterns may take
 _NAME = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
 
 
@@ -69,25 +72,29 @@ def read(folder: Path) -> Adapter:
     values = read_config(folder)
     if not (folder / WEIGHTS).is_file():
         hint = " Pickled weights (.bin) are not read; save it again with PEFT." if list(folder.glob("*.bin")) else ""
-        raise AdapterError(f"{folder}: has no {WEIGHTS}.{hint}", state="Nothing was read.")
+        raise AdapterError(f"{folder}: has no {WEIGHTS}; {AGAIN}.{hint}", state="Nothing was read.")
     _require_sane(folder / WEIGHTS)
     try:
         with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"{folder / WEIGHTS}: cannot be read: {error}.", state="Nothing was read.") from None
+        reason = shown(error, 120).rstrip(".")
+        raise AdapterError(
+            f"{folder / WEIGHTS}: cannot be read: {reason}; {AGAIN}.", state="Nothing was read."
+        ) from None
     parts: dict[str, dict[str, Tensor]] = {"lora_A": {}, "lora_B": {}}
     problems = []
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None:
-            problems.append(f"{folder / WEIGHTS}: holds {name}, which is no LoRA weight of a linear layer.")
-        elif tensor.ndim != 2 or not torch.isfinite(tensor).all():
-            problems.append(f"{folder / WEIGHTS}: {name} is not a matrix of finite numbers.")
+            what = "which is no LoRA weight of a linear layer; only those can be applied"
+            problems.append(f"{folder / WEIGHTS}: holds {shown(name)}, {what}.")
+        elif tensor.ndim != 2 or not tensor.numel() or not torch.isfinite(tensor).all():
+            problems.append(f"{folder / WEIGHTS}: {shown(name)} is not a matrix of finite numbers; {AGAIN}.")
         else:
             parts[match["part"]][match["path"]] = tensor.float()
     for path in sorted(parts["lora_A"].keys() ^ parts["lora_B"].keys()):
-        problems.append(f"{folder / WEIGHTS}: {path} has only one of lora_A and lora_B.")
+        problems.append(f"{folder / WEIGHTS}: {shown(path)} has only one of lora_A and lora_B; {AGAIN}.")
     if not tensors:
         problems.append(f"{folder / WEIGHTS}: is empty.")
     if problems:
@@ -99,10 +106,8 @@ def read(folder: Path) -> Adapter:
         base_fingerprint=_base_fingerprint(folder),
         lora_A=parts["lora_A"],
         lora_B=parts["lora_B"],
-        scales={path: _scale(path, down.shape[0], values) for path, down in parts["lora_A"].items()},
-        chat_templates={
-            name: (folder / name).read_text(encoding="utf-8") for name in TEMPLATES if (folder / name).is_file()
-        },
+        scales=_scales({path: len(down) for path, down in parts["lora_A"].items()}, values, folder / CONFIG),
+        chat_templates={name: _read_template(folder / name) for name in TEMPLATES if (folder / name).is_file()},
     )
 
 
@@ -119,9 +124,7 @@ def _require_sane(file: Path) -> None:
             entries = json.loads(opened.read(length))
         dtypes = {entry["dtype"] for name, entry in entries.items() if name != "__metadata__"}
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(
-            f"{file}: is no safetensors file: {cut(str(error), 120)}.", state="Nothing was read."
-        ) from None
+        raise AdapterError(f"{file}: is no safetensors file: {shown(error, 120)}.", state="Nothing was read.") from None
     if len(entries) > _MOST_TENSORS or not dtypes <= _DTYPES:
         what = ", ".join(map(ascii, sorted(map(str, dtypes - _DTYPES)))) or f"{len(entries):,} tensors"
         accepted = f"an adapter has at most {_MOST_TENSORS:,} tensors of {', '.join(sorted(_DTYPES))}"
@@ -131,29 +134,46 @@ def _require_sane(file: Path) -> None:
 def read_config(folder: Path) -> dict[str, Any]:
     """Read adapter_config.json. Raises AdapterError with everything in it that cannot be honoured."""
     path = folder / CONFIG
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: cannot be read: {error}.", state="Nothing was read.") from None
-    problems = []
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: is no LoRA adapter (peft_type must be LORA).", state="Nothing was read.")
+    values = json_file.read_object(path)
+    if values.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{path}: is no LoRA adapter: peft_type is {shown(values.get('peft_type'))}, and only LORA can be applied.",
+            state="Nothing was read.",
+        )
+    problems = [f"{path}: {problem}." for problem in _wrong_types(values)]
     if values.get("use_dora"):
         problems.append(f"{path}: is a DoRA adapter, which this version cannot apply.")
     if values.get("bias", "none") != "none" or values.get("lora_bias"):
-        problems.append(f"{path}: trained biases cannot be applied.")
+        problems.append(f"{path}: trained biases cannot be applied; train with bias: none.")
     for key in _NOT_PLAIN:
         if values.get(key):
-            problems.append(f"{path}: {key} ({str(values[key])[:80]}) cannot be applied.")
+            problems.append(
+                f"{path}: {key} ({shown(values[key])}) cannot be applied; merge it with PEFT (merge_and_unload)."
+            )
     start = values.get("init_lora_weights", True)
     if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
         problems.append(
-            f"{path}: was started with {start}, which changes the base; convert it to a plain LoRA with PEFT first "
-            "(save_pretrained with path_initial_model_for_weight_conversion)."
+            f"{path}: was started with {shown(start)}, which changes the base; convert it to a plain LoRA with PEFT "
+            "first (save_pretrained with path_initial_model_for_weight_conversion)."
         )
     if problems:
         raise AdapterError(*problems, state="Nothing was read.")
     return values
+
+
+def _wrong_types(values: Mapping[str, Any]) -> Iterator[str]:
+    """Iterate over what is wrong with the settings that are read as numbers or names."""
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(values.get(key), str | None):
+            yield f"{key} must be text or null, found {shown(values[key])}"
+    if not is_number(values.get("lora_alpha", 8)):
+        yield f"lora_alpha must be a finite number, found {shown(values['lora_alpha'])}"
+    if not isinstance(values.get("r", 8), int) or isinstance(values.get("r"), bool):
+        yield f"r must be a whole number, found {shown(values['r'])}"
+    for key in ("alpha_pattern", "rank_pattern"):
+        special = values.get(key) or {}
+        if not isinstance(special, dict) or not all(map(is_number, special.values())):
+            yield f"{key} must be names with numbers, found {shown(special)}"
 
 
 def is_transposed(folder: Path) -> bool:
@@ -161,25 +181,59 @@ def is_transposed(folder: Path) -> bool:
     return bool(read_config(folder).get("fan_in_fan_out"))
 
 
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise AdapterError(
+            f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.", state="Nothing was read."
+        ) from None
+
+
 def _base_fingerprint(folder: Path) -> str | None:
     """Return the fingerprint of the base an adapter was trained on; None for adapters from elsewhere."""
     path = folder / BASE
     if not path.is_file():
         return None
+    fingerprint = json_file.read_object(path).get("fingerprint")
+    if not isinstance(fingerprint, str):
+        raise AdapterError(
+            f"{path}: fingerprint must be text, found {shown(fingerprint)}. It tells which base the adapter is for; "
+            "fetch or copy it again.",
+            state="Nothing was read.",
+        )
+    return fingerprint
+
+
+def _scales(ranks: Mapping[str, int], values: Mapping[str, Any], path: Path) -> dict[str, float]:
+    """Return each layer's scale by PEFT's rules. Raises AdapterError where a rank is not what the settings say.
+
+    A pattern is a regular expression of whoever made the adapter: it gets no more than SECONDS.
+    """
+    method = "rslora" if values.get("use_rslora") else "lora"
+    scales, problems, where = {}, [], "a pattern in alpha_pattern or rank_pattern"
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path}: cannot be read: {error}.", state="Nothing was read.") from None
+        with time_limit(SECONDS):
+            for layer, rank in ranks.items():
+                said = _special(layer, values.get("rank_pattern") or {}, values.get("r", rank))
+                if said != rank:
+                    what = f"says that {shown(layer)} has the rank {said}; its tensors have {rank}"
+                    problems.append(f"{path}: {what}; {AGAIN}.")
+                alpha = _special(layer, values.get("alpha_pattern") or {}, values.get("lora_alpha", 8))
+                scales[layer] = lora.scale_of(method, float(alpha), rank)
+    except TimeoutError:
+        problems = [f"{path}: {where} takes too long to match; write plain names."]
+    except (re.error, OverflowError, RecursionError) as error:
+        problems = [f"{path}: {where} is no regular expression ({shown(error)}); write plain names."]
+    if problems:
+        raise AdapterError(*problems, state="Nothing was read.")
+    return scales
 
 
-def _scale(path: str, rank: int, values: Mapping[str, Any]) -> float:
-    """Return a layer's scale by PEFT's rules: the first pattern that matches the end of its path gives its alpha."""
-    alpha = values.get("lora_alpha", 8)
-    for pattern, special in (values.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            alpha = special
-            break
-    return lora.scale_of("rslora" if values.get("use_rslora") else "lora", float(alpha), rank)
+def _special(path: str, patterns: Mapping[str, Any], usual: float) -> float:
+    """Return what the first pattern that matches the end of a layer's path gives, else what is usual."""
+    found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path))
+    return next(found, usual)
 
 
 def require_fit(model: nn.Module, adapter: Adapter) -> None:

@@ -5,6 +5,7 @@ reaching the machine but not from looping or from asking for memory; `limits` do
 """
 
 import datetime
+import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_cli import limits
 from lora_cli.conversation import Conversation, Message, RowError, reasoning, thinks
-from lora_cli.errors import NOTHING_LOADED, ConfigError, ModelError
-from lora_cli.redact import cut
+from lora_cli.errors import NOTHING_LOADED, ConfigError, ModelError, shown
 
 SOURCE = 1 << 20  # characters a template may have
 OUTPUT = 64 << 10  # characters a row may become; more by its own size, GROWTH times
@@ -44,6 +44,7 @@ NAMED = {
     ),
 }
 _TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<form>[^"'\\]*)(?P=quote)\s*\)""")
+ANOTHER = "data.chat_template can name another"
 CHOICES = f"data.chat_template: a Jinja file, or one of {', '.join(NAMED)}"
 
 
@@ -121,10 +122,10 @@ class ChatTemplate:
         except MemoryError:
             raise
         except Exception as error:  # a template is a program: it may fail in any way
-            hint = ""
+            hint = f"; {ANOTHER}"
             if not self.merge_system and messages[0].role == "system":
                 hint = "; if it knows no system role, data.merge_system: true puts it in front of the first question"
-            raise RowError(f"is refused by the chat template: {cut(str(error), 200)}{hint}") from None
+            raise RowError(f"is refused by the chat template: {shown(error, 160).rstrip('.')}{hint}") from None
         (text,) = texts
         if len(text) > OUTPUT and len(text) > (most := OUTPUT + GROWTH * _size(row)):
             raise limits.TemplateLimit(f"The chat template makes {len(text):,} characters of this; {most:,} are taken.")
@@ -181,9 +182,13 @@ def choose(setting: str | None, tokenizer: Any, date: str, merge_system: bool) -
     elif setting is not None:
         try:
             source = Path(setting).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
+            close = difflib.get_close_matches(setting, NAMED, n=1)
+            hint = f'; did you mean "{close[0]}"?' if close else "."
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise ConfigError(
-                f"data.chat_template: {setting} is none of {', '.join(NAMED)}, and no file that can be read: {error}.",
+                f"data.chat_template: {shown(setting)} is none of {', '.join(NAMED)}, and no file that can be read "
+                f"({reason}){hint}",
                 state=NOTHING_LOADED,
             ) from None
     elif isinstance(own, dict):

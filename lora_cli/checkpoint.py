@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lora_cli import adapter, lora, run_dir, storage
+from lora_cli import adapter, json_file, lora, run_dir, storage
 from lora_cli.errors import AdapterError
 from lora_cli.run_dir import RunDir
 
@@ -58,6 +58,14 @@ class Stopping:
         over = 0.0 if budget is None or self.best_forgetting is None else self.best_forgetting - budget
         self.best_excess = self.reference_excess = max(0.0, over)
         self.reference = self.best_loss
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What state.json holds."""
+
+    step: int
+    stopping: Stopping
 
 
 @dataclass
@@ -121,8 +129,8 @@ def load(path: Path, state: TrainState) -> None:
 
 def read_numbers(path: Path) -> tuple[int, Stopping]:
     """Return a checkpoint's step and early-stopping state. Raises AdapterError where a newer version wrote it."""
-    numbers = run_dir.read_facts(path / STATE)
-    return int(numbers["step"]), Stopping(**numbers["stopping"])
+    numbers = json_file.checked(_Numbers, run_dir.read_facts(path / STATE), path / STATE)
+    return numbers.step, numbers.stopping
 
 
 def is_evaluated(path: Path) -> bool:

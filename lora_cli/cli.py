@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from lora_cli import __version__, arguments, config_file, console, ending, figures, follower, interrupt, launch, storage
-from lora_cli import data as data_rows
 from lora_cli.errors import ConfigError, InputError
 from lora_cli.records import Finished, as_json
 
@@ -55,7 +54,7 @@ def init(
     if path.exists():
         raise ConfigError(f"{path}: already exists; name another file, or delete it.")
     if not path.parent.is_dir():
-        raise ConfigError(f"{path}: the folder {path.parent} does not exist.")
+        raise ConfigError(f"{path}: the folder {path.parent} does not exist; make it first (mkdir -p {path.parent}).")
     storage.write_file(path, config_file.commented(model, data, output_dir))
     if json:
         console.print_json({"config": str(path)})
@@ -74,7 +73,9 @@ def check(
 ) -> None:
     """Show what a run would do: data, mask preview, targets, memory. Trains nothing."""
     run_config = config_file.load(config, overrides or [])
-    data_rows.require_readable(run_config.data, run_config.eval.general_source)
+    from lora_cli import data as rows
+
+    rows.require_readable(run_config.data, run_config.eval.general_source)
     from lora_cli import check as checking
 
     report = follower.follow_preparation(checking.check(run_config, row))

@@ -5,12 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.config import FORMAT_KEYS, ModelConfig, RunConfig, flat
+from lora_cli.errors import shown
 
 # Keys of the contract whose other values this version cannot honour yet: refused, never ignored.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "model.quantization": (None,),
     "lora.method": ("lora", "rslora"),
 }
+
+# Keys that name a place.
+_PLACES = (
+    *("model.path", "data.train", "data.validation", "data.test", "data.chat_template", "data.replay.path"),
+    *("eval.general", "output_dir"),
+)
 
 
 def problem_of_remote_code(model: ModelConfig) -> str | None:
@@ -34,6 +41,10 @@ def check_config(config: RunConfig) -> dict[str, str]:
             problems[root] = f"this version cannot do {value!r} yet; leave {root} at {usable}"
     if problem := problem_of_remote_code(config.model):
         problems["model.trust_remote_code"] = problem
+        if key in _PLACES and (variable := re.search(r"\$\w+|\$\{[^}]*\}?", str(value))):
+            problems[key] = f"{shown(variable[0])}: a config reads no variables of the environment; write the value"
+        if key in _PLACES and "\0" in str(value):
+            problems[key] = "no name of a file can hold the character NUL; take it out"
     if config.train.learning_rate == "auto":
         problems["train.learning_rate"] = "this version cannot choose the rate yet; give a number, for example 3e-4"
     if config.eval.forgetting_budget is not None and False in (config.eval.general, config.data.validation != 0):
@@ -48,7 +59,9 @@ def check_config(config: RunConfig) -> dict[str, str]:
         )
     keys = {key for source in config.data.sources for key in source.fields or ()}
     if unknown := sorted(keys - FORMAT_KEYS):
-        problems["data.fields"] = f"no format has a key {unknown[0]!r}; the keys are {', '.join(sorted(FORMAT_KEYS))}"
+        problems["data.fields"] = (
+            f"no format has a key {shown(unknown[0])!r}; the keys are {', '.join(sorted(FORMAT_KEYS))}"
+        )
     if config.data.prompt_template and "prompt" in keys:
         problems["data.prompt_template"] = "makes the prompt, and so does prompt in data.fields; leave one out"
     for name, wanted in (("validation", config.data.validation), ("test", config.data.test)):

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from lora_cli.config import ModelConfig, RunConfig, Section
 from lora_cli.config_checks import check_config
-from lora_cli.errors import NOTHING_READ, ConfigError, SurroundingsError
-from lora_cli.redact import cut, redact
+from lora_cli.errors import NOTHING_READ, ConfigError, SurroundingsError, shown
+from lora_cli.redact import redact
 from lora_cli.strict_yaml import Document, Key, dump_inline, parse, read_value
 from lora_cli.strict_yaml import dump as dump_yaml
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 200_000
 
 # Names that other tools use, and ours.
 _ELSEWHERE = {
@@ -47,17 +46,17 @@ def _override(document: Document, overrides: Sequence[str]) -> Document:
         key, equals, text = override.partition("=")
         parts = key.split(".")
         if not equals or not all(parts):
-            problems.append(f'override "{override}": expected KEY=VALUE, for example lora.rank=8.')
+            problems.append(f'override "{shown(override)}": expected KEY=VALUE, for example lora.rank=8.')
             continue
         section = values
         for part in parts[:-1]:
             inner = section.get(part)
             section[part] = dict(inner) if isinstance(inner, dict) else {}
             section = section[part]
-        section[parts[-1]] = read_value(text)
+        section[parts[-1]] = read_value(text, f"override {shown(key)}")
         places = {at: place for at, place in places.items() if at[: len(parts)] != tuple(parts)}
         for length in range(1, len(parts) + 1):
-            places.setdefault(tuple(parts[:length]), f"override {override}")
+            places.setdefault(tuple(parts[:length]), f"override {shown(override)}")
     if problems:
         raise ConfigError(*problems, state=NOTHING_READ)
     return Document(values, places)
@@ -68,46 +67,54 @@ def _section_at(path: Sequence[str | int]) -> type[Section] | None:
     section: type[Section] = RunConfig
     for part in path:
         field = section.model_fields.get(str(part))
-        inner = _section_of(field) if field else None
+        inner = section if isinstance(part, int) else _section_of(field.annotation, deep=True) if field else None
         if inner is None:
             return None
         section = inner
     return section
 
 
-def _section_of(field: FieldInfo) -> type[Section] | None:
-    for candidate in (field.annotation, *get_args(field.annotation)):
+def _section_of(annotation: Any, deep: bool = False) -> type[Section] | None:
+    """Return the section that a field is; with `deep` also the one that its list holds."""
+    for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
+        if deep and candidate is not annotation and (found := _section_of(candidate, deep)):
+            return found
     return None
 
 
 def _all_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
-        if inner := _section_of(field):
+        if inner := _section_of(field.annotation):
             yield from _all_keys(inner, f"{prefix}{name}.")
 
 
 def _explain_unknown(path: Key) -> str:
     """Return what to write in place of an unknown key."""
-    key, where = str(path[-1]), ".".join(map(str, path[:-1]))
+    key, where = str(path[-1]), _dotted(path[:-1])
     section = _section_at(path[:-1])
     known = list(section.model_fields) if section else []
-    by_name = {dotted.split(".")[-1]: dotted for dotted in _all_keys()}
-    if key not in _ELSEWHERE and (close := difflib.get_close_matches(key, known, n=1, cutoff=0.75)):
+    by_name = {dotted.split(".")[-1]: dotted for dotted in reversed(list(_all_keys()))}
+    elsewhere = _ELSEWHERE.get(key.replace("-", "_"))
+    if elsewhere is None and (close := difflib.get_close_matches(key, known, n=1, cutoff=0.75)):
         hint = f'did you mean "{close[0]}"?'
     elif key in by_name:
         hint = f"it belongs at {by_name[key]}."
-    elif key in _ELSEWHERE:
-        hint = f"here that is {_ELSEWHERE[key]}."
+    elif elsewhere is not None:
+        hint = f"here that is {elsewhere}."
     elif close := difflib.get_close_matches(key, known, n=1, cutoff=0.6):
         hint = f'did you mean "{close[0]}"?'
     elif close := difflib.get_close_matches(key, by_name, n=1, cutoff=0.75):
         hint = f"did you mean {by_name[close[0]]}?"
     else:
         hint = f"{where or 'the top level'} has {', '.join(known)}."
-    return f'unknown key "{key}"{f" under {where}" if where else ""}; {hint}'
+    return f'unknown key "{shown(key)}"{f" under {where}" if where else ""}; {hint}'
+
+
+def _dotted(path: Sequence[str | int]) -> str:
+    return shown(".".join(map(str, path)))
 
 
 _EXPECTED = {
@@ -117,6 +124,8 @@ _EXPECTED = {
     "string_type": "text",
     "bool_type": "true or false",
     "tuple_type": "a list",
+    "too_short": "a list of at least one",
+    "dict_type": "keys with values",
     "model_type": "keys with values",
 }
 
@@ -126,25 +135,45 @@ def _explain(error: ValidationError, document: Document) -> dict[Key, str]:
     sentences: dict[Key, str] = {}
     expected: dict[Key, list[str]] = {}
     for item in error.errors():
-        path: Key = tuple(item["loc"])
+        path = _without_unions(item["loc"], document.values, item["type"] == "missing")
         if item["type"] == "missing":
-            sentences[path] = f"{'.'.join(map(str, path))} is missing; it has no default."
-            continue
-        while path and path not in document.places:  # a union adds the name of its member to the path
-            path = path[:-1]
-        if item["type"] == "extra_forbidden":
+            sentences[path] = f"{_dotted(path)} is missing; it has no default."
+        elif item["type"] == "extra_forbidden":
             sentences[path] = _explain_unknown(path)
         else:
             message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
             expected.setdefault(path, []).append(_EXPECTED.get(item["type"], message))
+    wrong = (*sentences, *expected)
     for path, wanted in expected.items():
-        seen = _value_at(document.values, path)
-        sentence = f"{'.'.join(map(str, path))}: expected {' or '.join(dict.fromkeys(wanted))}; found {_show(seen)}."
-        choices = re.findall(r"'([^']+)'", " ".join(wanted))
-        if close := difflib.get_close_matches(str(seen), choices, n=1):
-            sentence += f' Did you mean "{close[0]}"?'
-        sentences[path] = sentence
+        if not any(other[: len(path)] == path != other for other in wrong):  # else the mistake is known more exactly
+            sentences[path] = _explain_value(path, wanted, _value_at(document.values, path))
     return sentences
+
+
+def _explain_value(path: Key, wanted: Sequence[str], seen: Any) -> str:
+    """Return what is wrong with a value, and what to write where it is a usual mistake."""
+    sentence = f"{_dotted(path)}: expected {' or '.join(dict.fromkeys(wanted))}; found {_show(seen)}."
+    choices = re.findall(r"'([^']+)'", " ".join(wanted))
+    if seen is None:
+        sentence += f" Leave {_dotted(path)} out for the default."
+    elif seen in ("None", "none", "nil"):
+        sentence += " In YAML nothing is null."
+    elif "a list" in wanted and isinstance(seen, str):
+        sentence += f" Write it as a list: [{shown(', '.join(re.split('[, ]+', seen)))}]."
+    elif close := difflib.get_close_matches(str(seen), choices, n=1, cutoff=0.4):
+        sentence += f' Did you mean "{close[0]}"?'
+    return sentence
+
+
+def _without_unions(path: Sequence[str | int], values: Any, missing: bool) -> Key:
+    """Return the path of a wrong key as it stands in the file: a union adds the name of its member to it."""
+    found: list[str | int] = []
+    for part in path:
+        inside = part in values if isinstance(values, dict) else isinstance(values, list) and part in range(len(values))
+        if inside:
+            found.append(part)
+            values = values[part]
+    return (*found, path[-1]) if missing else tuple(found)
 
 
 def _value_at(values: Any, path: Sequence[str | int]) -> Any:
@@ -156,7 +185,7 @@ def _value_at(values: Any, path: Sequence[str | int]) -> Any:
 def _show(value: Any) -> str:
     text = "null" if value is None else repr(value)
     kind = {str: "text", bool: "true/false", dict: "keys", list: "a list"}.get(type(value))
-    return f"{cut(text, 80)} ({kind})" if kind else cut(text, 80)
+    return f"{shown(text)} ({kind})" if kind else shown(text)
 
 
 def _validate(document: Document, name: str) -> RunConfig:
@@ -197,7 +226,10 @@ def _without(values: dict[str, Any], wrong: Iterable[Key]) -> RunConfig | None:
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Load a config file and apply `a.b=value` overrides. Raises ConfigError with every problem and its place."""
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=3, cutoff=0.4)
+        there = [*path.glob("*.y*ml"), *path.parent.glob("*.y*ml")]
+        near = difflib.get_close_matches(path.name, [p.name for p in there], n=3, cutoff=0.4)
+        if path.is_dir():
+            near = [p.name for p in there[:3]]
         hint = f" Did you mean {' or '.join(near)}?" if near else " `lora init` writes one to start from."
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise ConfigError(f"{path}: the config {what}.{hint}", state=NOTHING_READ)
@@ -206,11 +238,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except OSError as error:
         raise SurroundingsError(f"{path}: cannot be read: {error.strerror}.", state=NOTHING_READ) from None
     if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{path}: {len(raw):,} bytes is too large for a config.", state=NOTHING_READ)
+        raise ConfigError(
+            f"{path}: {len(raw):,} bytes is too large for a config; at most {MAX_BYTES:,} are read.", state=NOTHING_READ
+        )
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}).", state=NOTHING_READ) from None
+        raise ConfigError(
+            f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.", state=NOTHING_READ
+        ) from None
     document = _override(parse(text, str(path)), overrides)
     _require_no_secret(document, str(path))
     return _validate(document, str(path))

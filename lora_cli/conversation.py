@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_cli.data_file import parse_json
+from lora_cli.errors import shown
 
 Row = Mapping[str, Any]
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # names that templates and data give to it
@@ -36,6 +37,11 @@ class RowError(Exception):
     """What is wrong with one row; the caller knows where it stands."""
 
 
+def keys_of(row: Row) -> str:
+    """Return the keys of a row as messages show them."""
+    return shown(", ".join(map(str, row))) or "nothing"
+
+
 def text_of(row: Row, key: str, *, default: str | None = None) -> str:
     value = row.get(key, default)
     if value is None and default is not None:
@@ -50,7 +56,7 @@ def _whole(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RowError(f"holds half of a character (position {error.start})") from None
+        raise RowError(f"holds half of a character (position {error.start}); write the whole one") from None
     return text
 
 
@@ -78,7 +84,7 @@ def _message(entry: Any, role_key: str, content_key: str) -> Message:
     if not isinstance(entry, dict):
         raise RowError(f"each message must be an object, found {type(entry).__name__}")
     if role_key not in entry:
-        raise RowError(f'a message has no "{role_key}" (it has {", ".join(map(str, entry)) or "nothing"})')
+        raise RowError(f'a message has no "{role_key}" (it has {keys_of(entry)})')
     role = text_of(entry, role_key)
     known = (role_key, content_key, "weight", "train")
     extra = {k: v for k, v in entry.items() if k not in known and v is not None}
@@ -94,11 +100,11 @@ def _message(entry: Any, role_key: str, content_key: str) -> Message:
         extra["tool_calls"] = _tool_calls(extra["tool_calls"])
     for name in _REASONING:
         if name in extra and not isinstance(extra[name], str):
-            raise RowError(f'"{name}" of a {role} message must be text, found {type(extra[name]).__name__}')
+            raise RowError(f'"{name}" of a {shown(role, 40)} message must be text, found {type(extra[name]).__name__}')
     if content is None and extra:
         content = ""
     if not isinstance(content, str):
-        raise RowError(f'"{content_key}" of a {role} message must be text, found {type(content).__name__}')
+        raise RowError(f'"{content_key}" of a {shown(role, 40)} message must be text, found {type(content).__name__}')
     role = _role(role)
     return Message(role, _whole(content), _is_trained(entry, role), extra)
 
@@ -108,7 +114,7 @@ def _role(name: str) -> str:
     role = _ROLES.get(name, name)
     known = (*_KNOWN_ROLES, *_ROLES)
     if role not in known and (close := difflib.get_close_matches(role.lower(), known, n=1, cutoff=0.75)):
-        raise RowError(f'has a message of the role "{name[:40]}"; did you mean "{close[0]}"?')
+        raise RowError(f'has a message of the role "{shown(name, 40)}"; did you mean "{close[0]}"?')
     return role
 
 
@@ -128,12 +134,12 @@ def _is_trained(entry: Row, role: str) -> bool:
     """Return whether a message is trained: an answer, unless it says `weight: 0` or `train: false`."""
     weight, train = entry.get("weight"), entry.get("train")
     if weight not in (None, 0, 1):
-        raise RowError(f'"weight" of a message must be 0 or 1, found {weight!r}')
+        raise RowError(f'"weight" of a message must be 0 or 1, found {shown(weight)}')
     if train is not None and not isinstance(train, bool):
-        raise RowError(f'"train" of a message must be true or false, found {train!r}')
+        raise RowError(f'"train" of a message must be true or false, found {shown(train)}')
     if role != "assistant":
         if train:
-            raise RowError(f'"train: true" on a {role} message: only answers can be trained')
+            raise RowError(f'"train: true" on a {shown(role, 40)} message: only answers can be trained')
         return False
     return weight != 0 and train is not False
 
@@ -154,20 +160,20 @@ def _with_arguments(function: Any) -> Any:
     try:
         arguments = parse_json(function["arguments"] or "{}")
     except ValueError as error:
-        raise RowError(f'"arguments" of a tool call is text that is not JSON: {str(error)[:80]}') from None
+        raise RowError(f'"arguments" of a tool call is text that is not JSON: {shown(error)}') from None
     return {**function, "arguments": arguments}
 
 
 def parse_conversation(entries: Any, row: Row, role_key: str = "role", content_key: str = "content") -> Conversation:
     if not isinstance(entries, list) or not entries:
-        raise RowError("has no messages")
+        raise RowError(f'has no messages: a list of {{"{role_key}", "{content_key}"}} is expected')
     messages = tuple(_message(entry, role_key, content_key) for entry in entries)
     if not any(m.role == "assistant" for m in messages):
         raise RowError("has no answer: no message of the role assistant")
     if not any(m.trained for m in messages):
         raise RowError("has no answer that is trained: each has weight 0 or train false")
     if any(m.trained and not (m.content.strip() or m.extra.get("tool_calls") or reasoning(m)) for m in messages):
-        raise RowError("has an empty answer")
+        raise RowError("has an empty answer; leave the row out")
     return Conversation(_with_system(messages, row), True, parse_tools(row.get("tools")))
 
 
@@ -187,7 +193,7 @@ def parse_tools(value: Any) -> Sequence[Any] | None:
         try:
             value = parse_json(value)
         except ValueError as error:
-            raise RowError(f'"tools" is text that is not JSON: {str(error)[:80]}') from None
+            raise RowError(f'"tools" is text that is not JSON: {shown(error)}') from None
     if not value:
         return None
     if not isinstance(value, list):

@@ -278,7 +278,7 @@ def _iter_made(reader: Reader, encoder: Encoder, processes: int) -> Iterator[_Ma
     if problems:
         raise DataError(*problems, *["..."] * left_out, state=NOTHING_LOADED)
     if not rows:
-        raise DataError(f"{reader.file.name}: has no rows.", state=NOTHING_LOADED)
+        raise DataError(f"{reader.file.name}: has no rows to read.", state=NOTHING_LOADED)
 
 
 def _open(reader: Reader, folder: Path) -> Corpus:
@@ -314,6 +314,7 @@ def _key(reader: Reader, encoder: Encoder, content: str) -> str:
         "template": None if template is None else asdict(template),
         "today": None if template is None or template.repeats else str(date.today()),
         "controls": encoder.keep_controls,
+        "vocabulary": encoder.vocabulary,
         "libraries": [metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")],
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()[:32]

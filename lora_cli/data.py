@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.config import HELD_OUT, DataConfig, HeldOut, SourceConfig
-from lora_cli.conversation import Conversation, Message, Row, RowError, parse_conversation, text_of
+from lora_cli.conversation import Conversation, Message, Row, RowError, keys_of, parse_conversation, text_of
 from lora_cli.data_file import Block, Broken, DataFile
-from lora_cli.errors import NOTHING_LOADED, DataError
+from lora_cli.errors import NOTHING_LOADED, DataError, shown
 from lora_cli.sources import find_files, is_hub_id, is_plain_text, read_plain_text
 
 # --- formats ---
@@ -30,7 +30,7 @@ def _from_alpaca(row: Row) -> Conversation:
     )
     answer = text_of(row, "output")
     if not answer.strip():
-        raise RowError('has an empty answer ("output")')
+        raise RowError('has an empty answer ("output"); leave the row out')
     system = text_of(row, "system", default="")
     messages = [Message("system", system, False)] if system else []
     return Conversation((*messages, Message("user", question, False), Message("assistant", answer, True)), True)
@@ -43,20 +43,20 @@ def _from_prompt_completion(row: Row) -> Conversation:
         given = len(asked.messages) - len(completion)  # the prompt, and a system message of the row's own
         answers = tuple(replace(m, trained=m.trained and i >= given) for i, m in enumerate(asked.messages))
         if not any(message.trained for message in answers):
-            raise RowError('has no answer in "completion"')
+            raise RowError('has no answer in "completion"; leave the row out')
         return replace(asked, messages=answers)
     if row.get("system") or row.get("tools"):
         raise RowError('has "system" or "tools", which have no place in a plain prompt; use format: messages')
     prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
     if not completion.strip():
-        raise RowError('has an empty answer ("completion")')
+        raise RowError('has an empty answer ("completion"); leave the row out')
     return Conversation((Message("prompt", prompt, False), Message("completion", completion, True)), False)
 
 
 def _from_text(row: Row) -> Conversation:
     text = text_of(row, "text")
     if not text.strip():
-        raise RowError('has an empty "text"')
+        raise RowError('has an empty "text"; leave the row out')
     return Conversation((Message("text", text, True),), False)
 
 
@@ -89,11 +89,10 @@ def detect_format(row: Row, named: frozenset[str] = frozenset()) -> str | None:
 
 
 def _explain_keys(row: Row, wanted: str | None) -> str:
-    has = ", ".join(map(str, row)) or "nothing"
     keys = _FORMATS[wanted][0] if wanted else [key for keys, _ in _FORMATS.values() for key in keys]
     missing = [key for key in keys if key not in row]
     guesses = [
-        f'"{close[0]}" looks like "{key}"'
+        f'"{shown(close[0])}" looks like "{key}"'
         for key in missing
         if (close := difflib.get_close_matches(key, list(map(str, row)), n=1))
     ]
@@ -102,7 +101,7 @@ def _explain_keys(row: Row, wanted: str | None) -> str:
     else:
         expected = "expected " + ", or ".join(" and ".join(keys) for keys, _ in _FORMATS.values())
         expected += ", or data.fields to say which columns these are"
-    return f"has the keys {has}; {expected}" + (f" ({', '.join(guesses)})" if guesses else "")
+    return f"has the keys {keys_of(row)}; {expected}" + (f" ({', '.join(guesses)})" if guesses else "")
 
 
 # --- rows ---
@@ -143,9 +142,7 @@ class Reader:
     def renamed(self, row: Row) -> Row:
         """Return a row with the columns that `fields` names, and the prompt that `prompt_template` makes."""
         if missing := [name for name in self.fields.values() if name not in row]:
-            close = difflib.get_close_matches(missing[0], list(map(str, row)), n=1)
-            hint = f'; did you mean "{close[0]}"?' if close else f" (it has {', '.join(map(str, row))})"
-            raise RowError(f'has no column "{missing[0]}", which data.fields names{hint}')
+            raise RowError(f'has no column "{missing[0]}", which data.fields names{_nearest(missing[0], row)}')
         taken = set(self.fields.values())
         renamed = {k: v for k, v in row.items() if k not in taken} | {k: row[v] for k, v in self.fields.items()}
         if self.prompt_template is not None:
@@ -166,6 +163,12 @@ class Reader:
         return conversations, problems
 
 
+def _nearest(name: str, row: Row) -> str:
+    """Return what a row has in place of a column that it has not."""
+    close = difflib.get_close_matches(name, list(map(str, row)), n=1)
+    return f'; did you mean "{shown(close[0])}"?' if close else f" (it has {keys_of(row)})"
+
+
 def _fill(template: str, row: Row) -> str:
     """Return a prompt template with the row's columns in it."""
     parts = []
@@ -173,7 +176,7 @@ def _fill(template: str, row: Row) -> str:
         parts.append(text)
         if name is not None:
             if row.get(name) is None or row[name] != row[name]:  # a table has NaN where it has nothing
-                raise RowError(f'has no "{name}", which data.prompt_template names')
+                raise RowError(f'has no "{name}", which data.prompt_template names{_nearest(name, row)}')
             if isinstance(row[name], dict | list):
                 raise RowError(f'"{name}" must be text for data.prompt_template, found {type(row[name]).__name__}')
             parts.append(str(row[name]))
@@ -277,6 +280,6 @@ def require_readable(config: DataConfig, general: str | None = None) -> None:
             if size >= LOOKED_AT or rows >= ROWS_LOOKED_AT:
                 break
         if not rows:
-            problems.append(f"{reader.file.name}: has no rows.")
+            problems.append(f"{reader.file.name}: has no rows to read; write a row a line.")
     if problems:
         raise DataError(*problems, state=NOTHING_LOADED)

@@ -20,7 +20,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from lora_cli.errors import NOTHING_LOADED, DataError, SurroundingsError
+from lora_cli.errors import NOTHING_LOADED, DataError, SurroundingsError, shown
 
 Kind = Literal["jsonl", "json", "csv", "parquet", "arrow"]
 _KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -106,15 +106,20 @@ class explained:  # noqa: N801 - used as a function
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         match error:
             case UnicodeDecodeError():
-                raise DataError(f"{self.name}: not UTF-8 text (byte {error.start}).", state=NOTHING_LOADED) from None
-            case EOFError() | gzip.BadGzipFile() | zlib.error() | OverflowError() | pyarrow.ArrowException():
                 raise DataError(
-                    f"{self.name}: this is not {self.kind}, or it is cut short: {str(error)[:200]}",
-                    state=NOTHING_LOADED,
+                    f"{self.name}: not UTF-8 text (byte {error.start}); save it as UTF-8.", state=NOTHING_LOADED
                 ) from None
+            case EOFError() | gzip.BadGzipFile() | zlib.error() | OverflowError() | pyarrow.ArrowException():
+                raise self._damaged(error) from None
+            case OSError() if error.errno is None:  # pyarrow's: what it unpacks is not packed so
+                raise self._damaged(error) from None
             case OSError():
                 reason = error.strerror or str(error)[:200]
                 raise SurroundingsError(f"{self.name}: cannot be read: {reason}.", state=NOTHING_LOADED) from None
+
+    def _damaged(self, error: BaseException) -> DataError:
+        reason = f"{self.name}: this is not {self.kind}, or it is cut short: {shown(error, 120)}."
+        return DataError(f"{reason} Fetch or write the file again.", state=NOTHING_LOADED)
 
 
 def kind_of(path: Path) -> Kind | None:
@@ -180,12 +185,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'the key "{twice}" stands twice')
+        raise ValueError(f'the key "{shown(twice)}" stands twice; leave one out')
     return row
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number that JSON knows")
+    raise ValueError(f"{name} is no number that JSON knows; write null")
 
 
 def parse_json(text: str) -> Any:
@@ -193,16 +198,16 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except RecursionError:
-        raise ValueError("the JSON is nested too deeply") from None
+        raise ValueError("the JSON is nested too deeply; flatten it") from None
 
 
 def _parse_line(line: bytes) -> Any:
     try:
         return parse_json(line.decode().rstrip())
     except UnicodeDecodeError as error:
-        return Broken(f": not UTF-8 text (byte {error.start} of the line).")
+        return Broken(f": not UTF-8 text (byte {error.start} of the line); save it as UTF-8.")
     except json.JSONDecodeError as error:
-        return Broken(f":{error.colno}: this is not JSON: {error.msg}.")
+        return Broken(f":{error.colno}: this is not JSON: {error.msg}; a row is an object on one line.")
     except ValueError as error:
         return Broken(f": {error}.")
 
@@ -214,7 +219,8 @@ def _rows_of_json(file: DataFile) -> Iterator[tuple[int, Any]]:
         rows = parse_json(text)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{file.name}:{error.lineno}:{error.colno}: this is not JSON: {error.msg}.", state=NOTHING_LOADED
+            f"{file.name}:{error.lineno}:{error.colno}: this is not JSON: {error.msg}. Fetch or write the file again.",
+            state=NOTHING_LOADED,
         ) from None
     except ValueError as error:
         raise DataError(f"{file.name}: {error}.", state=NOTHING_LOADED) from None
@@ -240,12 +246,18 @@ def _rows_of_csv(file: DataFile) -> Iterator[tuple[int, Any]]:
         try:
             names = list(reader.fieldnames or ())
             if len(set(names)) < len(names) or (len(names) == 1 and ";" in names[0]):
-                what = "names a column twice" if len(names) > 1 else "is cut by semicolons; commas are needed"
+                what = (
+                    "names a column twice; give each a name of its own"
+                    if len(names) > 1
+                    else "is cut by semicolons; commas are needed"
+                )
                 raise DataError(f"{file.place(1)}: the header {what}.", state=NOTHING_LOADED)
             begins = reader.line_num + 1
             for row in reader:
-                wrong = None in row or None in row.values()
-                yield begins, Broken(": has not as many fields as the header.") if wrong else row
+                found = sum(value is not None for name, value in row.items() if name is not None)
+                found += len(row.get(None) or ())  # where the reader puts what is too many
+                wrong = f": has {found} fields, and the header {len(names)}; put a field that holds a comma in quotes."
+                yield begins, row if found == len(names) else Broken(wrong)
                 begins = reader.line_num + 1
         except csv.Error as error:
             raise DataError(f"{file.place(begins)}: this is not CSV: {error}.", state=NOTHING_LOADED) from None

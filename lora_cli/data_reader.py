@@ -36,7 +36,7 @@ class DataReader:
         tokenizer = header.tokenizer
         self.config = config
         self.template = choose(config.chat_template, tokenizer, config.template_date, config.merge_system)
-        self.encoder = Encoder(tokenizer, self.template, keep_controls=config.allow_control_tokens is True)
+        self.encoder = Encoder(tokenizer, self.template, config.allow_control_tokens is True, header.vocabulary)
         self.max_positions = header.max_positions
         self.limit = min(config.max_length, header.max_positions or config.max_length)
 
@@ -54,7 +54,8 @@ class DataReader:
                 )
             if not templated and self.encoder.tokenizer.eos_token_id is None:
                 raise ModelError(
-                    "The model's tokenizer has no end token (eos_token), so answers could not end.",
+                    "The model's tokenizer has no end token, so answers could not end: name it as eos_token in "
+                    "tokenizer_config.json.",
                     state=NOTHING_LOADED,
                 )
             corpus = yield from make(reader, self.encoder)

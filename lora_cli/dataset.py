@@ -222,7 +222,7 @@ def fit(dataset: Dataset, config: DataConfig, max_positions: int | None) -> tupl
         kept &= ~too_long
     fitting = dataset.where(kept)
     if not len(fitting):
-        raise DataError("No row keeps a single token to train on.", state=NOTHING_LOADED)
+        raise DataError("No row keeps a single token to train on. Raise data.max_length.", state=NOTHING_LOADED)
     lost = int(dataset.whole_targets.sum()) - int(fitting.targets.sum())
     return fitting, _count(dataset, fitting, int((too_long & kept).sum()), lost, places[:3])
 

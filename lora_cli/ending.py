@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from lora_cli import arguments, console, interrupt, launch, storage
-from lora_cli.errors import Interrupted, SurroundingsError, UserError
-from lora_cli.redact import cut, redact
+from lora_cli.errors import Interrupted, SurroundingsError, UserError, shown
+from lora_cli.redact import redact
 
 _OTHERS_SECONDS = 2.0  # in which torchrun ends the others after one of its processes failed
 
@@ -38,7 +38,7 @@ def run(command: Callable[[], None]) -> None:
             _end(SurroundingsError(refused, state="What was saved is whole."), again)
         _leave_it_to_the_main_process(error)
         log = _log(redact(traceback.format_exc()))
-        console.message(f"error: a bug in lora ({type(error).__name__}: {cut(str(error), 200)}).\n{log}")
+        console.message(f"error: a bug in lora ({type(error).__name__}: {shown(error, 200)}).\n{log}")
         sys.exit(1)
 
 

@@ -20,6 +20,17 @@ NOTHING_READ = "No data or model was read, and nothing was written."
 NOTHING_LOADED = "No weights were read, and nothing was written."
 
 
+def shown(value: object, most: int = 80) -> str:
+    """Return a value as messages show it: on one line, secrets hidden, and of a long one only the beginning."""
+    text = redact(str(value))
+    return one_line(text if len(text) <= most else text[: most - 1] + "…")
+
+
+def one_line(text: str) -> str:
+    """Return a text with what a terminal would obey, or cannot show, spelt out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class UserError(Exception):
     """One or more problems of one stage, reported together.
 
@@ -31,9 +42,8 @@ class UserError(Exception):
     most_shown = 10
 
     def __init__(self, *problems: str, state: str = "Nothing was written.") -> None:
-        problems = tuple(map(redact, problems))
-        super().__init__("\n".join(problems))
-        self.problems: Sequence[str] = problems
+        self.problems: Sequence[str] = tuple(one_line(redact(problem)) for problem in problems)
+        super().__init__("\n".join(self.problems))
         self.state = state
 
     def paragraph(self) -> str:

@@ -107,16 +107,19 @@ class _Rendered:
 class Encoder:
     """Turns conversations into tokens; one for each process."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, keep_controls: bool) -> None:
-        """`keep_controls`: control tokens inside content stay control tokens."""
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate | None, keep_controls: bool, vocabulary: int | None = None
+    ) -> None:
+        """`keep_controls`: control tokens inside content stay control tokens. `vocabulary`: tokens the model knows."""
         self.tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer  # of tokenizers: as the tokenizer's own call, without its detours
         self._backend.no_truncation()
         self._backend.no_padding()
         self.template = template
         self.keep_controls = keep_controls
-        vocabulary, added = tokenizer.get_vocab(), added_tokens(tokenizer)
-        self.added_ids = {vocabulary[token] for token in added if token in vocabulary}
+        self.vocabulary = vocabulary
+        known, added = tokenizer.get_vocab(), added_tokens(tokenizer)
+        self.added_ids = {known[token] for token in added if token in known}
         self.finder = SpanFinder(template, alternatives(added)) if template else None
 
     @cached_property
@@ -235,6 +238,8 @@ class Encoder:
     def _wrong_tokens(self, ids: Sequence[int], answers: Sequence[tuple[int, int]], entry: "_Rendered") -> str | None:
         """Return what is wrong with a sequence's tokens, or None."""
         bos = self.tokenizer.bos_token_id
+        if self.vocabulary is not None and (largest := max(ids, default=0)) >= self.vocabulary:
+            return f"has the token {largest}, and the model knows {self.vocabulary}: is its tokenizer another model's?"
         if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
             return "begins with two start tokens"
         if any(begin >= end for begin, end in answers):

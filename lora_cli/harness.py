@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from lora_cli import lora
-from lora_cli.errors import InputError, SurroundingsError
+from lora_cli.errors import InputError, SurroundingsError, shown
 from lora_cli.evaluate import BASE_AND_ADAPTER
 from lora_cli.examples import Tokenizer
 from lora_cli.intervals import compare
 from lora_cli.model import LanguageModel, generating
-from lora_cli.redact import cut
 from lora_cli.reports import Comparison
 from lora_cli.scoring import over_ones
 
@@ -54,11 +53,11 @@ def run_tasks(
                     )
                     results.append(evaluate(language_model, loaded, limit=limit, bootstrap_iters=1, log_samples=True))
             except (ConnectionError, OSError) as error:
-                raise SurroundingsError(f"--tasks: the data cannot be had: {cut(str(error), 300)}") from None
+                raise SurroundingsError(f"--tasks: the data cannot be had: {shown(error, 300)}") from None
             except KeyError as error:
                 raise InputError(f"--tasks: there is no such task, or its data lack a field: {error}.") from None
             except (ValueError, TypeError, AssertionError) as error:
-                raise InputError(f"--tasks: cannot be run: {cut(str(error), 300)}") from None
+                raise InputError(f"--tasks: cannot be run: {shown(error, 300)}") from None
     base, tuned = map(_tables, results)
     return {name: compare(base[name], tuned[name]) for name in base}
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
-from lora_cli.errors import InputError, SurroundingsError
-from lora_cli.redact import cut
+from lora_cli.errors import InputError, SurroundingsError, shown
 
 
 def require_pushable(repo: str) -> None:
@@ -35,10 +34,10 @@ def push(folder: Path, repo: str, private: bool = True) -> str:
             401: "the hub does not accept the token: run `hf auth login`",
             403: "the token may not write there: make one with write access, and `hf auth login`",
             409: "this repository exists already, and nothing is overwritten: name another one",
-        }.get(status, f"the hub answers {status}: {cut(str(error), 200)}")
+        }.get(status, f"the hub answers {status}: {shown(error, 200)}")
         raise SurroundingsError(f"--push: {repo}: {why}.", state=state) from None
     except Exception as error:  # the client's HTTP library changes with its version, and its errors with it
         raise SurroundingsError(
-            f"--push: {repo}: the hub cannot be reached ({type(error).__name__}: {cut(str(error), 200)}).", state=state
+            f"--push: {repo}: the hub cannot be reached ({type(error).__name__}: {shown(error, 200)}).", state=state
         ) from None
     return str(url)

@@ -83,6 +83,11 @@ def probe(module: Any) -> Layout:
     ids = (torch.arange(3, 14, device=device) * 37 % vocabulary)[None]
     short, long = ids[:, :5], ids[:, 5:]
     alone = [_logits(module, sequence)[0] for sequence in (short, long)]
+    if not all(logits.isfinite().all() for logits in alone):
+        raise ModelError(
+            "The base model's logits are not finite: its weights are damaged (fetch them again), or too large for "
+            f"{str(dtype).removeprefix('torch.')} (set model.dtype: float32)."
+        )
     if not agree(_logits(module, long[:, :3])[0], alone[1][:3], dtype):
         raise ModelError(
             f"A {module.config.model_type} model lets tokens see those after them: it cannot be trained here."

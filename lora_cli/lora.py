@@ -145,7 +145,10 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
     if target_modules == "all-linear":
         if found := [path for path in linear if re.search(r"\.\d+\.", f".{path}.")]:
             return found
-        raise ModelError("lora.target_modules: all-linear found no linear layer in this model's blocks.")
+        raise ModelError(
+            "lora.target_modules: all-linear found no linear layer in this model's blocks; is config.json that of this "
+            "model?"
+        )
     names = Counter(path.rsplit(".", 1)[-1] for path in linear)
     problems, matched = [], set()
     for name in target_modules:

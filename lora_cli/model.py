@@ -17,14 +17,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_cli import names, remote_code, storage
+from lora_cli import json_file, names, remote_code, storage
 from lora_cli.attention import PACKED, packed_attention
 from lora_cli.config import ModelConfig
 from lora_cli.config_checks import problem_of_remote_code
-from lora_cli.errors import NOTHING_LOADED, ModelError, SurroundingsError
+from lora_cli.errors import NOTHING_LOADED, ModelError, SurroundingsError, shown
 from lora_cli.examples import Tokenizer
 from lora_cli.layout import Layout, probe
-from lora_cli.redact import cut
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -39,6 +38,11 @@ class ModelHeader:
     config: Any  # transformers' PretrainedConfig
     tokenizer: Tokenizer
     max_positions: int | None
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The number of tokens it knows, where its configuration says it."""
+        return getattr(self.config.get_text_config(), "vocab_size", None) if self.config else None
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,20 @@ def find_folder(path: str, revision: str | None = None) -> Path:
         folder = Path(path).expanduser()
         is_folder = folder.is_dir()
     except (OSError, RuntimeError) as error:  # a name too long for the system, or ~ of a user it does not know
-        raise ModelError(f"model.path: {path[:200]} is no path here: {error}.", state=NOTHING_LOADED) from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"model.path: {shown(path)} is no path here: {reason}.", state=NOTHING_LOADED) from None
     if is_folder:
         if not (folder / "config.json").is_file():
-            raise ModelError(f"model.path: {path} has no config.json, so it is no model.", state=NOTHING_LOADED)
+            what = "has no config.json, so it is no model; name the folder that has one"
+            if (folder / "adapter_config.json").is_file():
+                what = "is an adapter, not a model; name the base it was trained on"
+            raise ModelError(f"model.path: {path} {what}.", state=NOTHING_LOADED)
         return folder
     if folder.exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         near = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.glob("*/")], n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else f" Folders are looked for from {Path.cwd()}."
+        if "://" in path:
+            hint = f" Of a model of the hub only its name is written: {'/'.join(folder.parts[-2:])}."
         raise ModelError(f"model.path: there is no model folder {path}.{hint}", state=NOTHING_LOADED)
     import huggingface_hub
     from huggingface_hub import errors as hub_errors
@@ -98,11 +108,31 @@ def find_folder(path: str, revision: str | None = None) -> Path:
             f"model.path: {path} is no folder here and no model on the hub (or a private one: `hf auth login`).",
             state=NOTHING_LOADED,
         ) from None
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as error:
-        raise SurroundingsError(
-            f"model.path: {path} is no folder here, and the hub cannot be reached to fetch it: {cut(str(error), 200)}",
+    except hub_errors.HFValidationError:
+        raise ModelError(
+            f"model.path: {shown(path)} is no folder here, and no name that a model of the hub can have (owner/name).",
             state=NOTHING_LOADED,
         ) from None
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as error:
+        raise SurroundingsError(
+            f"model.path: {path} is no folder here, and the hub cannot be reached to fetch it: {shown(error, 120)} "
+            f"Where there is a network, `hf download {path}` fetches it.",
+            state=NOTHING_LOADED,
+        ) from None
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn whatever transformers raises for a file it cannot use into an error about the model."""
+    try:
+        yield
+    except Exception as error:  # it raises many kinds, of other libraries too
+        reason, hint = shown(error, 160), "Where the file is cut or damaged, fetch it again."
+        if "trust_remote_code" in str(error):
+            reason, hint = "it comes with Python code of its own.", "Read it, then set model.trust_remote_code: true."
+        elif "Unrecognized configuration class" in str(error):
+            reason, hint = "it is of no causal language model.", "Name one that writes text."
+        raise ModelError(f"{what}: {reason} {hint}", state=NOTHING_LOADED) from None
 
 
 def read_header(config: ModelConfig) -> ModelHeader:
@@ -113,10 +143,7 @@ def read_header(config: ModelConfig) -> ModelHeader:
     require_whole(folder, unread=".safetensors")
     if config.trust_remote_code:
         remote_code.require_own(folder)
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{folder / 'config.json'}: is not JSON: {error}.", state=NOTHING_LOADED) from None
+    raw = json_file.read_object(folder / "config.json", ModelError, NOTHING_LOADED)
     foreign = "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING
     if foreign and not config.trust_remote_code:
         raise ModelError(
@@ -124,16 +151,22 @@ def read_header(config: ModelConfig) -> ModelHeader:
             state=NOTHING_LOADED,
         )
     if raw.get("is_encoder_decoder"):
-        raise ModelError(f"{folder}: is an encoder-decoder model; only causal language models are trained here.")
+        raise ModelError(
+            f"{folder}: is an encoder-decoder model; only causal language models are trained here.",
+            state=NOTHING_LOADED,
+        )
     if not list(folder.glob("*.safetensors")):
-        found = ", ".join(p.name for p in folder.glob("*.bin")) or "no weights at all"
-        raise ModelError(f"{folder}: has no .safetensors weights ({found}); others are not read.", state=NOTHING_LOADED)
+        found = ", ".join(p.name for kind in ("*.bin", "*.gguf", "*.pt*") for p in folder.glob(kind))
+        raise ModelError(
+            f"{folder}: has no .safetensors weights ({shown(found or 'no weights at all')}); others are not read. "
+            "Fetch them, or load the model with transformers and save it again.",
+            state=NOTHING_LOADED,
+        )
     options = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
-    try:
+    with _explained(f"{folder}: config.json is of no model that transformers {transformers.__version__} can read"):
         parsed = AutoConfig.from_pretrained(folder, **options)
+    with _explained(f"{folder}: its tokenizer (tokenizer.json, tokenizer_config.json) cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise ModelError(f"{folder}: cannot be read as a model: {cut(str(error), 300)}", state=NOTHING_LOADED) from None
     if not tokenizer.is_fast:
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json), which is needed.", state=NOTHING_LOADED)
     positions = getattr(parsed.get_text_config(), "max_position_embeddings", None)
@@ -161,14 +194,8 @@ def with_chat_templates(tokenizer: Tokenizer, templates: Mapping[str, str]) -> T
 
 def build_skeleton(header: ModelHeader, trust_remote_code: bool = False, device: str = "meta") -> nn.Module:
     """Build the model without weights (on torch's meta device), to look at its layers. Raises ModelError."""
-    try:
-        with torch.device(device):
-            return AutoModelForCausalLM.from_config(header.config, trust_remote_code=trust_remote_code).eval()
-    except ValueError as error:
-        raise ModelError(
-            f"{header.folder}: a {header.config.model_type} model is no causal language model: {cut(str(error), 120)}",
-            state=NOTHING_LOADED,
-        ) from None
+    with _explained(f"{header.folder}: no model can be built as config.json describes it"), torch.device(device):
+        return AutoModelForCausalLM.from_config(header.config, trust_remote_code=trust_remote_code).eval()
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -194,7 +221,10 @@ def load_model(header: ModelHeader, config: ModelConfig, device: torch.device) -
             output_loading_info=True,
         )
     except (ValueError, OSError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
-        raise ModelError(f"{header.folder}: the weights cannot be read: {cut(str(error), 300)}") from None
+        raise ModelError(
+            f"{header.folder}: the weights cannot be read: {shown(error, 160)}. Where they are cut or damaged, "
+            "fetch them again."
+        ) from None
     missing = [str(name) for name in [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]]
     if missing:
         raise ModelError(
@@ -249,14 +279,22 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors"))
-    files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
+    places = json_file.read_object(index, ModelError, NOTHING_LOADED).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ModelError(
+            f"{index}: weight_map must be names of tensors with those of their files, found {shown(places)}. Fetch it "
+            "again.",
+            state=NOTHING_LOADED,
+        )
+    files = sorted(set(places.values()))
     for name in files:
         why = names.problem_with(name) or ("is in a folder" if "/" in name else None)
         if why is None and not (folder / name).is_file():
             why = "is not there"
         if why is not None:
             raise ModelError(
-                f"{index}: names {ascii(name)[:80]}, which is not in this folder: it {why}.", state=NOTHING_LOADED
+                f"{index}: names {shown(name)}, which is not in this folder: it {why}. Fetch the model again.",
+                state=NOTHING_LOADED,
             )
     return [folder / name for name in files]
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lora_cli import names, storage
+from lora_cli import json_file, names, storage
 from lora_cli.config import RunConfig
-from lora_cli.errors import AdapterError, ConfigError, SurroundingsError
-from lora_cli.records import Estimate, Evaluated, Finished, Forgetting, StepDone, Tested, as_json, event_name
+from lora_cli.errors import AdapterError, ConfigError, SurroundingsError, shown
+from lora_cli.records import Evaluated, Finished, StepDone, as_json, event_name
 
 FORMAT = 1  # of run.json, environment.json and a checkpoint's state.json; those without one are older, and read
 
@@ -64,12 +64,17 @@ class RunDir:
 
 
 def of(config: RunConfig) -> RunDir:
-    """Return the run directory that a config names. Raises ConfigError."""
+    """Return the run directory that a config names. Raises ConfigError where that can be none."""
     try:
         config.output_dir.encode()
-        return RunDir(Path(config.output_dir).expanduser())
-    except (RuntimeError, UnicodeEncodeError) as error:  # ~ of a user whose home is not known; half a character
-        raise ConfigError(f"output_dir: {config.output_dir[:80]!r} is no path here: {error}") from None
+        path = Path(config.output_dir).expanduser()
+        there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:  # too long, ~ of a user not known, half a character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"output_dir: {shown(config.output_dir)} can be no folder: {reason}; name another.") from None
+    if not there.is_dir():
+        raise ConfigError(f"output_dir: {there} is a file, so {path} can be no folder; name another.")
+    return RunDir(path)
 
 
 def is_run_dir(path: Path) -> bool:
@@ -98,17 +103,14 @@ def read_facts(path: Path) -> dict[str, Any]:
     """Return a JSON file of ours, empty when there is none. Raises AdapterError where this version cannot read it."""
     if not path.exists():
         return {}
-    try:
-        values = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: cannot be read: {str(error)[:120]}. Put it back as it was.") from None
-    written = values.get("format", 0) if isinstance(values, dict) else None
+    values = json_file.read_object(path)
+    written = values.get("format", 0)
     if not isinstance(written, int) or written > FORMAT:
         raise AdapterError(
-            f"{path}: is of format {str(written)[:20]}, and this version reads those up to {FORMAT}: a newer lora "
+            f"{path}: is of format {shown(written, 20)}, and this version reads those up to {FORMAT}: a newer lora "
             "wrote it. Continue with that one, or set another output_dir."
         )
-    return dict(values)
+    return values
 
 
 def _read(path: Path) -> str:
@@ -257,11 +259,8 @@ def read_finished(run: RunDir) -> Finished | None:
     status = read_status(run)
     if status.get("status") != "finished":
         return None
-    facts: dict[str, Any] = {field.name: status.get(field.name) for field in fields(Finished)}
-    test = facts["test"] and Tested(
-        **facts["test"] | {name: Estimate(**facts["test"][name]) for name in ("change", "flattery")}
-    )
-    return Finished(**facts | {"adapter": run.adapter, "test": test})
+    facts = {field.name: status.get(field.name) for field in fields(Finished)}
+    return json_file.checked(Finished, facts | {"adapter": run.adapter}, run.status)
 
 
 def read_evaluated(run: RunDir) -> dict[int, Evaluated]:
@@ -269,11 +268,8 @@ def read_evaluated(run: RunDir) -> dict[int, Evaluated]:
     found = {}
     for record in read_metrics(run):
         if record.get("event") == "evaluated":
-            facts: dict[str, Any] = {field.name: record.get(field.name) for field in fields(Evaluated)}
-            if (forgetting := facts["forgetting"]) is not None:
-                estimates = {name: Estimate(**forgetting[name]) for name in ("rise", "kl")}
-                facts["forgetting"] = Forgetting(**forgetting | estimates)
-            found[record["step"]] = Evaluated(**facts)
+            facts = {field.name: record.get(field.name) for field in fields(Evaluated)}
+            found[record["step"]] = json_file.checked(Evaluated, facts, run.metrics)
     return found
 
 
@@ -314,14 +310,18 @@ def find_adapter(path: Path) -> tuple[Path, RunDir | None]:
         steps = [str(folder) for _, folder in step_folders(run)]
         raise AdapterError(
             f"{path}: this run is not finished, so it has no adapter/ yet. "
-            + (f"Its checkpoints can be used: {', '.join(steps[:3])}." if steps else "It has no checkpoint either."),
+            + (f"Its checkpoints can be used: {', '.join(steps[:3])}." if steps else "It has no checkpoint either.")
+            + f" `lora train {run.config}` goes on with it.",
             state="Nothing was read.",
         )
-    what = "is neither a run directory nor an adapter (no adapter_config.json)" if path.is_dir() else "does not exist"
-    raise AdapterError(f"{path}: {what}.", state="Nothing was read.")
+    what = "is neither a run directory nor an adapter (no adapter_config.json)" if path.exists() else "does not exist"
+    raise AdapterError(
+        f"{path}: {what}; name a run directory, a checkpoint or an adapter folder.", state="Nothing was read."
+    )
 
 
 def _require_whole(folder: Path) -> None:
     """Raise AdapterError when a folder of ours is not as it was written; others have no manifest."""
     if (folder / storage.MANIFEST).is_file() and (problems := storage.problems_in(folder)):
-        raise AdapterError(*problems, state="Nothing was read.")
+        way_out = "The folder is not as it was written: copy it again, or use another checkpoint."
+        raise AdapterError(*problems, way_out, state="Nothing was read.")

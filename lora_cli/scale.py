@@ -1,5 +1,6 @@
 """`lora scale`: the adapter at another strength, written into its alpha, where every reader of PEFT adapters looks."""
 
+import math
 from pathlib import Path
 
 from lora_cli import adapter_folder, storage, tuned
@@ -26,7 +27,7 @@ def scale(
     The budget is the largest allowed rise of loss on general text, in nats. Raises InputError where none is within it.
     """
     if (gain is None) == (budget is None):
-        raise InputError("Give --gain or --budget, one of them.")
+        raise InputError("--gain, --budget: give one of them.")
     storage.require_new(output)
     result = tuned.find(path, base)
     point = None
@@ -34,8 +35,8 @@ def scale(
         point = _best_within(result, budget, data, general)
         gain = point.gain
     assert gain is not None, "given or found"
-    if gain <= 0:
-        raise InputError(f"--gain: must be above 0, not {gain}; at 0 an adapter is the base model.")
+    if not 0 < gain < math.inf:
+        raise InputError(f"--gain: must be a finite number above 0, not {gain}; at 0 an adapter is the base model.")
     with storage.new_directory(output) as folder:
         adapter_folder.copy(result.adapter.folder, folder)
         alpha = adapter_folder.scale_alphas(folder, gain)

@@ -10,12 +10,14 @@ from typing import Any, Literal, assert_never, get_args
 
 import numpy as np
 
-from lora_cli.errors import DataError, InputError, SurroundingsError
+from lora_cli.errors import DataError, InputError, SurroundingsError, shown
 from lora_cli.intervals import Figure, ratio
+from lora_cli.time_limit import time_limit
 
 Metric = Literal["exact-match", "json", "rouge-l", "bleu", "chrf"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 LAST_NUMBER = "last-number"
+SECONDS = 2.0  # that a regular expression may take on an answer
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -84,16 +86,16 @@ def require_pattern(extract: str | None) -> None:
     if extract is not None and extract != LAST_NUMBER:
         try:
             re.compile(extract)
-        except re.error as error:
-            raise InputError(f"--extract: {extract!r} is no regular expression: {error}.") from None
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InputError(f"--extract: {shown(extract)!r} is no regular expression: {shown(error)}.") from None
 
 
 def require_found(expected: Sequence[str], places: Sequence[str], extract: str | None) -> None:
     """Raise DataError naming the rows in whose expected answer `extract` finds nothing."""
     if lost := [place for text, place in zip(expected, places, strict=True) if find(text, extract) is None]:
         raise DataError(
-            f"--extract: {extract!r} finds nothing in the expected answers of {len(lost)} of {len(places)} rows: "
-            f"{', '.join(lost[:3])}."
+            f"--extract: {shown(extract)!r} finds nothing in the expected answers of {len(lost)} of {len(places)} rows "
+            f"({', '.join(lost[:3])})."
         )
 
 
@@ -101,14 +103,21 @@ def find(text: str, extract: str | None) -> str | None:
     """Return what is compared of a text: all of it, its last number, or the last match of a regular expression.
 
     Of a match it is the first group, where there is one. Numbers are compared by value: 1,000 is 1000.0. None where
-    nothing is found.
+    nothing is found. Raises InputError where the expression takes too long.
     """
     if extract is None:
         return text
     if extract == LAST_NUMBER:
         numbers = _NUMBER.findall(text)
         return _plain_number(numbers[-1]) if numbers else None
-    matches = list(re.finditer(extract, text, re.MULTILINE))
+    try:
+        with time_limit(SECONDS):
+            matches = list(re.finditer(extract, text, re.MULTILINE))
+    except TimeoutError:
+        raise InputError(
+            f"--extract: {shown(extract)!r} takes more than {SECONDS:.0f} seconds on one answer; a repetition inside a "
+            "repetition, as in (a+)+, does so."
+        ) from None
     if not matches:
         return None
     found: str = next(iter(matches[-1].groups()), None) or matches[-1].group()

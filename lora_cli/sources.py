@@ -6,8 +6,7 @@ import glob
 from pathlib import Path
 
 from lora_cli.data_file import PACKED, SUFFIXES, DataFile, explained, holds_lines, kind_of
-from lora_cli.errors import NOTHING_LOADED, DataError, SurroundingsError
-from lora_cli.redact import cut
+from lora_cli.errors import NOTHING_LOADED, DataError, SurroundingsError, shown
 
 
 def find_files(source: str, subset: str | None = None, split: str | None = None) -> list[DataFile]:
@@ -19,7 +18,8 @@ def find_files(source: str, subset: str | None = None, split: str | None = None)
         path = Path(source).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, RuntimeError) as error:  # a name too long for the system, or ~ of a user it does not know
-        raise DataError(f"{source[:200]}: is no path here: {error}.", state=NOTHING_LOADED) from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{shown(source)}: is no path here: {reason}.", state=NOTHING_LOADED) from None
     if is_file:
         paths = [path]
     elif is_folder:
@@ -68,17 +68,17 @@ def _fetch(name: str, subset: str | None, split: str) -> DataFile:
         rows = datasets.load_dataset(name, subset, split=split)
     except FileNotFoundError as error:  # of which datasets' DatasetNotFoundError is one
         raise DataError(
-            f'data: "{name}" is no file here, and no data set that the hub shows: {cut(str(error), 200)}',
+            f'data: "{name}" is no file here, and no data set that the hub shows: {shown(error, 200)}',
             state=NOTHING_LOADED,
         ) from None
     except (ConnectionError, OSError) as error:
         raise SurroundingsError(
-            f'data: "{name}" is no file here, and as a hub data set it cannot be reached: {cut(str(error), 200)}',
+            f'data: "{name}" is no file here, and as a hub data set it cannot be reached: {shown(error, 200)}',
             state=NOTHING_LOADED,
         ) from None
     except Exception as error:  # the hub client raises many kinds for a name or split that is not there
         raise DataError(
-            f'data: the hub data set "{name}" cannot be read: {cut(str(error), 300)}', state=NOTHING_LOADED
+            f'data: the hub data set "{name}" cannot be read: {shown(error, 300)}', state=NOTHING_LOADED
         ) from None
     return DataFile(
         f"{name}[{f'{subset}/' if subset else ''}{split}]",
@@ -103,16 +103,23 @@ def read_plain_text(path: Path) -> str:
             raw = file.read(MOST_TEXT)
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(raw, final=len(raw) < MOST_TEXT)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}).", state=NOTHING_LOADED) from None
+        raise DataError(
+            f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.", state=NOTHING_LOADED
+        ) from None
     except OSError as error:
         raise SurroundingsError(f"{path}: cannot be read: {error.strerror}.", state=NOTHING_LOADED) from None
     if not text.strip():
-        raise DataError(f"{path}: holds no text.", state=NOTHING_LOADED)
+        raise DataError(f"{path}: holds no text; name another file.", state=NOTHING_LOADED)
     return text
 
 
 def is_hub_id(source: str) -> bool:
     """Return whether a source can only be a hub data set: no file or folder here, and not spelt like one."""
     path = Path(source).expanduser()
-    spelt_as_path = kind_of(path) is not None or source.startswith(("/", ".", "~")) or source.count("/") > 1
+    spelt_as_path = (
+        kind_of(path) is not None
+        or path.suffix == ".txt"
+        or source.startswith(("/", ".", "~"))
+        or source.count("/") > 1
+    )
     return not path.exists() and not spelt_as_path and not glob.has_magic(source)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lora_cli.chat_template import ChatTemplate
+from lora_cli.chat_template import ANOTHER, ChatTemplate
 from lora_cli.conversation import Conversation, Message, RowError, reasoning_and_answer, thinks
 from lora_cli.fidelity import require_asked, require_parts, squash
 from lora_cli.redact import cut
@@ -155,7 +155,7 @@ class SpanFinder:
         text = self.template.render(probed, index + 1, prompt=False).text
         head, found, behind = text.rpartition(_PROBE)
         if not found:
-            raise RowError("has an answer that the chat template leaves out")
+            raise RowError(f"has an answer that the chat template leaves out; {ANOTHER}")
         end = self._end_of(behind, probed, index)
         if not end:
             raise RowError(

@@ -282,7 +282,7 @@ def problems_in(folder: Path, unread: str | None = None) -> list[str]:
         text = manifest.read_text(encoding="utf-8")
         values = json.loads(text)
         expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in values["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         return [f"{manifest}: cannot be read ({type(error).__name__})"]
     problems, whole = [], dict[str, Path]()
     for name, (size, _) in expected.items():

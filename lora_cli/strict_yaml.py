@@ -11,27 +11,38 @@ from typing import Any
 
 import yaml
 
-from lora_cli.errors import NOTHING_READ, ConfigError
-from lora_cli.redact import cut
+from lora_cli.errors import NOTHING_READ, ConfigError, shown
 
 MAX_DEPTH = 20
-MAX_NODES = 20_000
+MAX_NODES = 5_000
+MAX_DIGITS = 1_000
+
+_CHARACTERS = re.compile("[\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # that YAML may hold
+
+_TOO_LARGE = f"is nested too deeply or too large; at most {MAX_DEPTH} deep and {MAX_NODES:,} values are read"
 
 Key = tuple[str | int, ...]
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's implicit types only, and a budget that it keeps to while it reads."""
+class _TooLarge(yaml.MarkedYAMLError):
+    """More than a config has."""
 
-    nodes = depth = 0
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with YAML 1.2's implicit types only; it stops where there is more than a config has."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = self._nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        self.nodes, self.depth = self.nodes + 1, self.depth + 1
-        if self.nodes > MAX_NODES or self.depth > MAX_DEPTH:
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # of a library without types
-            raise yaml.MarkedYAMLError(None, None, "it is nested too deeply or too large for a config", mark)
+        self._depth += 1
+        self._nodes += 1
+        if self._depth > MAX_DEPTH or self._nodes > MAX_NODES:
+            begins = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML says no types here
+            raise _TooLarge(None, None, _TOO_LARGE, begins.start_mark)
         node: yaml.Node | None = super().compose_node(parent, index)
-        self.depth -= 1
+        self._depth -= 1
         return node
 
 
@@ -49,11 +60,12 @@ for _tag, _pattern, _first in (
 
 
 def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    try:
-        return int(node.value.replace("_", ""))
-    except ValueError:
-        problem = f"a number of {len(node.value):,} digits"
-        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+    digits = node.value.replace("_", "")
+    if len(digits) > MAX_DIGITS:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"a number of {len(digits)} digits, at most {MAX_DIGITS} are read", node.start_mark
+        )
+    return int(digits)
 
 
 def _real(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
@@ -63,6 +75,16 @@ def _real(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 _Loader.add_constructor("tag:yaml.org,2002:float", _real)
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which quotes every text that either version of YAML would read as something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*_Loader.yaml_implicit_resolvers.get(first, []), *yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])]
+    for first in _Loader.yaml_implicit_resolvers.keys() | yaml.SafeDumper.yaml_implicit_resolvers.keys()
+}
 
 
 @dataclass(frozen=True)
@@ -80,20 +102,50 @@ class Document:
         return None
 
 
+_QUOTES = "; put the value in quotes"
+_HINTS = {  # by what the parser says
+    "\\t": "; indent with spaces, not tabs",
+    "alias": _QUOTES,
+    "'%'": _QUOTES,
+    "'@'": _QUOTES,
+    "'`'": _QUOTES,
+    "mapping values": "; put a space behind each key's colon, indent the keys of a section alike, and put a value that "
+    "holds a colon in quotes",
+    "end of stream": "; a quote is not closed",
+    "could not find": "; put a space behind each key's colon",
+    "<block end>": "; indent the keys of a section alike",
+    "<document start>": "; a config is keys and values (`model: ...`)",
+}
+
+
+def _place_of(error: yaml.MarkedYAMLError, name: str) -> str:
+    mark = error.problem_mark or error.context_mark
+    return f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+
+
+def _construct(node: yaml.Node, name: str) -> Any:
+    try:
+        return _Loader("").construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        place, reason = _place_of(error, name), shown(error.problem, 100)
+        raise ConfigError(f"{place}: this cannot be a value or a key: {reason}.", state=NOTHING_READ) from None
+
+
 def _compose(text: str, name: str) -> yaml.Node | None:
     try:
         documents = list(yaml.compose_all(text, Loader=_Loader))
+    except _TooLarge as error:
+        raise ConfigError(f"{_place_of(error, name)}: this value {error.problem}.", state=NOTHING_READ) from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        reason = str(error.problem or error.context)
-        if "\\t" in reason:
-            reason += "; indent with spaces, not tabs"
-        elif any(sign in reason for sign in ("alias", "'%'", "'@'", "'`'")):
-            reason += "; put the value in quotes"
-        raise ConfigError(f"{place}: this is not YAML: {reason}.", state=NOTHING_READ) from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{name}: this is not YAML: {error}.", state=NOTHING_READ) from None
+        place, reason = _place_of(error, name), shown(error.problem or error.context, 100)
+        hint = next((hint for sign, hint in _HINTS.items() if sign in reason), "")
+        raise ConfigError(f"{place}: this is not YAML: {reason}{hint}.", state=NOTHING_READ) from None
+    except yaml.YAMLError:  # a character that no YAML may hold
+        at = next((at for at, character in enumerate(text) if not _CHARACTERS.fullmatch(character)), 0)
+        place = f"{name}:{text.count(chr(10), 0, at) + 1}:{at - text.rfind(chr(10), 0, at)}"
+        raise ConfigError(
+            f"{place}: this is not YAML: it holds the character U+{ord(text[at]):04X}; take it out.", state=NOTHING_READ
+        ) from None
     if len(documents) > 1:
         mark = documents[1].start_mark
         raise ConfigError(
@@ -112,19 +164,31 @@ def _iter_keys(node: yaml.Node, at: Key, name: str, problems: list[str]) -> Iter
         seen += 1
         line, column = node.start_mark.line + 1, node.start_mark.column + 1
         if id(node) in above or len(at) > MAX_DEPTH or seen > MAX_NODES:
-            reason = "contains itself" if id(node) in above else "is nested too deeply or too large"
+            reason = "contains itself; write it out"
+            if id(node) not in above:
+                reason = (
+                    f"is nested too deeply or too large; at most {MAX_DEPTH} deep and {MAX_NODES:,} values are read"
+                )
             raise ConfigError(f"{name}:{line}:{column}: this value {reason}.", state=NOTHING_READ)
         if node.tag.removeprefix("tag:yaml.org,2002:") not in _TYPES:
-            problems.append(f"{name}:{line}:{column}: the tag {node.tag} is not accepted.")
+            problems.append(
+                f"{name}:{line}:{column}: the tag {shown(node.tag)} is not accepted; write the plain value."
+            )
         above = above | {id(node)}
         if isinstance(node, yaml.MappingNode):
             first: dict[str, int] = {}
             for key_node, value_node in node.value:
                 mark = key_node.start_mark
                 place = f"{name}:{mark.line + 1}:{mark.column + 1}"
-                key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
+                key = "?"
+                if isinstance(key_node, yaml.ScalarNode):
+                    key = key_node.value
+                    if not key_node.tag.endswith(":merge"):
+                        key_node.tag = "tag:yaml.org,2002:str"  # a key is text, also where it looks like a number
                 if key in first:
-                    problems.append(f'{place}: duplicate key "{key}" (first on line {first[key]}).')
+                    problems.append(
+                        f'{place}: duplicate key "{shown(key)}" (first on line {first[key]}); leave one of them out.'
+                    )
                 first.setdefault(key, mark.line + 1)
                 yield (*at, key), mark
                 stack.append((value_node, (*at, key), above))
@@ -134,21 +198,12 @@ def _iter_keys(node: yaml.Node, at: Key, name: str, problems: list[str]) -> Iter
                 stack.append((child, (*at, index), above))
 
 
-def _construct(node: yaml.Node, name: str) -> Any:
-    try:
-        return _Loader("").construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise ConfigError(f"{place}: {error.problem} cannot be read.", state=NOTHING_READ) from None
-
-
 def parse(text: str, name: str) -> Document:
     node = _compose(text, name)
     if node is None or (isinstance(node, yaml.ScalarNode) and not node.value):
         raise ConfigError(f"{name}: the file is empty. `lora init` writes a config to start from.", state=NOTHING_READ)
     if not isinstance(node, yaml.MappingNode):
-        seen = "a list" if isinstance(node, yaml.SequenceNode) else f'the text "{cut(str(node.value), 60)}"'
+        seen = "a list" if isinstance(node, yaml.SequenceNode) else f'the text "{shown(node.value, 60)}"'
         raise ConfigError(
             f"{name}:1:1: expected keys and values (`model: ...`), found {seen}. A colon needs a space after it.",
             state=NOTHING_READ,
@@ -162,24 +217,24 @@ def parse(text: str, name: str) -> Document:
     return Document({str(key): value for key, value in values.items()}, places)
 
 
-def read_value(text: str) -> Any:
+def read_value(text: str, name: str) -> Any:
     """Read one YAML value, as an override gives it. Raises ConfigError."""
-    node = _compose(text, "override")
+    node = _compose(text, name)
     if node is None:
         return None
     problems: list[str] = []
-    dict(_iter_keys(node, (), "override", problems))
+    dict(_iter_keys(node, (), name, problems))
     if problems:
         raise ConfigError(*problems, state=NOTHING_READ)
-    return _construct(node, "override")
+    return _construct(node, name)
 
 
 def dump(values: Any) -> str:
     """Return plain values as block YAML."""
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def dump_inline(value: Any) -> str:
     """Return one plain value as it stands behind a key."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10_000)
     return text.strip().removesuffix("...").strip()

@@ -8,7 +8,7 @@ import torch
 from lora_cli import adapter, config_file, model, run_dir
 from lora_cli.adapter import Adapter
 from lora_cli.config import DataConfig, ModelConfig, RunConfig
-from lora_cli.errors import AdapterError
+from lora_cli.errors import AdapterError, ModelError, SurroundingsError
 from lora_cli.model import LanguageModel, ModelHeader
 from lora_cli.run_dir import RunDir
 
@@ -50,7 +50,11 @@ def find(path: Path, base: str | None = None) -> Result:
         )
     if base is not None:
         section = section.model_copy(update={"path": base, "revision": None})
-    header = model.read_header(section)
+    try:
+        header = model.read_header(section)
+    except (ModelError, SurroundingsError) as error:
+        way_out = [] if base is not None else [f"{folder} is an adapter of it; --base names the place where it is now."]
+        raise type(error)(*error.problems, *way_out, state=error.state) from None
     found = model.fingerprint(header.folder)
     if read.base_fingerprint is not None and read.base_fingerprint != found:
         raise AdapterError(

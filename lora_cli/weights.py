@@ -71,6 +71,10 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             if length > min(size, _LARGEST_HEADER):
                 raise ValueError(f"a header of {length} bytes")
             entries = json.loads(opened.read(length))
+        if not all(
+            isinstance(n, int) and n >= 0 for name, e in entries.items() if name != "__metadata__" for n in e["shape"]
+        ):
+            raise ValueError("a shape that is none")
         metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
         infos = {
             name: TensorInfo(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])

@@ -15,6 +15,8 @@ FLOORS = [
     "errors",
     "names",
     "remote_code",
+    "json_file",
+    "time_limit",
     "records",
     "reports",
     "runtimes",
@@ -108,7 +110,7 @@ FLOORS = [
 
 DOORS = {
     "yaml": {"strict_yaml"},
-    "pydantic": {"config", "config_file"},
+    "pydantic": {"config", "config_file", "json_file"},
     "transformers": {"chat_template", "formats.onnx_graph", "model", "train"},  # train only asks its version
     "pyarrow": {"corpus", "data_file"},
     "huggingface_hub": {"hub", "model"},
@@ -249,23 +251,3 @@ def test_no_torch_for_help(arguments: list[str]):
     done = run(*arguments)
 
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]")
-
-
-def test_no_torch_for_a_config_error(tmp_path: Path):
-    """A wrong config is refused before torch is imported."""
-    config = tmp_path / "wrong.yaml"
-    config.write_text("model: x\n")
-    done = run("train", str(config))
-
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (2, "[]")
-
-
-def test_no_torch_for_a_data_error(tmp_path: Path):
-    """A broken row is refused before torch is imported."""
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text" "b"}\n')
-    config = tmp_path / "config.yaml"
-    config.write_text(f"model: x\ndata: {{train: {tmp_path}/rows.jsonl}}\noutput_dir: {tmp_path}/run\n")
-    done = run("train", str(config))
-
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (2, "[]")
-    assert "rows.jsonl:2:9" in done.stderr

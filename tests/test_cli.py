@@ -8,10 +8,9 @@ from typing import Any
 
 import peft
 import pytest
-import safetensors.torch
 import torch
 import transformers
-from conftest import CHATML, SHARED, Invoke, conversation, write_rows
+from conftest import CHATML, SHARED, Invoke, build_tokenizer, conversation, write_rows
 
 from lora_cli import config_file
 
@@ -121,15 +120,12 @@ def test_check_shows_and_writes_nothing(invoke: Invoke, make_config: Callable[..
 
 
 def test_check_shows_the_row_that_is_asked_for(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
-    """A row by its number or its place, wherever the split put it; a row that is not there is an error."""
+    """A row by its number or its place, wherever the split put it."""
     config = make_config()
     for row in ("7", f"{tmp_path / 'rows.jsonl'}:7"):
         (shown,) = json.loads(invoke("check", config, "--row", row, "--json")[1])["previews"]
         assert shown["row"].endswith("rows.jsonl:7")
         assert "number 6" in "".join(piece["text"] for piece in shown["pieces"])
-    code, _, err = invoke("check", config, "--row", "41")
-
-    assert (code, "there is no such row" in err) == (2, True)
 
 
 def test_an_end_at_which_generation_does_not_stop_is_said(invoke: Invoke, make_config: Callable[..., Path]):
@@ -175,54 +171,6 @@ def test_init_writes_a_config_that_loads(invoke: Invoke, tmp_path: Path):
     assert json.loads(invoke("init", "--schema")[1])["properties"].keys() == type(config).model_fields.keys()
 
 
-def test_export_says_which_formats_exist(invoke: Invoke, tmp_path: Path):
-    """An unknown format is answered with the known ones."""
-    code, _, err = invoke("export", tmp_path, "--format", "pickle", "--output", tmp_path / "x")
-
-    assert (code, "--format: expected peft, " in err) == (2, True)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "rows", "expected"),
-    [
-        ({"lora.rnak": 8}, None, 'unknown key "rnak" under lora; did you mean "rank"?'),
-        ({"lora.rank": "eight"}, None, "lora.rank: expected a whole number; found 'eight'"),
-        ({"data.train": "nowhere/rows.jsonl"}, None, "nowhere/rows.jsonl: no such file."),
-        ({}, '{"text": "a"}\n{"text": \n', "rows.jsonl:2:9: this is not JSON"),
-        ({}, '{"messages": [{"role": "user", "content": "a"}]}\n', "rows.jsonl:1: this row has no answer"),
-        ({"lora.target_modules": ["q_porj"]}, None, 'no linear layer is named "q_porj"; did you mean "q_proj"?'),
-        ({"model.path": "./no-such-model"}, None, "model.path: there is no model folder ./no-such-model"),
-        ({"data.max_length": 8}, None, "32 of 32 sequences are longer than data.max_length"),
-    ],
-)
-def test_wrong_input_is_exit_2_and_nothing_written(
-    overrides: dict[str, Any],
-    rows: str | None,
-    expected: str,
-    invoke: Invoke,
-    make_config: Callable[..., Path],
-    tmp_path: Path,
-):
-    """Each mistake: one paragraph with the place and the way out, and no run directory."""
-    config = make_config(**overrides)
-    if rows is not None:
-        (tmp_path / "rows.jsonl").write_text(rows)
-        config.write_text(config.read_text().replace('"validation": 8', '"validation": 0'))
-    code, out, err = invoke("train", config)
-
-    assert (code, out) == (2, "")
-    assert expected in err
-    assert "Traceback" not in err
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_error_as_json(invoke: Invoke, make_config: Callable[..., Path]):
-    """With --json the error is an object too."""
-    code, out, _ = invoke("check", make_config(), "lora.rank=0", "--json")
-
-    assert (code, json.loads(out)["error"]["exit_code"]) == (2, 2)
-
-
 def test_a_bug_is_exit_1_with_a_log(invoke: Invoke, make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     """What is no fault of the user is a short note and a traceback in a file."""
     monkeypatch.setattr(config_file, "load", lambda *_: 1 / 0)
@@ -234,76 +182,18 @@ def test_a_bug_is_exit_1_with_a_log(invoke: Invoke, make_config: Callable[..., P
     log.unlink()
 
 
-def broken_model(kind: str, folder: Path, whole: Path) -> None:
-    """A copy of a model with one thing wrong."""
-    for file in whole.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    match kind:
-        case "missing tensor":
-            del tensors["model.layers.1.mlp.up_proj.weight"]
-            safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        case "other shape":
-            config["intermediate_size"] = 64
-        case "code":
-            config |= {"model_type": "brand-new", "auto_map": {"AutoModelForCausalLM": "modeling.X"}}
-        case "pickle":
-            (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-        case "not json":
-            (folder / "config.json").write_text("{")
-            return
-        case "unknown type":
-            config["model_type"] = "no-such-model"
-        case "encoder-decoder":
-            config |= {"model_type": "t5", "is_encoder_decoder": True}
-        case "not causal":
-            bert = transformers.BertConfig(
-                vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
-            )
-            transformers.BertLMHeadModel(bert).save_pretrained(folder)
-            return
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        ("missing tensor", "1 weights are missing"),
-        ("other shape", "another shape"),
-        ("code", "model.trust_remote_code: true"),
-        ("pickle", "no .safetensors weights (pytorch_model.bin)"),
-        ("not json", "config.json: is not JSON"),
-        ("unknown type", "cannot be read as a model"),
-        ("encoder-decoder", "encoder-decoder"),
-        ("not causal", "lets tokens see those after them"),
-    ],
-)
-def test_a_model_that_cannot_be_trained_is_refused(
-    kind: str, expected: str, invoke: Invoke, make_config: Callable[..., Path], model_folder: Callable[[str], str],
-    tmp_path: Path,
-):  # fmt: skip
-    """Missing weights would be random numbers, foreign code would run: each is an error that says so."""
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    broken_model(kind, folder, Path(model_folder("llama")))
-    code, _, err = invoke("train", make_config(**{"model.path": str(folder), "lora.target_modules": "all-linear"}))
-
-    assert code == 2
-    assert expected in err
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_that_is_not_finished_names_its_checkpoints(
+def test_a_model_that_sees_what_comes_after_is_refused(
     invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path
 ):
-    """eval of a run without adapter/ points at what can be used."""
-    (tmp_path / "run" / "checkpoints" / "step-000004").mkdir(parents=True)
-    (tmp_path / "run" / "config.yaml").write_text(make_config().read_text())
-    code, _, err = invoke("eval", tmp_path / "run")
+    """BERT can be loaded as a causal model, and is none."""
+    folder = tmp_path / "bert"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    transformers.BertLMHeadModel(transformers.BertConfig(vocab_size=400, **sizes)).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    code, _, err = invoke("train", make_config(**{"model.path": str(folder)}))
 
-    assert code == 2
-    assert "step-000004" in err
+    assert (code, "lets tokens see those after them" in err) == (2, True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_real_data_on_a_real_tiny_model(invoke: Invoke, shared_model: str, tmp_path: Path):
@@ -359,15 +249,6 @@ def test_the_end_of_a_run_tells_of_test_rows_and_budget(
     assert invoke("train", tmp_path / "config.yaml")[1].splitlines()[1:] == out.splitlines()[1:]
 
 
-def test_unknown_metrics_are_named(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
-    """With those that are known, before a weight is read."""
-    invoke("train", make_config(**{"train.max_steps": 1}))
-    code, _, err = invoke("eval", tmp_path / "run", "--metric", "blue")
-
-    assert code == 2
-    assert "--metric: there is no blue; known are exact-match, json, rouge-l, bleu, chrf, label." in err
-
-
 def test_several_adapters_by_weight(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
     """`A B --weights 0.7 0.3` is what it says, and `--speed` times all three; numbers, not words, are weights."""
     config = make_config()
@@ -386,5 +267,3 @@ def test_several_adapters_by_weight(invoke: Invoke, make_config: Callable[..., P
     assert (code, "one adapter of 14 layers" in out) == (0, True)
     code, out, _ = invoke("merge", tmp_path / "one", "--output", tmp_path / "again", "--speed")
     assert (code, "same first choice 100.00%" in out, "base + adapter" in out) == (0, True, True)
-    code, _, err = invoke("merge", *both, "--weights", "most", "--output", tmp_path / "n")
-    assert (code, "--weights: expected numbers, found most" in err) == (2, True)

@@ -11,7 +11,7 @@ from lora_cli import data
 from lora_cli.config import DataConfig
 from lora_cli.data_file import DataFile
 from lora_cli.data_reader import run_to_end
-from lora_cli.errors import DataError, SurroundingsError
+from lora_cli.errors import DataError
 
 ANSWERED = {
     "messages": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
@@ -99,42 +99,6 @@ def test_a_folder_is_all_its_files(tmp_path: Path):
     assert [row.messages[0].content for row in read_rows(str(tmp_path))] == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ('{"text": "a"}\n{"text": "b"\n', ":2:13: this is not JSON"),
-        ('{"text": "a", "text": "b"}\n', ':1: the key "text" stands twice'),
-        ('{"text": "a"}\n[1]\n', ":2: this row must be an object with keys, found list"),
-        ('{"mesages": []}\n', ':1: this row has the keys mesages; expected messages, or'),
-        ('{"mesages": []}\n', '"mesages" looks like "messages"'),
-        ('{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', ":2: this row has the keys prompt, completion; text"),
-        ('{"text": "  "}\n', ':1: this row has an empty "text"'),
-        ('{"prompt": "a", "completion": ""}\n', ":1: this row has an empty answer"),
-        ('{"prompt": "a", "completion": 3}\n', ':1: this row "completion" must be text, found int'),
-        ('{"messages": []}\n', ":1: this row has no messages"),
-        ('{"messages": [{"role": "user", "content": "a"}]}\n', ":1: this row has no answer"),
-        ('{"messages": [{"role": "assistant", "content": " "}]}\n', ":1: this row has an empty answer"),
-        ('{"messages": [{"rol": "user", "content": "a"}]}\n', ':1: this row a message has no "role" (it has rol'),
-        ('{"messages": [{"role": "assistant", "content": 3}]}\n', "must be text, found int"),
-        ('{"prompt": [], "chosen": [], "rejected": []}\n', "holds preference pairs"),
-        ('{"text": "x\\ud83d"}\n', ":1: this row holds half of a character"),
-        ('{"prompt": [{"role": "assistant", "content": "a"}], "completion": []}\n', ':1: this row has no answer in'),
-        ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "[oops"}\n', ':1: this row "tools" is'),
-        ('{"text": 1\n{"text": "a"}\n{"text": ""}\n', ":3: this row has an empty"),
-        ("\n\n", "has no rows"),
-        ("", "has no rows"),
-    ],
-)  # fmt: skip
-def test_a_wrong_row_is_named(tmp_path: Path, text: str, expected: str):
-    """Each wrong row is an error with its file and line."""
-    path = tmp_path / "r.jsonl"
-    path.write_text(text)
-    with pytest.raises(DataError) as caught:
-        read_rows(str(path))
-
-    assert expected in caught.value.paragraph()
-
-
 def test_all_wrong_rows_at_once(tmp_path: Path):
     """Two wrong rows are two problems."""
     rows = [{"text": "a"}, {"text": ""}, {"text": "b"}, {"text": 1}]
@@ -142,25 +106,6 @@ def test_all_wrong_rows_at_once(tmp_path: Path):
         read_rows(write_rows(tmp_path / "r.jsonl", rows))
 
     assert [int(p.split(":")[1]) for p in caught.value.problems] == [2, 4]
-
-
-def test_wrong_files(tmp_path: Path):
-    """A missing file suggests its neighbour; a short CSV row and a foreign file are named."""
-    write_rows(tmp_path / "train.jsonl", [{"text": "a"}])
-    (tmp_path / "short.csv").write_text("prompt,completion\na\n")
-    (tmp_path / "broken.parquet").write_text("no")
-    (tmp_path / "list.json").write_text('{"a": 1}')
-    (tmp_path / "notes.txt").write_text("x")
-    for name, expected in [
-        ("trian.jsonl", "Did you mean train.jsonl"),
-        ("short.csv", "short.csv:2: has not as many fields"),
-        ("broken.parquet", "this is not parquet"),
-        ("list.json", "expected a list of rows"),
-        ("notes.txt", "expected a file that ends in"),
-    ]:
-        with pytest.raises(DataError) as caught:
-            read_rows(str(tmp_path / name))
-        assert expected in caught.value.paragraph()
 
 
 def test_what_damaged_files_and_odd_names_are(tmp_path: Path):
@@ -189,13 +134,6 @@ def test_what_damaged_files_and_odd_names_are(tmp_path: Path):
         build_examples(write_rows(tmp_path / "deep.jsonl", [row]))
 
 
-def test_an_unreachable_hub_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """A name that is no file is looked for on the hub, and that failing is the surroundings' fault."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises((SurroundingsError, DataError), match="somebody/some-data"):
-        read_rows("somebody/some-data")
-
-
 def read_split(seed: int = 0, **settings: Any) -> tuple[list[int], list[int]]:
     """The numbers of the training and the validation rows."""
     sets = run_to_end(data_reader(DataConfig(**settings)).sets(seed))
@@ -221,10 +159,3 @@ def test_a_validation_file(tmp_path: Path, rows_file: str):
     train, validation = read_split(train=rows_file, validation=held_out)
 
     assert (len(train), len(validation)) == (40, 1)
-
-
-@pytest.mark.parametrize("held_out", [40, 41, 0.001, 0.999])
-def test_a_split_that_leaves_nothing_is_refused(rows_file: str, held_out: float):
-    """Both sides need a row; the arithmetic is shown."""
-    with pytest.raises(DataError, match="of 40 rows leaves"):
-        read_split(train=rows_file, validation=held_out)

@@ -702,7 +702,8 @@ def test_a_csv_row_of_another_length_is_refused(tmp_path: Path):
         read_rows(str(tmp_path / "r.csv"))
 
     assert [p.split("r.csv")[1] for p in caught.value.problems] == [
-        f":{line}: has not as many fields as the header." for line in (2, 3)
+        f":{line}: has {fields} fields, and the header 3; put a field that holds a comma in quotes."
+        for line, fields in ((2, 4), (3, 2))
     ]
 
 

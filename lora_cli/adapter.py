@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lora_cli import lora
+from lora_cli import lora, storage
 from lora_cli.errors import AdapterError
 
 CONFIG = "adapter_config.json"
@@ -104,8 +104,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read adapter_config.json. Raises AdapterError with everything in it that cannot be honoured."""
     path = folder / CONFIG
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = json.loads(storage.read_text(path))
+    except (FileNotFoundError, ValueError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}.", state="Nothing was read.") from None
     problems = []
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
@@ -139,8 +139,8 @@ def _base_fingerprint(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(json.loads(storage.read_text(path))["fingerprint"])
+    except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}.", state="Nothing was read.") from None
 
 

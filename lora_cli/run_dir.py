@@ -17,7 +17,7 @@ from typing import Any
 
 from lora_cli import storage
 from lora_cli.config import RunConfig
-from lora_cli.errors import AdapterError, ConfigError, SurroundingsError
+from lora_cli.errors import AdapterError, ConfigError
 from lora_cli.records import Estimate, Evaluated, Finished, Forgetting, StepDone, Tested, as_json, event_name
 
 FORMAT = 1  # of run.json, environment.json and a checkpoint's state.json; those without one are older, and read
@@ -101,7 +101,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values = json.loads(_read(path))
+        values = json.loads(storage.read_text(path))
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: cannot be read: {str(error)[:120]}. Put it back as it was.") from None
     written = values.get("format", 0) if isinstance(values, dict) else None
@@ -111,14 +111,6 @@ def read_facts(path: Path) -> dict[str, Any]:
             "wrote it. Continue with that one, or set another output_dir."
         )
     return dict(values)
-
-
-def _read(path: Path) -> str:
-    """Return the text of a file of ours, what is no UTF-8 replaced. Raises SurroundingsError."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise SurroundingsError(f"{path}: cannot be read: {error.strerror}.") from error
 
 
 def read_environment(run: RunDir) -> dict[str, Any]:
@@ -183,7 +175,7 @@ def _lines(run: RunDir) -> list[dict[str, Any] | None]:
     if not run.metrics.exists():
         return []
     records: list[dict[str, Any] | None] = []
-    for line in _read(run.metrics).splitlines():
+    for line in storage.read_text(run.metrics).splitlines():
         record = None
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)

@@ -46,6 +46,16 @@ def explained(path: Path) -> Iterator[None]:
         ) from error
 
 
+def read_text(path: Path) -> str:
+    """Return a file's text, what is no UTF-8 replaced. Raises SurroundingsError, and FileNotFoundError."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SurroundingsError(f"{path}: cannot be read: {error.strerror}.", state="Nothing was written.") from error
+
+
 def sync(path: Path) -> None:
     """Have the bytes of a file, or the names in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

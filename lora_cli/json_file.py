@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from lora_cli.errors import AdapterError, UserError, shown
+from lora_cli.errors import AdapterError, SurroundingsError, UserError, shown
 
 LARGEST = 64 << 20  # bytes; what is read here is written in kilobytes
 Record = TypeVar("Record")
@@ -26,8 +26,10 @@ def read_object(path: Path, kind: type[UserError] = AdapterError, state: str = "
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"an object was expected, found {type(values).__name__}")
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise kind(f"{path}: cannot be read: {error.strerror}.", state=state) from None
+    except OSError as error:
+        raise SurroundingsError(f"{path}: cannot be read: {error.strerror}.", state=state) from None
     except json.JSONDecodeError as error:
         place = f"{path}:{error.lineno}:{error.colno}"
         raise kind(

@@ -19,6 +19,7 @@ from lora_cli import storage
 from lora_cli.run_dir import RunDir, read_status
 
 PHASES = ("start", "step", "evaluating", "saving", "end")
+_STEPS, _EVERY = 12, 3  # of a run, and of them those with a validation
 _MOST_KILLS = 2  # of one run
 _RANKED = 5  # every fifth run has two processes
 _PATIENCE = 300.0  # seconds in which a run is done, or torchrun has ended what is left of one
@@ -95,7 +96,7 @@ def _disturb(chance: random.Random, command: Sequence[str], place: Path, ranks: 
 
 def _await(chance: random.Random, phase: str, place: Path, process: subprocess.Popen[bytes]) -> None:
     """Wait until a run is in a phase, or has ended."""
-    metrics, step = place / "metrics.jsonl", chance.randint(1, 16)
+    metrics, step = place / "metrics.jsonl", chance.randint(1, _STEPS)
 
     def reached(event: str) -> bool:
         return metrics.exists() and any(
@@ -105,9 +106,9 @@ def _await(chance: random.Random, phase: str, place: Path, process: subprocess.P
     signs: dict[str, Callable[[], bool]] = {
         "start": lambda: False,
         "step": lambda: reached("step"),
-        "evaluating": lambda: reached("step") and any(r["step"] % 4 == 0 for r in _records(metrics)[-1:]),
+        "evaluating": lambda: reached("step") and any(_is_due(record) for record in _records(metrics)[-1:]),
         "saving": lambda: any(map(storage.is_temporary, place.glob("checkpoints/.*"))),
-        "end": lambda: any(r["step"] == 16 for r in _records(metrics)) if metrics.exists() else False,
+        "end": lambda: metrics.exists() and any(r["step"] == _STEPS for r in _records(metrics)),
     }
     delay = chance.uniform(0.0, 6.0 if phase == "start" else 0.05)
     begin = time.monotonic()
@@ -116,6 +117,11 @@ def _await(chance: random.Random, phase: str, place: Path, process: subprocess.P
             return
         time.sleep(0.003)
     time.sleep(delay if phase in ("step", "evaluating", "end") else 0.0)
+
+
+def _is_due(record: dict[str, Any]) -> bool:
+    """Whether a validation follows what was written down last."""
+    return record["event"] == "step" and record["step"] % _EVERY == 0
 
 
 def _records(metrics: Path) -> list[dict[str, Any]]:

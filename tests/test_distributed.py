@@ -16,7 +16,7 @@ import torch
 from conftest import Invoke, build_examples, conversation, facts, write_config, write_rows
 from processes import disturb, end, lora, run_ranks, send, start_ranks
 
-from lora_cli import batches, cli, config_file, distributed, run_dir, step
+from lora_cli import batches, config_file, distributed, ending, run_dir, step
 from lora_cli.batches import Mixture, Part
 from lora_cli.interrupt import StopRequest
 from lora_cli.loss import LossSum
@@ -220,7 +220,7 @@ def test_half_an_environment_of_torchrun_is_named(
     environment: dict[str, str], what: str, make_config: Make, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ):
     """What is missing or makes no sense is said; nothing waits for processes that will not come."""
-    monkeypatch.setattr(cli, "_OTHERS_SECONDS", 0.0)
+    monkeypatch.setattr(ending, "_OTHERS_SECONDS", 0.0)
     for name, value in ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} if len(environment) > 1 else {}).items():
         monkeypatch.setenv(name, value)
     for name, value in environment.items():

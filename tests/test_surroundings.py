@@ -264,16 +264,15 @@ def test_a_full_disk_while_saving(make_config: Callable[..., Path], monkeypatch:
 
 def test_a_closed_terminal_stops_the_run_after_saving(make_config: Callable[..., Path]):
     """SIGHUP is a request as SIGTERM is, unless who started it had it ignored, as nohup does."""
-    with interrupt.listening() as stop:
-        stop.saving = True
+    with interrupt.listening("lora train"), interrupt.patience():
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(0)
-        assert stop.signal_number == signal.SIGHUP
+        assert interrupt.requested().signal_number == signal.SIGHUP
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with interrupt.listening() as stop:
+        with interrupt.listening("lora train"):
             os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.signal_number is None
+            assert not interrupt.requested().wanted
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -286,7 +285,7 @@ def test_stopped_while_getting_ready_nothing_is_left(is_there: bool, tmp_path: P
         run.path.mkdir(parents=True)
 
     def stopped() -> int:
-        with interrupt.listening() as stop, run_dir.held(run) as stop.leave:
+        with interrupt.listening("lora train"), run_dir.held(run) as leave, interrupt.leaving(leave):
             assert run.holder.exists()
             os.kill(os.getpid(), signal.SIGTERM)
         return 0

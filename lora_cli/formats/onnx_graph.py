@@ -57,7 +57,7 @@ def write(result: Result, folder: Path) -> float:
     for source in sorted(result.header.folder.iterdir()):
         beside = source.is_file() and source.suffix in _BESIDE and not source.name.endswith(".index.json")
         if beside and source.name not in templates:
-            storage.add_copy(source, folder / source.name)
+            storage.write_file(folder / source.name, source.read_bytes())  # the exporter wrote a config.json too
     adapter_folder.save_templates(folder, templates)
     return max(_difference(folder, *each) for each in zip(examples, wanted, strict=True))
 

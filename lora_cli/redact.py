@@ -21,7 +21,24 @@ _FORMS = re.compile(
     re.VERBOSE,
 )
 # Of each form a piece that is quickly looked for.
-_MARKS = ("hf_", "sk-", "gh", "github_pat_", "glpat-", "AKIA", "ASIA", "AIza", "xox", "eyJ", "PRIVATE KEY", ":/")
+_MARKS = (
+    "hf_",
+    "sk-",
+    "ghp_",
+    "gho_",
+    "ghs_",
+    "ghu_",
+    "ghr_",
+    "github_pat_",
+    "glpat-",
+    "AKIA",
+    "ASIA",
+    "AIza",
+    "xox",
+    "eyJ",
+    "PRIVATE KEY",
+    ":/",
+)
 _SECRET_NAME = re.compile(
     r"(?:^|_)(?:API|PG)?(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASS|CREDENTIALS?)(?:_|$)", re.IGNORECASE
 )

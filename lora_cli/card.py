@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_cli import config_file, how_to_load, run_dir, sources, storage, strict_yaml
+from lora_cli import config_file, how_to_load, metrics, run_dir, sources, storage, strict_yaml
 from lora_cli.adapter import Adapter
 from lora_cli.config import RunConfig
 from lora_cli.records import Estimate, Evaluated, Finished, with_interval
@@ -151,7 +151,7 @@ def _facts_of(adapter: Adapter, run: RunDir | None, finished: Finished | None = 
         return None
     if adapter.folder == run.adapter:
         finished = run_dir.read_finished(run)
-    evaluated = run_dir.read_evaluated(run)
+    evaluated = metrics.read_evaluated(run)
     name = adapter.folder.name
     checkpoint = re.fullmatch(r"step-(\d+)", name)
     step = finished.best_step if finished else int(checkpoint[1]) if checkpoint else None

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lora_cli import adapter, json_file, lora, run_dir, storage
+from lora_cli import adapter, json_file, lora, manifest, metrics, run_dir, storage
 from lora_cli.errors import AdapterError
 from lora_cli.run_dir import RunDir
 
@@ -85,9 +85,9 @@ def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -
     What was measured before is on the medium by then, so that a run that goes on from here has it. One that is there
     already stays, unless it is damaged or its step's validation had not been taken in.
     """
-    run_dir.sync_metrics(run)
+    metrics.keep(run)
     path = run_dir.checkpoint_path(run, state.step)
-    if path.exists() and (storage.problems_in(path) or is_evaluated(path) < state.evaluated):
+    if path.exists() and (manifest.problems_in(path) or is_evaluated(path) < state.evaluated):
         storage.remove_directory(path)
     if not path.exists():
         with storage.explained(path), storage.new_directory(path) as folder:
@@ -142,7 +142,7 @@ def latest(run: RunDir) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint that is whole, and what is wrong with any newer one."""
     problems: list[str] = []
     for _, path in run_dir.step_folders(run):
-        if not (found := storage.problems_in(path)):
+        if not (found := manifest.problems_in(path)):
             return path, problems
         problems += found
     return None, problems
@@ -150,7 +150,7 @@ def latest(run: RunDir) -> tuple[Path | None, list[str]]:
 
 def prune(run: RunDir, keep: int) -> None:
     """Delete checkpoints beyond the newest `keep` whole ones and the best ones these refer to."""
-    whole = [path for _, path in run_dir.step_folders(run) if not storage.problems_in(path)]
+    whole = [path for _, path in run_dir.step_folders(run) if not manifest.problems_in(path)]
     kept = set(whole[:keep])
     for path in whole[:keep]:
         _, stopping = read_numbers(path)

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow
 import pyarrow.ipc
 
-from lora_cli import interrupt, limits, storage
+from lora_cli import interrupt, limits, manifest, room, storage
 from lora_cli.data import Reader
 from lora_cli.data_file import Block
 from lora_cli.errors import NOTHING_LOADED, AdapterError, DataError, SurroundingsError
@@ -213,7 +213,7 @@ def make(reader: Reader, encoder: Encoder) -> Generator[Notice | Preparing, None
         return Corpus(reader, batches, digest.hexdigest(), templated > 0)
     content = reader.file.digest()
     folder = cache_folder() / _key(reader, encoder, content)
-    if folder.is_dir() and (problems := storage.problems_in(folder)):
+    if folder.is_dir() and (problems := manifest.problems_in(folder)):
         yield Notice(f"{problems[0]}: the kept tokens are damaged; they are made again.")
         storage.remove_directory(folder)
     if not folder.is_dir():
@@ -226,7 +226,7 @@ def _keep(reader: Reader, encoder: Encoder, folder: Path, content: str) -> Gener
     began, name, total = time.monotonic(), reader.file.name, reader.file.size
     yield Notice(f"{name}: {total / 1e6:,.0f} MB are turned into tokens, kept in {folder} for the next time.")
     try:
-        storage.require_writable(folder)
+        room.require_writable(folder)
         with storage.explained(folder):
             storage.make_folder(folder.parent)
     except SurroundingsError as error:

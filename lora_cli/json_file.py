@@ -63,3 +63,8 @@ def checked(record: type[Record], values: Mapping[str, Any], path: Path) -> Reco
 def is_number(value: object) -> bool:
     """Return whether a value out of JSON is a number that can be computed with."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def as_text(values: Any) -> str:
+    """Return plain values as indented JSON, as they are written here."""
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

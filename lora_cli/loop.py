@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_cli import adapter, adapter_folder, card, checkpoint, lora, run_dir, storage
+from lora_cli import adapter, adapter_folder, card, checkpoint, lora, manifest, metrics, run_dir, storage
 from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Step, plan_epoch
 from lora_cli.blocks import compile_blocks, recompute_activations
@@ -88,9 +88,9 @@ class Loop:
             yield Notice(f"Continuing after step {self.state.step} ({path}).")
         losses = list[float]()
         if self.world.is_main:
-            for problem in run_dir.rewind_metrics(self.run, self.state.step if path else -1, self.state.evaluated):
+            for problem in metrics.rewind(self.run, self.state.step if path else -1, self.state.evaluated):
                 yield Notice(problem)
-            losses = [record["loss"] for record in run_dir.read_metrics(self.run) if record["event"] == "step"]
+            losses = [record["loss"] for record in metrics.read(self.run) if record["event"] == "step"]
         self.losses.extend(self.world.from_main(losses[-WINDOW:]))
 
     def __iter__(self) -> Iterator[Event]:
@@ -262,7 +262,7 @@ class Loop:
         is_written = self.world.from_main(
             self.run.adapter.exists()
         )  # by a process that was killed before it could say so
-        if not is_written and (problems := storage.problems_in(chosen)):
+        if not is_written and (problems := manifest.problems_in(chosen)):
             raise AdapterError(
                 *problems, state=f"The best checkpoint is damaged; the others in {chosen.parent} can be used."
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_cli import adapter, adapter_folder, card, model, storage, tuned, verify
+from lora_cli import adapter, adapter_folder, card, manifest, model, room, storage, tuned, verify
 from lora_cli.adapter_folder import Origin
 from lora_cli.errors import AdapterError, ModelError
 from lora_cli.merged_folder import RECORD, Form, require_space, write
@@ -48,7 +48,7 @@ def merge(
     Raises AdapterError, with nothing left behind, when a tensor finds no place, or when the logits differ more than
     `BOUNDS` allows or than half of what the adapters do; such a merge is kept with `force`.
     """
-    storage.require_new(output)
+    room.require_new(output)
     results, update, skeleton = _open(paths, base, together)
     first = results[0]
     weights = Weights(first.header.folder, skeleton, update)
@@ -82,7 +82,7 @@ def merge(
 
 def combine(paths: Sequence[Path], output: Path, base: str | None, together: Together) -> CombineReport:
     """Write one adapter that does what several do together. Raises AdapterError."""
-    storage.require_new(output)
+    room.require_new(output)
     results, update, _ = _open(paths, base, together)
     first = results[0]
     found = {path: update.low_rank(path) for path in update.paths}
@@ -142,7 +142,7 @@ def _require_unmerged(result: Result) -> None:
         merged = {str(each["sha256"]) for each in json.loads(path.read_text(encoding="utf-8"))["adapters"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: cannot be read: {error}.") from None
-    if storage.sha256(result.adapter.folder / adapter.WEIGHTS) in merged:
+    if manifest.sha256(result.adapter.folder / adapter.WEIGHTS) in merged:
         raise AdapterError(
             f"{result.header.folder}: {result.adapter.folder} is merged into it already; name the base with --base."
         )
@@ -168,7 +168,7 @@ def _record(results: Sequence[Result], update: Update, report: MergeReport) -> d
         "base": Path(results[0].adapter.base).name or results[0].header.folder.name,
         "base_fingerprint": results[0].base_fingerprint,
         "adapters": [
-            {"sha256": storage.sha256(each.adapter.folder / adapter.WEIGHTS), "weight": weight}
+            {"sha256": manifest.sha256(each.adapter.folder / adapter.WEIGHTS), "weight": weight}
             for each, weight in zip(results, update.weights, strict=True)
         ],
         "method": update.method,

@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_cli import card, model, storage
+from lora_cli import card, manifest, model, room, storage
 from lora_cli.adapter_folder import save_templates
+from lora_cli.base_folder import weight_files
 from lora_cli.errors import AdapterError
-from lora_cli.model import weight_files
 from lora_cli.randomness import derive_seed
 from lora_cli.reports import MergedLayer
 from lora_cli.tuned import Result
@@ -51,7 +51,7 @@ def require_space(weights: Weights, base: Path, output: Path, form: Form) -> Non
     """Raise SurroundingsError where the disk has not the room for what will be written."""
     needed = sum(info.size // info.dtype.itemsize * form.dtype_of(info).itemsize for info in weights.infos.values())
     needed += sum(file.stat().st_size for file in base.iterdir() if file.is_file() and not _stays_behind(file))
-    storage.require_room(output, needed)
+    room.require_room(output, needed)
 
 
 def write(weights: Weights, result: Result, folder: Path, form: Form) -> list[MergedLayer]:
@@ -73,7 +73,7 @@ def write(weights: Weights, result: Result, folder: Path, form: Form) -> list[Me
 
 def _stays_behind(file: Path) -> bool:
     """Return whether a file of the base holds weights or tells of the base alone."""
-    return file.suffix in _OTHER_WEIGHTS or file.name in (storage.MANIFEST, RECORD, card.FILE)
+    return file.suffix in _OTHER_WEIGHTS or file.name in (manifest.MANIFEST, RECORD, card.FILE)
 
 
 def _merged(

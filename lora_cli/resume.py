@@ -6,7 +6,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from lora_cli import config_file, run_dir, storage
+from lora_cli import config_file, manifest, run_dir, storage
 from lora_cli.config import OnResume, RunConfig, Section
 from lora_cli.errors import AdapterError, ConfigError, DataError
 from lora_cli.run_dir import FORMAT, RunDir
@@ -165,7 +165,7 @@ def write_down(run: RunDir, config: RunConfig, found: Sequence[Change], step: in
 
 def _take_back(run: RunDir, kept: Path) -> str:
     """Delete the adapter of a finished run, a copy of a checkpoint's; what was measured on it is the checkpoint's."""
-    if storage.problems_in(kept):
+    if manifest.problems_in(kept):
         raise AdapterError(
             f"{kept}: the checkpoint that adapter/ is a copy of is not whole; so the run stays as it is."
         )

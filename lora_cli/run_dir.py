@@ -16,10 +16,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lora_cli import json_file, names, storage
+from lora_cli import json_file, manifest, names, storage
 from lora_cli.config import RunConfig
 from lora_cli.errors import AdapterError, ConfigError, SurroundingsError, shown
-from lora_cli.records import Evaluated, Finished, StepDone, as_json, event_name
+from lora_cli.records import Finished
 
 FORMAT = 1  # of run.json, environment.json and a checkpoint's state.json; those without one are older, and read
 
@@ -113,7 +113,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Return the text of a file of ours, what is no UTF-8 replaced. Raises SurroundingsError."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
@@ -185,63 +185,6 @@ def warning(run: RunDir) -> str | None:
     return f"{run.path}: every user of this machine may write here, and could change this run; chmod o-w {run.path}"
 
 
-def append(run: RunDir, record: StepDone | Evaluated) -> None:
-    """Append one measurement to metrics.jsonl."""
-    storage.append_line(run.metrics, json.dumps({"event": event_name(record), **as_json(record)}))
-
-
-def read_metrics(run: RunDir) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl; a last line cut short by a kill, and lines that are not ours, left out."""
-    return [record for record in _lines(run) if record is not None]
-
-
-def _lines(run: RunDir) -> list[dict[str, Any] | None]:
-    """Return the lines of metrics.jsonl as records, None for what is none."""
-    if not run.metrics.exists():
-        return []
-    records: list[dict[str, Any] | None] = []
-    for line in _read(run.metrics).splitlines():
-        record = None
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-        is_ours = isinstance(record, dict) and isinstance(record.get("step"), int) and "event" in record
-        records.append(record if is_ours else None)
-    return records
-
-
-def rewind_metrics(run: RunDir, step: int, evaluated: bool = True) -> Iterator[str]:
-    """Forget what was measured after a step, as those steps are about to be taken again.
-
-    Without `evaluated` the step's own validation is to be done again too. Iterates over what was wrong with the rest:
-    it holds each step once afterwards, except for those that are lost.
-    """
-    lines = _lines(run)
-    if foreign := lines.count(None):
-        yield f"{run.metrics}: {foreign} lines are cut short or no measurements of a run, and were taken out."
-    before = [
-        record
-        for record in lines
-        if record is not None
-        and (record["step"] < step or (record["step"] == step and (evaluated or record["event"] == "step")))
-    ]
-    kept = list({(record["event"], record["step"]): record for record in before}.values())
-    if len(kept) < len(before):
-        yield f"{run.metrics}: {len(before) - len(kept)} lines stood there twice, and were taken out."
-    lost = sorted(set(range(1, step + 1)) - {record["step"] for record in kept if record["event"] == "step"})
-    if lost:
-        yield (
-            f"{run.metrics}: the measurements of {len(lost)} steps up to the checkpoint are lost (the first is step "
-            f"{lost[0]}), as after a power cut. What is trained is not touched by it."
-        )
-    storage.write_file(run.metrics, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def sync_metrics(run: RunDir) -> None:
-    """Have what was measured on the disk; a checkpoint that appears after this never knows more than metrics.jsonl."""
-    if run.metrics.exists():
-        storage.keep(run.metrics)
-
-
 def write_status(run: RunDir, status: str, **facts: Any) -> None:
     """Write run.json: running | finished | stopped | failed, with what is known; `changes` stay as they are there."""
     before = read_status(run)
@@ -261,16 +204,6 @@ def read_finished(run: RunDir) -> Finished | None:
         return None
     facts = {field.name: status.get(field.name) for field in fields(Finished)}
     return json_file.checked(Finished, facts | {"adapter": run.adapter}, run.status)
-
-
-def read_evaluated(run: RunDir) -> dict[int, Evaluated]:
-    """Return the validation passes of metrics.jsonl by their step."""
-    found = {}
-    for record in read_metrics(run):
-        if record.get("event") == "evaluated":
-            facts = {field.name: record.get(field.name) for field in fields(Evaluated)}
-            found[record["step"]] = json_file.checked(Evaluated, facts, run.metrics)
-    return found
 
 
 def step_folders(run: RunDir) -> Sequence[tuple[int, Path]]:
@@ -322,6 +255,6 @@ def find_adapter(path: Path) -> tuple[Path, RunDir | None]:
 
 def _require_whole(folder: Path) -> None:
     """Raise AdapterError when a folder of ours is not as it was written; others have no manifest."""
-    if (folder / storage.MANIFEST).is_file() and (problems := storage.problems_in(folder)):
+    if (folder / manifest.MANIFEST).is_file() and (problems := manifest.problems_in(folder)):
         way_out = "The folder is not as it was written: copy it again, or use another checkpoint."
         raise AdapterError(*problems, way_out, state="Nothing was read.")

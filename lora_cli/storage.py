@@ -1,29 +1,26 @@
 """The only code that writes: a file or a directory appears whole, by one rename, or not at all.
 
-A directory carries MANIFEST.json with the size and SHA-256 of every file in it; `problems_in` checks them. The order
-is write, fsync, hash, manifest, fsync, fsync the directory, rename, fsync its parent (Pillai et al., OSDI 2014,
-"All File Systems Are Not Created Equal": without each of them a power cut may leave a torn or an empty file). What a
-function here has written is on the medium when it returns; of appended lines only `keep` says so.
+A directory carries MANIFEST.json with the size and SHA-256 of every file in it (`manifest` checks them). The order is
+write, fsync, hash, manifest, fsync, fsync the directory, rename, fsync its parent (Pillai et al., OSDI 2014, "All File
+Systems Are Not Created Equal": without each of them a power cut may leave a torn or an empty file). What a function
+here has written is on the medium when it returns; of appended lines only `keep` says so.
 """
 
 import contextlib
 import errno
 import fcntl
-import hashlib
-import json
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lora_cli import disk, interrupt, names
+from lora_cli import disk, interrupt, json_file, manifest
 from lora_cli.errors import AdapterError, SurroundingsError
+from lora_cli.manifest import MANIFEST
 
-MANIFEST = "MANIFEST.json"
 _TEMPORARY = ".lora-tmp-"  # of what is being written; safe to delete when nobody holds the run's lock
 # What a disk or a system answers that has no room, no right or no luck; never the fault of the program.
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ESTALE)
@@ -48,19 +45,13 @@ def explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # --- one file ---
 
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a whole file, in place of one that is there, by a temporary name and a rename."""
     with explained(path):
-        temporary = _temporary_name(path.parent)
+        temporary = temporary_name(path.parent)
         try:
             add_file(temporary, content)
             disk.sync(temporary)
@@ -74,7 +65,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, values: Any) -> None:
     """Write plain values as indented JSON, in place of a file that is there."""
-    write_file(path, _as_text(values))
+    write_file(path, json_file.as_text(values))
 
 
 def append_line(path: Path, line: str) -> None:
@@ -87,10 +78,6 @@ def keep(path: Path) -> None:
     """Have the system write the lines that were appended to the medium."""
     with explained(path):
         disk.sync(path)
-
-
-def _as_text(values: Any) -> str:
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 # --- the files of a new directory, which is sealed when it is whole ---
@@ -109,7 +96,7 @@ def add_file(path: Path, content: str | bytes) -> None:
 
 def add_json(path: Path, values: Any) -> None:
     """Write plain values as a file of a new directory."""
-    add_file(path, _as_text(values))
+    add_file(path, json_file.as_text(values))
 
 
 def add_copy(source: Path, path: Path) -> None:
@@ -147,14 +134,11 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_file(path: Path, size: int = 0) -> Iterator[Path]:
-    """Yield a temporary name for a file of about `size` bytes; on success it is synced and appears as `path`.
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name for a file; on success it is synced and appears as `path`.
 
-    On any error it is deleted. Raises AdapterError when `path` is already there, or is when it is to appear,
-    SurroundingsError when the disk has not so much room or cannot be written.
+    On any error it is deleted. Raises AdapterError when `path` is already there, or is when it is to appear.
     """
-    require_writable(path.parent)
-    require_room(path, size)
     with _temporary_beside(path) as folder, explained(path):
         temporary = folder / path.name
         yield temporary
@@ -166,18 +150,19 @@ def new_file(path: Path, size: int = 0) -> Iterator[Path]:
         disk.sync(path.parent)
 
 
-def _temporary_name(folder: Path) -> Path:
+def temporary_name(folder: Path) -> Path:
+    """Return a name in a folder for what is not whole yet; `sweep` knows it again."""
     return folder / f"{_TEMPORARY}{secrets.token_hex(6)}"
 
 
 @contextlib.contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
     """Yield a folder beside `path`, which must not be there; held, so that no other process sweeps it away."""
-    _require_absent(path)
+    require_absent(path)
     with explained(path):
         make_folder(path.parent)
         _sweep_unheld(path.parent)
-        temporary = _temporary_name(path.parent)
+        temporary = temporary_name(path.parent)
         disk.make_folder(temporary)
     try:
         with explained(path):
@@ -189,8 +174,7 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
         finally:
             os.close(held)
     finally:
-        with contextlib.suppress(OSError):  # it is not there any more where all went well
-            disk.remove_tree(temporary)
+        clear(temporary)  # it is not there any more where all went well
 
 
 def _sweep_unheld(folder: Path) -> None:
@@ -206,50 +190,12 @@ def _sweep_unheld(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def require_new(path: Path) -> None:
-    """Raise AdapterError where a path that is to be written is there, SurroundingsError where it cannot be written.
-
-    Call it before work that takes long.
-    """
-    _require_absent(path)
-    require_writable(path)
-
-
-def _require_absent(path: Path) -> None:
+def require_absent(path: Path) -> None:
+    """Raise AdapterError where a path that is to be written is there."""
     with explained(path):
         is_there = path.exists()
     if is_there:
         raise AdapterError(f"{path}: already exists; it is never overwritten. Delete it or name another.")
-
-
-def require_writable(path: Path) -> None:
-    """Raise SurroundingsError unless a path can be written: tried where it is, or in the folder nearest to it."""
-    with explained(path):
-        if path.is_symlink() and not path.exists():
-            raise OSError(f"it is a link to {os.readlink(path)}, which is not there")
-        near = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-        if not near.is_dir():
-            raise OSError(f"{near} is a file, not a folder")
-        temporary = _temporary_name(near)
-        tried = temporary / path.absolute().relative_to(near) / "tried"
-        try:
-            make_folder(tried.parent)
-            write_file(tried, bytes(4096))
-        finally:
-            with contextlib.suppress(OSError):
-                disk.remove_tree(temporary)
-
-
-def size_of(folder: Path) -> int:
-    """Return the bytes of a folder's files."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def require_room(path: Path, size: int) -> None:
-    """Raise SurroundingsError unless the disk of a path that is to be written has `size` bytes free."""
-    near = next(parent for parent in path.absolute().parents if parent.exists())
-    if (free := shutil.disk_usage(near).free) < size:
-        raise SurroundingsError(f"{path}: needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free.")
 
 
 def _seal(folder: Path) -> None:
@@ -257,59 +203,25 @@ def _seal(folder: Path) -> None:
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     for file in paths:
         disk.sync(file)
-    files = {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": digest}
-        for file, digest in zip(paths, _digests(paths), strict=True)
-    }
-    add_json(folder / MANIFEST, {"files": files})
+    add_file(folder / MANIFEST, manifest.text_of(folder, paths))
     disk.sync(folder / MANIFEST)
     for inner in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
         disk.sync(inner)
 
 
-def _digests(paths: Sequence[Path]) -> list[str]:
-    with ThreadPoolExecutor() as pool:  # hashing holds no lock of the interpreter's
-        return list(pool.map(sha256, paths))
-
-
-def problems_in(folder: Path, unread: str | None = None) -> list[str]:
-    """Return what is wrong with a sealed directory: nothing when every file is as it was written.
-
-    Of files whose names end in `unread` only the size is looked at.
-    """
-    manifest = folder / MANIFEST
-    try:
-        text = manifest.read_text(encoding="utf-8")
-        values = json.loads(text)
-        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in values["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        return [f"{manifest}: cannot be read ({type(error).__name__})"]
-    problems, whole = [], dict[str, Path]()
-    for name, (size, _) in expected.items():
-        file = folder / name
-        if reason := names.problem_with(name):
-            problems.append(f"{manifest}: names a file {name[:80]!r}, which {reason}")
-        elif not file.is_file():
-            problems.append(f"{file}: is missing")
-        elif file.stat().st_size != size:
-            problems.append(f"{file}: has {file.stat().st_size} bytes, was written with {size}")
-        elif unread is None or not name.endswith(unread):
-            whole[name] = file
-    for name, digest in zip(whole, _digests(list(whole.values())), strict=True):
-        if digest != expected[name][1]:
-            problems.append(f"{whole[name]}: its content is not what was written (SHA-256 differs)")
-    if not problems and text != _as_text(values):  # a name that stands in it twice hides a file
-        problems.append(f"{manifest}: is not as it was written")
-    return problems
-
-
 def remove_directory(path: Path) -> None:
     """Delete a directory of ours: first renamed, so that a half-deleted one never stands under its name."""
     with explained(path):
-        doomed = _temporary_name(path.parent)
+        doomed = temporary_name(path.parent)
         disk.rename(path, doomed)
         disk.sync(path.parent)
         disk.remove_tree(doomed)
+
+
+def clear(temporary: Path) -> None:
+    """Delete a temporary folder, as far as that is possible."""
+    with contextlib.suppress(OSError):
+        disk.remove_tree(temporary)
 
 
 def rename(path: Path, new: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lora_cli import __version__, data, interrupt, launch, resume, run_dir, storage
+from lora_cli import __version__, base_folder, data, interrupt, launch, metrics, resume, room, run_dir
 from lora_cli.config import RunConfig, flat
 from lora_cli.errors import Interrupted, UserError
 from lora_cli.interrupt import StopRequest
@@ -43,7 +43,7 @@ def train(config: RunConfig, stop: StopRequest, override: bool = False) -> Itera
             _hold(run, holding)
         data.require_readable(config.data, config.eval.general_source)
         if is_main:
-            storage.require_writable(run.path)
+            room.require_writable(run.path)
 
         from lora_cli.distributed import joined
         from lora_cli.prepare import prepare
@@ -135,7 +135,7 @@ def _written_down(loop: "Loop", run: RunDir, world: "World") -> Iterator[Event]:
     try:
         for event in loop:
             if isinstance(event, StepDone | Evaluated) and world.is_main:
-                run_dir.append(run, event)
+                metrics.append(run, event)
             if isinstance(event, Finished) and world.is_main:
                 facts = {key: value for key, value in as_json(event).items() if key != "adapter"}
                 run_dir.write_status(run, "finished", **facts)
@@ -158,10 +158,10 @@ def _environment(
     config: RunConfig, run: RunDir, prepared: "Prepared", changes: list[Change], world: "World"
 ) -> dict[str, Any]:
     """Return what environment.json says: the main process's, which agrees with the others on config, base and data."""
-    from lora_cli import model, remote_code
+    from lora_cli import remote_code
     from lora_cli.memory import estimate_memory
 
-    base_fingerprint, data_fingerprint = model.fingerprint(prepared.header.folder), prepared.data_fingerprint()
+    base_fingerprint, data_fingerprint = base_folder.fingerprint(prepared.header.folder), prepared.data_fingerprint()
     settings = {key: str(value) for key, value in flat(config)}
     world.require_same(settings | {"base model": base_fingerprint, "data": data_fingerprint})
     environment = describe_environment(str(world.device), base_fingerprint, data_fingerprint)
@@ -193,7 +193,7 @@ def _require_room(config: RunConfig, run: RunDir, prepared: "Prepared") -> None:
 
     one = checkpoint.size(prepared.trained_parameters(config.lora.rank))
     most = (config.save.keep + 2) * one + one // 3  # those kept, the best, the one being written; the adapter
-    storage.require_room(run.path, max(one, most - storage.size_of(run.path)))
+    room.require_room(run.path, max(one, most - room.size_of(run.path)))
 
 
 def describe_environment(device: str, base_fingerprint: str, data_fingerprint: str) -> dict[str, Any]:

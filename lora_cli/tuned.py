@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from lora_cli import adapter, config_file, model, run_dir
+from lora_cli import adapter, base_folder, config_file, model, run_dir
 from lora_cli.adapter import Adapter
 from lora_cli.config import DataConfig, ModelConfig, RunConfig
 from lora_cli.errors import AdapterError, ModelError, SurroundingsError
@@ -55,7 +55,7 @@ def find(path: Path, base: str | None = None) -> Result:
     except (ModelError, SurroundingsError) as error:
         way_out = [] if base is not None else [f"{folder} is an adapter of it; --base names the place where it is now."]
         raise type(error)(*error.problems, *way_out, state=error.state) from None
-    found = model.fingerprint(header.folder)
+    found = base_folder.fingerprint(header.folder)
     if read.base_fingerprint is not None and read.base_fingerprint != found:
         raise AdapterError(
             f"{folder}: was trained on another base than {header.folder} (fingerprint {read.base_fingerprint}, here "

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli import interrupt, lora, storage
+from lora_cli.base_folder import require_whole, weight_files
 from lora_cli.errors import AdapterError, ModelError
-from lora_cli.model import require_whole, weight_files
 from lora_cli.update import Update
 
 DTYPES = {

@@ -145,7 +145,7 @@ EDITS = [
     (91, "corpus", '"rows": [reader.format,', '"rows": [None,'),
     (91, "corpus", "dict(reader.fields),", "None,"),
     (91, "corpus", '"controls": encoder.keep_controls', '"controls": None'),
-    (92, "corpus", "(problems := storage.problems_in(folder))", "(problems := [])"),
+    (92, "corpus", "(problems := manifest.problems_in(folder))", "(problems := [])"),
     (93, "corpus", "if reader.file.digest() != content:", "if False:"),
     (94, "parallel", "except BrokenProcessPool:", "except BrokenProcessPool:\n        return"),
     (95, "run_dir", '("data_fingerprint", "data', '("base_fingerprint", "data'),

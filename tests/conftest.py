@@ -18,7 +18,19 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lora_cli import adapter, adapter_folder, checkpoint, cli, config_file, data, lora, model, run_dir, tuned
+from lora_cli import (
+    adapter,
+    adapter_folder,
+    base_folder,
+    checkpoint,
+    cli,
+    config_file,
+    data,
+    lora,
+    metrics,
+    model,
+    tuned,
+)
 from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Batch, Group, collate
 from lora_cli.config import DataConfig, LoraConfig, ModelConfig
@@ -140,7 +152,7 @@ def write_adapter(base: str, folder: Path, config: LoraConfig) -> dict[str, Any]
     for _, layer in lora.lora_layers(loaded.module):
         torch.nn.init.normal_(layer.lora_B, std=0.3)
     folder.mkdir()
-    adapter_folder.save(folder, loaded.module, config, Origin(base, None, model.fingerprint(header.folder), {}))
+    adapter_folder.save(folder, loaded.module, config, Origin(base, None, base_folder.fingerprint(header.folder), {}))
     values: dict[str, Any] = json.loads((folder / adapter.CONFIG).read_text())
     return values
 
@@ -214,14 +226,13 @@ def write_rows(path: Path, rows: list[Any]) -> str:
 
 def facts(place: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     """What must be the same: metrics without times, and every file of the adapter and of the newest checkpoint."""
-    metrics = [
-        {key: value for key, value in record.items() if key != "seconds"}
-        for record in run_dir.read_metrics(RunDir(place))
+    measured = [
+        {key: value for key, value in record.items() if key != "seconds"} for record in metrics.read(RunDir(place))
     ]
     newest, _ = checkpoint.latest(RunDir(place))
     assert newest is not None
     files = [*newest.iterdir(), *(place / "adapter").iterdir()]
-    return metrics, {str(file.relative_to(place)): file.read_bytes() for file in files}
+    return measured, {str(file.relative_to(place)): file.read_bytes() for file in files}
 
 
 @pytest.fixture

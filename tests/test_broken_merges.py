@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from conftest import save_base, save_with_peft, shrink
 
-from lora_cli import model, storage
+from lora_cli import base_folder, storage
 from lora_cli.adapter import WEIGHTS
 from lora_cli.errors import AdapterError, UserError
 from lora_cli.merge import merge
@@ -149,7 +149,7 @@ def mergeable(tmp_path: Path) -> Path:
     """A folder with base/ (sharded, bfloat16, tied) and a/, an adapter of ours for it."""
     base = save_base("llama", tmp_path / "base", torch.bfloat16, shard="20KB")
     save_with_peft(str(base), tmp_path / "a")
-    (tmp_path / "a" / "base.json").write_text(json.dumps({"fingerprint": model.fingerprint(base)}))
+    (tmp_path / "a" / "base.json").write_text(json.dumps({"fingerprint": base_folder.fingerprint(base)}))
     (tmp_path / "a" / "README.md").unlink(missing_ok=True)
     return tmp_path
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import Invoke
 
-from lora_cli import adapter, card, hub, run_dir, runtimes, storage, tuned
+from lora_cli import adapter, card, hub, manifest, metrics, run_dir, runtimes, tuned
 from lora_cli.errors import SurroundingsError
 from lora_cli.run_dir import RunDir
 from lora_cli.runtimes import Produced
@@ -33,8 +33,8 @@ def test_training_writes_a_card_that_is_sealed(run: RunDir):
     head, body = parts_of((run.adapter / card.FILE).read_text())
     status, environment = run_dir.read_status(run), run_dir.read_environment(run)
 
-    assert storage.problems_in(run.adapter) == []
-    assert card.FILE in json.loads((run.adapter / storage.MANIFEST).read_text())["files"]
+    assert manifest.problems_in(run.adapter) == []
+    assert card.FILE in json.loads((run.adapter / manifest.MANIFEST).read_text())["files"]
     assert head == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "text-generation"]}
     for known in (environment["base_fingerprint"], environment["data_fingerprint"], "train: 26 rows"):
         assert known in body
@@ -81,13 +81,13 @@ def test_evaluations_stand_in_an_exported_card(invoke: Invoke, run: RunDir, tmp_
     first = min(run.checkpoints.iterdir())
     invoke("export", first, "--output", tmp_path / "first")
     whole, checkpoint = ((tmp_path / name / card.FILE).read_text() for name in ("exported", "first"))
-    losses = {step: f"| {found.loss:.4f} |" for step, found in run_dir.read_evaluated(run).items()}
+    losses = {step: f"| {found.loss:.4f} |" for step, found in metrics.read_evaluated(run).items()}
 
     assert "the run's test rows: token_accuracy | 6 rows" in whole
     assert "the run's test rows" not in checkpoint
     assert "test loss" not in checkpoint
     assert losses[int(first.name[5:])] in checkpoint
-    assert storage.problems_in(tmp_path / "exported") == []
+    assert manifest.problems_in(tmp_path / "exported") == []
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_push_without_network_leaves_the_export_whole(
     assert (code, out) == (3, "")
     assert "the hub cannot be reached" in err
     assert f"hf upload someone/tuned {tmp_path / 'exported'}" in err
-    assert storage.problems_in(tmp_path / "exported") == []
+    assert manifest.problems_in(tmp_path / "exported") == []
     code, _, err = invoke("export", run.path, "--output", tmp_path / "other", "--push", "no/such/name")
     assert (code, "no name of a hub repository" in err) == (2, True)
     assert not (tmp_path / "other").exists()

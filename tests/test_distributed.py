@@ -16,7 +16,7 @@ import torch
 from conftest import Invoke, build_examples, conversation, facts, write_config, write_rows
 from processes import disturb, end, lora, run_ranks, send, start_ranks
 
-from lora_cli import batches, config_file, distributed, ending, run_dir, step
+from lora_cli import batches, config_file, distributed, ending, metrics, run_dir, step
 from lora_cli.batches import Mixture, Part
 from lora_cli.interrupt import StopRequest
 from lora_cli.loss import LossSum
@@ -37,7 +37,7 @@ Make = Callable[..., Path]
 def measured(place: Path) -> list[tuple[Any, ...]]:
     """The step of every record, and what was measured there."""
     keys = ("event", "step", "loss", "grad_norm", "targets", "tokens")
-    return [tuple(record.get(key, 0) for key in keys) for record in run_dir.read_metrics(RunDir(place))]
+    return [tuple(record.get(key, 0) for key in keys) for record in metrics.read(RunDir(place))]
 
 
 def close(first: Path, second: Path) -> bool:

@@ -19,7 +19,7 @@ from conftest import CHATML, build_model, build_tokenizer
 from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 
-from lora_cli import adapter, adapter_folder, cli, lora, model, storage, tuned, weights
+from lora_cli import adapter, adapter_folder, base_folder, cli, lora, storage, tuned, weights
 from lora_cli.config import LoraConfig
 from lora_cli.errors import AdapterError, InputError, SurroundingsError
 from lora_cli.formats import gguf_export, gguf_file, gguf_pre_tokenizer
@@ -128,7 +128,9 @@ def write_adapter(folder: Path, base: Path, config: LoraConfig) -> Any:
         for _, layer in lora.lora_layers(module):
             layer.lora_B.normal_(0.0, 0.1)
     folder.mkdir()
-    adapter_folder.save(folder, module, config, adapter_folder.Origin(str(base), None, model.fingerprint(base), {}))
+    adapter_folder.save(
+        folder, module, config, adapter_folder.Origin(str(base), None, base_folder.fingerprint(base), {})
+    )
     return module
 
 

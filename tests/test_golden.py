@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import conversation, save_base, write_rows
 
-from lora_cli import config_file, run_dir
+from lora_cli import config_file, metrics, run_dir
 from lora_cli.errors import Interrupted
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Finished, Notice, StepDone
@@ -77,7 +77,7 @@ def test_a_run_of_an_earlier_version_goes_on(kept: Path, tmp_path: Path, monkeyp
     }
     losses = [[event.loss for event in events if isinstance(event, StepDone)] for events in (straight, resumed)]
     assert losses[1] == pytest.approx(losses[0][2:], rel=1e-3)
-    assert [record["step"] for record in run_dir.read_metrics(RunDir(Path("run"))) if record["event"] == "step"] == [
+    assert [record["step"] for record in metrics.read(RunDir(Path("run"))) if record["event"] == "step"] == [
         *range(1, 5)
     ]
 

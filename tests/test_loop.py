@@ -16,7 +16,20 @@ import pytest
 import torch
 from conftest import build_examples, build_model, build_tokenizer, conversation, facts, one_batch, write_rows
 
-from lora_cli import batches, checkpoint, config_file, lora, memory, model, resume, run_dir, storage
+from lora_cli import (
+    base_folder,
+    batches,
+    checkpoint,
+    config_file,
+    lora,
+    manifest,
+    memory,
+    metrics,
+    model,
+    resume,
+    run_dir,
+    storage,
+)
 from lora_cli.batches import Mixture, Part
 from lora_cli.checkpoint import Stopping
 from lora_cli.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
@@ -275,7 +288,7 @@ def test_a_run_learns_and_leaves_what_it_says(make_config: Callable[..., Path]):
     assert {p.name for p in place.path.iterdir()} == {
         "config.yaml", "environment.json", "metrics.jsonl", "run.json", "checkpoints", "adapter",
     }  # fmt: skip
-    records = run_dir.read_metrics(place)
+    records = metrics.read(place)
     assert [r["step"] for r in records if r["event"] == "step"] == list(range(1, 17))
     assert [r["loss"] for r in records if r["event"] == "evaluated"] == [e.loss for e in evaluations]
     assert run_dir.read_status(place)["status"] == "finished"
@@ -283,7 +296,7 @@ def test_a_run_learns_and_leaves_what_it_says(make_config: Callable[..., Path]):
     best = run_dir.checkpoint_path(place, end.best_step)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (place.adapter / name).read_bytes() == (best / name).read_bytes()
-    assert not any(storage.problems_in(folder) for folder in [place.adapter, *place.checkpoints.iterdir()])
+    assert not any(manifest.problems_in(folder) for folder in [place.adapter, *place.checkpoints.iterdir()])
     assert len(list(place.checkpoints.iterdir())) <= 3
 
 
@@ -347,10 +360,10 @@ def test_neftune_changes_training_and_not_evaluation(make_config: Callable[..., 
 
 def test_the_base_is_not_changed(make_config: Callable[..., Path], model_folder: Callable[[str], str]):
     """Training leaves the base's files as they were."""
-    before = model.fingerprint(Path(model_folder("llama")))
+    before = base_folder.fingerprint(Path(model_folder("llama")))
     run(make_config())
 
-    assert model.fingerprint(Path(model_folder("llama"))) == before
+    assert base_folder.fingerprint(Path(model_folder("llama"))) == before
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -13,7 +13,7 @@ import torch
 import transformers
 from conftest import save_base, save_with_peft, shrink
 
-from lora_cli import adapter, model, storage, streamed, tuned
+from lora_cli import adapter, base_folder, manifest, model, streamed, tuned
 from lora_cli.config import ModelConfig
 from lora_cli.errors import AdapterError, UserError
 from lora_cli.merge import Together, combine, merge
@@ -95,7 +95,7 @@ def test_a_bfloat16_merge_is_one_rounding_away(kind: str, tmp_path: Path):
 
 def tensors_of_shards(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of the files that a model's index names."""
-    return {n: t for file in model.weight_files(folder) for n, t in safetensors.torch.load_file(file).items()}
+    return {n: t for file in base_folder.weight_files(folder) for n, t in safetensors.torch.load_file(file).items()}
 
 
 def test_a_merge_keeps_everything_else(model_folder: Callable[[str], str], tmp_path: Path):
@@ -120,7 +120,7 @@ def test_a_merge_keeps_everything_else(model_folder: Callable[[str], str], tmp_p
     }
     for other in names - {file}:
         assert (base / other).read_bytes() == (tmp_path / "merged" / other).read_bytes()
-    assert storage.problems_in(tmp_path / "merged") == []
+    assert manifest.problems_in(tmp_path / "merged") == []
 
 
 def test_a_gpt2_base_whose_names_have_no_prefix(model_folder: Callable[[str], str], tmp_path: Path):

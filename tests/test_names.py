@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import Invoke
 
-from lora_cli import config_file, model, names
+from lora_cli import base_folder, config_file, names
 from lora_cli.errors import ModelError
 
 HOSTILE = (
@@ -39,7 +39,7 @@ def test_an_index_names_only_files_of_its_folder(tmp_path: Path):
     for name in (each for each in HOSTILE if each is not None):
         (inner / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
         with pytest.raises(ModelError, match="not in this folder"):
-            model.weight_files(inner)
+            base_folder.weight_files(inner)
 
 
 def test_links_out_of_a_run_are_not_followed(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):

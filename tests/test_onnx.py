@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TOKENS, our_logits, write_adapter
 
-from lora_cli import export, lora, storage, tuned
+from lora_cli import export, lora, manifest, tuned
 from lora_cli.config import LoraConfig
 from lora_cli.errors import AdapterError, SurroundingsError
 from lora_cli.formats import onnx_graph
@@ -48,7 +48,7 @@ def test_onnx_runtime_gives_our_logits(
     assert torch.allclose(torch.from_numpy(logits)[0], our_logits(tmp_path / "adapter"), atol=1e-4)
     assert "differ by at most" in notes[0]
     assert capsys.readouterr().out == ""
-    assert storage.problems_in(tmp_path / "onnx") == []
+    assert manifest.problems_in(tmp_path / "onnx") == []
     for name in ("config.json", "tokenizer.json"):
         assert (tmp_path / "onnx" / name).read_bytes() == (Path(base) / name).read_bytes()
 

@@ -14,7 +14,7 @@ import transformers
 from conftest import CHATML, Invoke, conversation, facts, save_base, write_rows
 from torture import faults
 
-from lora_cli import checkpoint, config_file, resume, run_dir, storage, strict_yaml
+from lora_cli import checkpoint, config_file, manifest, metrics, resume, run_dir, storage, strict_yaml
 from lora_cli.config import OnResume, RunConfig
 from lora_cli.errors import AdapterError, ConfigError, DataError, Interrupted
 from lora_cli.interrupt import StopRequest
@@ -231,7 +231,7 @@ def test_a_finished_run_goes_on_for_longer(invoke: Invoke, config: Path):
     assert second is not None
     assert (first.step, second.step) == (6, 9)
     assert [path.name for path in run.evaluations.iterdir()] == [f"step-{first.best_step:06d}-rows.json"]
-    steps = [record["step"] for record in run_dir.read_metrics(run) if record["event"] == "step"]
+    steps = [record["step"] for record in metrics.read(run) if record["event"] == "step"]
     assert steps == list(range(1, 10))
     newest = run_dir.checkpoint_path(run, second.best_step or 9) / "adapter_model.safetensors"
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == newest.read_bytes()
@@ -324,7 +324,7 @@ def test_a_newer_format_is_refused_by_name(name: str, invoke: Invoke, config: Pa
     path = run_of(config).path / name
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     if path.parent != run_of(config).path:
-        (path.parent / storage.MANIFEST).unlink()
+        (path.parent / manifest.MANIFEST).unlink()
         resealed = path.parent.with_name("resealed")
         path.parent.rename(resealed)
         with storage.new_directory(path.parent) as folder:
@@ -380,7 +380,7 @@ def test_metrics_that_were_damaged_are_said_and_mended(config: Path):
     assert "3 lines are cut short or no measurements" in told
     assert "1 lines stood there twice" in told
     assert "the measurements of 1 steps up to the checkpoint are lost (the first is step 2)" in told
-    steps = [record["step"] for record in run_dir.read_metrics(run_of(config)) if record["event"] == "step"]
+    steps = [record["step"] for record in metrics.read(run_of(config)) if record["event"] == "step"]
     assert steps == [1, 3, 4, 5, 6]
 
 

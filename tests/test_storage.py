@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli import checkpoint, run_dir, storage
+from lora_cli import checkpoint, manifest, run_dir, storage
 from lora_cli.errors import AdapterError, SurroundingsError
 from lora_cli.run_dir import RunDir
 
@@ -45,9 +45,9 @@ def test_a_sealed_directory_is_whole(tmp_path: Path):
     finally:
         os.umask(before)
 
-    assert storage.problems_in(folder) == []
+    assert manifest.problems_in(folder) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
-    paths = (folder, folder / "a.bin", folder / storage.MANIFEST, tmp_path / "y")
+    paths = (folder, folder / "a.bin", folder / manifest.MANIFEST, tmp_path / "y")
     assert [oct(stat.S_IMODE(path.stat().st_mode)) for path in paths] == ["0o750", "0o640", "0o640", "0o640"]
 
 
@@ -80,7 +80,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path, position: int):
     raw[position] ^= 0x10
     (folder / "a.bin").write_bytes(raw)
 
-    assert ["its content is not what was written" in problem for problem in storage.problems_in(folder)] == [True]
+    assert ["its content is not what was written" in problem for problem in manifest.problems_in(folder)] == [True]
 
 
 def test_cut_missing_and_hostile(tmp_path: Path):
@@ -88,15 +88,15 @@ def test_cut_missing_and_hostile(tmp_path: Path):
     folder = sealed(tmp_path / "x")
     (folder / "a.bin").write_bytes(b"short")
     (folder / "b.txt").unlink()
-    cut, missing = storage.problems_in(folder)
+    cut, missing = manifest.problems_in(folder)
     assert ("has 5 bytes, was written with 256" in cut, "is missing" in missing) == (True, True)
 
-    (folder / storage.MANIFEST).write_text('{"files": {"../secret": {"size": 1, "sha256": "0"}}}')
-    assert "leads out of its folder" in storage.problems_in(folder)[0]
-    (folder / storage.MANIFEST).write_text("[]")
-    assert "cannot be read" in storage.problems_in(folder)[0]
-    (folder / storage.MANIFEST).unlink()
-    assert "cannot be read" in storage.problems_in(folder)[0]
+    (folder / manifest.MANIFEST).write_text('{"files": {"../secret": {"size": 1, "sha256": "0"}}}')
+    assert "leads out of its folder" in manifest.problems_in(folder)[0]
+    (folder / manifest.MANIFEST).write_text("[]")
+    assert "cannot be read" in manifest.problems_in(folder)[0]
+    (folder / manifest.MANIFEST).unlink()
+    assert "cannot be read" in manifest.problems_in(folder)[0]
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path):

@@ -16,7 +16,7 @@ from conftest import Invoke
 from torture import faults
 
 from lora_cli import cli as program
-from lora_cli import config_file, corpus, ending, interrupt, run_dir, storage
+from lora_cli import config_file, corpus, ending, interrupt, manifest, room, run_dir, storage
 from lora_cli.errors import SurroundingsError
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Saved, StepDone
@@ -98,7 +98,7 @@ def test_a_folder_without_permission(tmp_path: Path):
     def probe() -> None:
         if os.getuid() == 0:
             os.setresuid(65534, 65534, 65534)
-        storage.require_writable(tmp_path / "run")
+        room.require_writable(tmp_path / "run")
 
     assert f"{tmp_path / 'run'}: cannot be written: Permission denied." in in_child(probe)
     tmp_path.chmod(0o700)
@@ -110,7 +110,7 @@ def test_a_folder_that_is_read_only(tmp_path: Path):
     def probe() -> None:
         if not faults.small_disk(tmp_path, 4096, faults.READ_ONLY):
             raise SurroundingsError("skipped")
-        storage.require_writable(tmp_path / "run")
+        room.require_writable(tmp_path / "run")
 
     if (said := in_child(probe)).startswith("skipped"):
         pytest.skip("this machine allows no mount of one's own")
@@ -258,7 +258,7 @@ def test_a_full_disk_while_saving(make_config: Callable[..., Path], monkeypatch:
     assert "MB free)" in said
     assert "A checkpoint needs 0.1 MB." in said
     assert f"Training stopped after step 4; the same command goes on from {last}." in said
-    assert storage.problems_in(last) == []
+    assert manifest.problems_in(last) == []
     assert [path for path in run.path.rglob("*") if storage.is_temporary(path)] == []
 
 

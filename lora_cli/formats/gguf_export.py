@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_cli import model, storage
+from lora_cli import model, room, storage
 from lora_cli.errors import AdapterError, ModelError
 from lora_cli.formats import gguf_architecture, gguf_file, gguf_vocabulary
 from lora_cli.formats.gguf_architecture import Architecture, Place
@@ -44,7 +44,8 @@ def export_adapter(result: Result, output: Path) -> GgufReport:
 def _new_file(output: Path, plan: Plan) -> contextlib.AbstractContextManager[Path]:
     if output.suffix != ".gguf":
         raise AdapterError(f"--output {output}: is one file, whose name ends in .gguf.")
-    return storage.new_file(output, plan.size)
+    room.require_room(output, plan.size)
+    return storage.new_file(output)
 
 
 def write(plan: Plan, file: Path, format: str, kind: Kind, notes: Sequence[str], shown: Path) -> GgufReport:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_cli import chat_template, model, storage
+from lora_cli import chat_template, model, room, storage
 from lora_cli.chat_template import ChatTemplate
 from lora_cli.conversation import Conversation, Message, RowError
 from lora_cli.errors import ModelError
@@ -66,7 +66,7 @@ def export(result: Result, output: Path, kind: Kind) -> GgufReport:
     """Write a folder for `ollama create`. Raises ModelError where Ollama would write conversations otherwise."""
     plan, notes = gguf_export.model_plan(result, kind)
     text, more = modelfile(result.header.tokenizer, sorted(model.configured_ends(result.header)))
-    storage.require_room(output, plan.size)
+    room.require_room(output, plan.size)
     with storage.new_directory(output) as folder:
         report = gguf_export.write(plan, folder / "model.gguf", "ollama", kind, [*notes, *more], shown=output)
         storage.add_file(folder / "Modelfile", text)

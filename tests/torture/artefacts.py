@@ -13,7 +13,7 @@ from typing import Any
 import conftest
 import yaml
 
-from lora_cli import storage
+from lora_cli import json_file, manifest
 from torture.bombs import CONFIGS, TEMPLATES
 
 SECRET = "hf_" + "aB3dE6gH9k" * 3
@@ -126,10 +126,10 @@ def _optimizer_pickle(folder: Path, have: Materials) -> Commands:
     copied = shutil.copytree(have.run, folder / "run")
     (step,) = (copied / "checkpoints").iterdir()
     _pickled(step / "optimizer.safetensors", have)
-    manifest = json.loads((step / storage.MANIFEST).read_text())
+    listed = json.loads((step / manifest.MANIFEST).read_text())
     written = step / "optimizer.safetensors"
-    manifest["files"][written.name] = {"size": written.stat().st_size, "sha256": storage.sha256(written)}
-    (step / storage.MANIFEST).write_text(json.dumps(manifest))
+    listed["files"][written.name] = {"size": written.stat().st_size, "sha256": manifest.sha256(written)}
+    (step / manifest.MANIFEST).write_text(json_file.as_text(listed))
     (copied / "run.json").unlink()
     return [["train", str(copied / "config.yaml"), f"output_dir={copied}"]]
 
@@ -190,7 +190,7 @@ def _manifest_names(folder: Path, have: Materials) -> Commands:
     commands = []
     for number, name in enumerate(NAMES):
         copied = shutil.copytree(have.adapter, folder / f"adapter-{number}")
-        (copied / storage.MANIFEST).write_text(json.dumps({"files": {name: {"size": 1, "sha256": "0"}}}))
+        (copied / manifest.MANIFEST).write_text(json.dumps({"files": {name: {"size": 1, "sha256": "0"}}}))
         commands.append(["export", str(copied), "--output", str(folder / f"out-{number}")])
     return commands
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from conftest import conversation, facts, save_base, write_rows
 
-from lora_cli import config_file, ending, run_dir, storage
+from lora_cli import config_file, ending, manifest, run_dir, storage
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import StepDone
 from lora_cli.run_dir import RunDir
@@ -209,7 +209,7 @@ def _damage(place: Place, failed: str) -> Iterator[str]:
     """Iterate over what is not as it has to be after a fault."""
     for sealed in [*(path for _, path in run_dir.step_folders(place.run)), place.run.adapter]:
         if sealed.exists():
-            yield from storage.problems_in(sealed)
+            yield from manifest.problems_in(sealed)
     if place.run.path.exists() and failed.split(" ")[0] not in _DELETING:  # what could not be deleted is there
         yield from (f"{path.name} is left" for path in place.run.path.rglob("*") if storage.is_temporary(path))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_cli import checkpoint, config_file, disk, run_dir, storage, train
+from lora_cli import checkpoint, config_file, disk, metrics, run_dir, storage, train
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Saved
 from lora_cli.run_dir import RunDir
@@ -268,7 +268,7 @@ def wrong_with(
     run = RunDir(place / "run")
     if run.path.is_dir():
         newest, _ = checkpoint.latest(run)
-        steps = {record["step"] for record in run_dir.read_metrics(run)}
+        steps = {record["step"] for record in metrics.read(run)}
         if newest is not None and (missing := set(range(1, checkpoint.read_numbers(newest)[0] + 1)) - steps):
             problems.append(f"{METRICS}: steps {sorted(missing)[:3]} are not there, and {newest.name} is")
         finished = run.status.exists() and run_dir.read_status(run).get("status") == "finished"

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from lora_cli import checkpoint, merge, model, run_dir
+from lora_cli import base_folder, checkpoint, merge, model, run_dir
 from lora_cli.config import ModelConfig
 from lora_cli.errors import AdapterError, ModelError
 from lora_cli.run_dir import RunDir
@@ -16,7 +16,7 @@ def said_of(folder: Path) -> list[str]:
     """What the readers of a sealed folder say is wrong with it: those that commands read it with."""
     try:
         if folder.name == "merged":
-            model.require_whole(folder)
+            base_folder.require_whole(folder)
         elif folder.name == "adapter":
             run_dir.find_adapter(folder.parent)
         else:

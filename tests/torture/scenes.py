@@ -15,7 +15,20 @@ from typing import Any
 
 import conftest
 
-from lora_cli import checkpoint, config_file, corpus, export, merge, prepare, run_dir, scale, storage, train
+from lora_cli import (
+    checkpoint,
+    config_file,
+    corpus,
+    export,
+    manifest,
+    merge,
+    metrics,
+    prepare,
+    run_dir,
+    scale,
+    storage,
+    train,
+)
 from lora_cli.data_reader import run_to_end
 from lora_cli.interrupt import StopRequest
 from lora_cli.run_dir import RunDir
@@ -109,13 +122,13 @@ def run_facts(place: Path = Path("run")) -> Facts:
     newest, problems = checkpoint.latest(run)
     if newest is None or problems:
         raise AssertionError(f"no whole checkpoint: {problems}")
-    metrics = [{k: v for k, v in record.items() if k != "seconds"} for record in run_dir.read_metrics(run)]
+    measured = [{k: v for k, v in record.items() if k != "seconds"} for record in metrics.read(run)]
     status = {k: v for k, v in run_dir.read_status(run).items() if k not in ("pid", "seconds")}
     return {
         "adapter": files(run.adapter),
         "newest": (newest.name, files(newest)),
         "kept": [step for step, _ in run_dir.step_folders(run)],
-        "metrics": metrics,
+        "metrics": measured,
         "status": status,
         "config": run.config.read_bytes(),
     }
@@ -205,14 +218,14 @@ def facts_of(scene: Scene, place: Path, act: Callable[[], None]) -> Any:
 
 def half_made(folder: Path) -> list[str]:
     """What stands under a final name and is not whole: sealed folders, and files of JSON."""
-    found = [path.parent for path in folder.rglob(storage.MANIFEST)]
+    found = [path.parent for path in folder.rglob(manifest.MANIFEST)]
     found += [*folder.glob("run/checkpoints/step-*"), *folder.glob("run/adapter")]
     if (out := folder / "out").is_dir():
         found.append(out)
     problems = []
     for sealed in sorted(set(found)):
         if not any(storage.is_temporary(part) for part in (sealed, *sealed.parents)):
-            problems += storage.problems_in(sealed)
+            problems += manifest.problems_in(sealed)
     for file in (*folder.glob("run/*.json"), *folder.glob("run/evaluations/*.json")):
         try:
             json.loads(file.read_text(encoding="utf-8"))

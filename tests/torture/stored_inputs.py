@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_cli import adapter, checkpoint, run_dir, storage, weights
+from lora_cli import adapter, checkpoint, manifest, metrics, run_dir, storage, weights
 from lora_cli.errors import AdapterError
 from lora_cli.run_dir import RunDir
 from torture.mutations import mutated_bytes, mutated_json
@@ -72,17 +72,15 @@ def prepare_manifest(folder: Path) -> Prepared:
         with storage.new_directory(inside) as new:
             (new / "a.bin").write_bytes(b"a")
             (new / "b.bin").write_bytes(b"bb")
-    manifest = inside / storage.MANIFEST
-    valid: dict[str, Any] = json.loads(manifest.read_text())
+    listed = inside / manifest.MANIFEST
+    valid: dict[str, Any] = json.loads(listed.read_text())
 
     def make(random: random.Random) -> None:
         whole = random.random() < 0.5
-        manifest.write_bytes(
-            mutated_json(valid, random) if whole else mutated_bytes(json.dumps(valid).encode(), random)
-        )
+        listed.write_bytes(mutated_json(valid, random) if whole else mutated_bytes(json.dumps(valid).encode(), random))
 
     def read() -> None:
-        if problems := storage.problems_in(inside):
+        if problems := manifest.problems_in(inside):
             raise AdapterError(*problems)
 
     return make, read
@@ -120,7 +118,7 @@ def prepare_records(folder: Path) -> Prepared:
                 chosen[0] = lambda: run_dir.read_environment(run)
             case 2:
                 run.metrics.write_bytes(b"\n".join(mutated_json(event, random) for event in EVENTS))
-                chosen[0] = lambda: (run_dir.read_metrics(run), run_dir.read_evaluated(run))
+                chosen[0] = lambda: (metrics.read(run), metrics.read_evaluated(run))
             case _:
                 (folder / checkpoint.STATE).write_bytes(mutated_json(NUMBERS_OF, random))
                 chosen[0] = lambda: checkpoint.read_numbers(folder)

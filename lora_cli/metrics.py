@@ -1,0 +1,78 @@
+"""metrics.jsonl: what was measured, one line each, appended as it happens and mended before a run goes on."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from lora_cli import json_file, run_dir, storage
+from lora_cli.records import Evaluated, StepDone, as_json, event_name
+from lora_cli.run_dir import RunDir
+
+
+def append(run: RunDir, record: StepDone | Evaluated) -> None:
+    """Append one measurement to metrics.jsonl."""
+    storage.append_line(run.metrics, json.dumps({"event": event_name(record), **as_json(record)}))
+
+
+def read(run: RunDir) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl; a last line cut short by a kill, and lines that are not ours, left out."""
+    return [record for record in _lines(run) if record is not None]
+
+
+def _lines(run: RunDir) -> list[dict[str, Any] | None]:
+    """Return the lines of metrics.jsonl as records, None for what is none."""
+    if not run.metrics.exists():
+        return []
+    records: list[dict[str, Any] | None] = []
+    for line in run_dir.read_text(run.metrics).splitlines():
+        record = None
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+        is_ours = isinstance(record, dict) and isinstance(record.get("step"), int) and "event" in record
+        records.append(record if is_ours else None)
+    return records
+
+
+def rewind(run: RunDir, step: int, evaluated: bool = True) -> Iterator[str]:
+    """Forget what was measured after a step, as those steps are about to be taken again.
+
+    Without `evaluated` the step's own validation is to be done again too. Iterates over what was wrong with the rest:
+    it holds each step once afterwards, except for those that are lost.
+    """
+    lines = _lines(run)
+    if foreign := lines.count(None):
+        yield f"{run.metrics}: {foreign} lines are cut short or no measurements of a run, and were taken out."
+    before = [
+        record
+        for record in lines
+        if record is not None
+        and (record["step"] < step or (record["step"] == step and (evaluated or record["event"] == "step")))
+    ]
+    kept = list({(record["event"], record["step"]): record for record in before}.values())
+    if len(kept) < len(before):
+        yield f"{run.metrics}: {len(before) - len(kept)} lines stood there twice, and were taken out."
+    lost = sorted(set(range(1, step + 1)) - {record["step"] for record in kept if record["event"] == "step"})
+    if lost:
+        yield (
+            f"{run.metrics}: the measurements of {len(lost)} steps up to the checkpoint are lost (the first is step "
+            f"{lost[0]}), as after a power cut. What is trained is not touched by it."
+        )
+    storage.write_file(run.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def keep(run: RunDir) -> None:
+    """Have what was measured on the disk; a checkpoint that appears after this never knows more than metrics.jsonl."""
+    if run.metrics.exists():
+        storage.keep(run.metrics)
+
+
+def read_evaluated(run: RunDir) -> dict[int, Evaluated]:
+    """Return the validation passes of metrics.jsonl by their step."""
+    found = {}
+    for record in read(run):
+        if record.get("event") == "evaluated":
+            facts = {field.name: record.get(field.name) for field in fields(Evaluated)}
+            found[record["step"]] = json_file.checked(Evaluated, facts, run.metrics)
+    return found

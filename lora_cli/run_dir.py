@@ -64,17 +64,13 @@ class RunDir:
 
 
 def of(config: RunConfig) -> RunDir:
-    """Return the run directory that a config names. Raises ConfigError where that can be none."""
+    """Return the run directory that a config names. Raises ConfigError where that is no path."""
     try:
         config.output_dir.encode()
-        path = Path(config.output_dir).expanduser()
-        there = next(each for each in (path, *path.absolute().parents) if each.exists())
-    except (OSError, RuntimeError, UnicodeEncodeError) as error:  # too long, ~ of a user not known, half a character
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"output_dir: {shown(config.output_dir)} can be no folder: {reason}; name another.") from None
-    if not there.is_dir():
-        raise ConfigError(f"output_dir: {there} is a file, so {path} can be no folder; name another.")
-    return RunDir(path)
+        return RunDir(Path(config.output_dir).expanduser())
+    except (RuntimeError, UnicodeEncodeError) as error:  # ~ of a user whose home is not known; half a character
+        reason = shown(error)
+        raise ConfigError(f"output_dir: {shown(config.output_dir)} is no path here: {reason}; name another.") from None
 
 
 def is_run_dir(path: Path) -> bool:

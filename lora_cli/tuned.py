@@ -35,7 +35,7 @@ class Result:
 def find(path: Path, base: str | None = None) -> Result:
     """Find and check what RUN names, without reading the base's weights. `base` replaces the base's place.
 
-    Raises AdapterError when the base is not the one the adapter was trained on.
+    Raises AdapterError when the base is not the one the adapter was trained on, or runs code and is not named by hand.
     """
     folder, run = run_dir.find_adapter(path)
     read = adapter.read(folder)
@@ -47,6 +47,12 @@ def find(path: Path, base: str | None = None) -> Result:
     else:
         raise AdapterError(
             f"{folder}: does not say which base model it is for; give --base.", state="Nothing was read."
+        )
+    if section.trust_remote_code and base is None:
+        raise AdapterError(
+            f"{folder}: its base comes with Python code of its own, which the run was allowed to use. A folder cannot "
+            f"allow that for other commands: read the code, and name the base by hand: --base {section.path}.",
+            state="Nothing was read.",
         )
     if base is not None:
         section = section.model_copy(update={"path": base, "revision": None})

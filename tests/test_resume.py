@@ -352,7 +352,7 @@ def test_a_damaged_status_is_named(content: str, invoke: Invoke, config: Path):
     run_of(config).status.write_text(content)
     code, _, err = invoke("train", config)
 
-    assert (code, "run.json: " in err) == (2, True)
+    assert (code, "run.json:" in err) == (2, True)
 
 
 def test_checkpoints_of_other_tools(config: Path, tmp_path: Path):
@@ -371,10 +371,10 @@ def test_checkpoints_of_other_tools(config: Path, tmp_path: Path):
 
 def test_metrics_that_were_damaged_are_said_and_mended(config: Path):
     """A line cut short, foreign lines, a line twice, and lost steps are each named; each step stands there once."""
-    metrics = run_of(config).metrics
-    lines = metrics.read_text().splitlines()
+    path = run_of(config).metrics
+    lines = path.read_text().splitlines()
     kept = [line for line in lines if '"step": 2,' not in line]
-    metrics.write_bytes("\n".join([*kept, lines[-1], "[3]", '{"a": 1}', '{"event": "st']).encode() + b"\xff")
+    path.write_bytes("\n".join([*kept, lines[-1], "[3]", '{"a": 1}', '{"event": "st']).encode() + b"\xff")
     told = said(going(config))
 
     assert "3 lines are cut short or no measurements" in told

@@ -124,7 +124,8 @@ def _require_sane(file: Path) -> None:
             entries = json.loads(opened.read(length))
         dtypes = {entry["dtype"] for name, entry in entries.items() if name != "__metadata__"}
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{file}: is no safetensors file: {shown(error, 120)}.", state="Nothing was read.") from None
+        reason = f"it is no safetensors file: {shown(error, 120)}"
+        raise AdapterError(f"{file}: cannot be read: {reason}; {AGAIN}.", state="Nothing was read.") from None
     if len(entries) > _MOST_TENSORS or not dtypes <= _DTYPES:
         what = ", ".join(map(ascii, sorted(map(str, dtypes - _DTYPES)))) or f"{len(entries):,} tensors"
         accepted = f"an adapter has at most {_MOST_TENSORS:,} tensors of {', '.join(sorted(_DTYPES))}"

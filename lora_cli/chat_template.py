@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lora_cli import limits
 from lora_cli.conversation import Conversation, Message, RowError, reasoning, thinks
 from lora_cli.errors import NOTHING_LOADED, ConfigError, ModelError, shown
+from lora_cli.limits import ANOTHER
 
 SOURCE = 1 << 20  # characters a template may have
 OUTPUT = 64 << 10  # characters a row may become; more by its own size, GROWTH times
@@ -44,7 +45,6 @@ NAMED = {
     ),
 }
 _TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<form>[^"'\\]*)(?P=quote)\s*\)""")
-ANOTHER = "data.chat_template can name another"
 CHOICES = f"data.chat_template: a Jinja file, or one of {', '.join(NAMED)}"
 
 

@@ -39,12 +39,12 @@ def check_config(config: RunConfig) -> dict[str, str]:
         if root in _ONLY and value not in _ONLY[root]:
             usable = " or ".join("null" if v is None else str(v) for v in _ONLY[root])
             problems[root] = f"this version cannot do {value!r} yet; leave {root} at {usable}"
-    if problem := problem_of_remote_code(config.model):
-        problems["model.trust_remote_code"] = problem
         if key in _PLACES and (variable := re.search(r"\$\w+|\$\{[^}]*\}?", str(value))):
             problems[key] = f"{shown(variable[0])}: a config reads no variables of the environment; write the value"
         if key in _PLACES and "\0" in str(value):
             problems[key] = "no name of a file can hold the character NUL; take it out"
+    if problem := problem_of_remote_code(config.model):
+        problems["model.trust_remote_code"] = problem
     if config.train.learning_rate == "auto":
         problems["train.learning_rate"] = "this version cannot choose the rate yet; give a number, for example 3e-4"
     if config.eval.forgetting_budget is not None and False in (config.eval.general, config.data.validation != 0):

@@ -21,6 +21,7 @@ from lora_cli.errors import NOTHING_LOADED, ModelError
 
 Result = TypeVar("Result")
 
+ANOTHER = "data.chat_template can name another"  # the way out
 SECONDS = 2.0  # of CPU time that one rendering may take
 BLOCK_SECONDS = 20.0  # the same of all renderings of a block of rows, and
 SECONDS_MORE = 0.05  # for each of them: what is many times slower than any known template is not waited for
@@ -73,7 +74,7 @@ def apart(function: Callable[[], Result]) -> Result:
 
 def too_long() -> TemplateLimit:
     """Return the error of a template that renders for too long."""
-    return TemplateLimit(f"The chat template takes more than {SECONDS:.0f} seconds to render this.")
+    return TemplateLimit(f"The chat template takes more than {SECONDS:.0f} seconds to render this; {ANOTHER}.")
 
 
 @contextlib.contextmanager
@@ -95,7 +96,9 @@ def limited() -> Iterator[None]:
     except _Overdue:
         raise too_long() from None
     except MemoryError:
-        raise TemplateLimit(f"The chat template takes more than {MEMORY >> 20} MiB of memory to render this.") from None
+        raise TemplateLimit(
+            f"The chat template takes more than {MEMORY >> 20} MiB of memory to render this; {ANOTHER}."
+        ) from None
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         if in_main:

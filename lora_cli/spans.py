@@ -9,9 +9,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lora_cli.chat_template import ANOTHER, ChatTemplate
+from lora_cli.chat_template import ChatTemplate
 from lora_cli.conversation import Conversation, Message, RowError, reasoning_and_answer, thinks
 from lora_cli.fidelity import require_asked, require_parts, squash
+from lora_cli.limits import ANOTHER
 from lora_cli.redact import cut
 
 _PROBE = "Zx9qz"

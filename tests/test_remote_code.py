@@ -81,6 +81,11 @@ def test_trusted_code_is_named_and_recorded(
     assert (tmp_path / "canary").exists()
     assert f"code of the model's own is run: modeling_own.py (SHA-256 {digest[:12]})" in err
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["remote_code"] == {"modeling_own.py": digest}
+    (tmp_path / "canary").unlink()
+    code, _, err = invoke("eval", tmp_path / "run", "--answers", "1")  # what a folder says is not the user's word
+    assert (code, f"--base {model_with_code}" in err, (tmp_path / "canary").exists()) == (2, True, False)
+    code, _, err = invoke("eval", tmp_path / "run", "--answers", "1", "--base", model_with_code)
+    assert (code, (tmp_path / "canary").exists()) == (0, True), err
     (tmp_path / "run" / "run.json").unlink()
     (model_with_code / "modeling_own.py").write_bytes(content + b"# changed\n")
     code, _, err = invoke("train", make_config(**trusting))

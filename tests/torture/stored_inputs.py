@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_cli import adapter, checkpoint, manifest, metrics, run_dir, storage, weights
+from lora_cli import adapter, checkpoint, json_file, manifest, metrics, run_dir, storage, weights
 from lora_cli.errors import AdapterError
 from lora_cli.run_dir import RunDir
 from torture.mutations import mutated_bytes, mutated_json
@@ -76,8 +76,10 @@ def prepare_manifest(folder: Path) -> Prepared:
     valid: dict[str, Any] = json.loads(listed.read_text())
 
     def make(random: random.Random) -> None:
-        whole = random.random() < 0.5
-        listed.write_bytes(mutated_json(valid, random) if whole else mutated_bytes(json.dumps(valid).encode(), random))
+        kind, written = random.random(), json_file.as_text(valid).encode()
+        if kind >= 0.1:  # else it stays as it was written
+            written = mutated_json(valid, random) if kind < 0.5 else mutated_bytes(written, random)
+        listed.write_bytes(written)
 
     def read() -> None:
         if problems := manifest.problems_in(inside):

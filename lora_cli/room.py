@@ -17,14 +17,14 @@ def require_new(path: Path) -> None:
     require_writable(path)
 
 
-def require_writable(path: Path) -> None:
+def require_writable(path: Path, key: str = "") -> None:
     """Raise SurroundingsError unless a path can be written: tried where it is, or in the folder nearest to it."""
-    with storage.explained(path):
+    with storage.explained(path, key):
         if path.is_symlink() and not path.exists():
             raise OSError(f"it is a link to {os.readlink(path)}, which is not there")
         near = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
         if not near.is_dir():
-            raise OSError(f"{near} is a file, not a folder")
+            raise OSError(f"{near} is a file, not a folder; name another")
         temporary = storage.temporary_name(near)
         tried = temporary / path.absolute().relative_to(near) / "tried"
         try:

@@ -81,7 +81,7 @@ def is_run_dir(path: Path) -> bool:
 def require_place(run: RunDir) -> bool:
     """Return whether the folder holds a run of ours. Raises ConfigError where it holds anything else."""
     require_own(run)
-    with storage.explained(run.path):
+    with storage.explained(run.path, "output_dir"):
         there = {p.name for p in run.path.iterdir() if not storage.is_temporary(p)} if run.path.is_dir() else set()
     if is_run_dir(run.path):
         return True

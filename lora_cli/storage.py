@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora_cli import disk, interrupt, json_file, manifest
-from lora_cli.errors import AdapterError, SurroundingsError
+from lora_cli.errors import AdapterError, SurroundingsError, shown
 from lora_cli.manifest import MANIFEST
 
 _TEMPORARY = ".lora-tmp-"  # of what is being written; safe to delete when nobody holds the run's lock
@@ -28,8 +28,8 @@ _SECONDS_UNTIL_HELD = 60  # between a temporary folder's making and its lock the
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn an OSError into one that names the path, the reason and the free space."""
+def explained(path: Path, key: str = "") -> Iterator[None]:
+    """Turn an OSError into one that names the path (and the key that gave it), the reason and the free space."""
     try:
         yield
     except OSError as error:
@@ -40,9 +40,15 @@ def explained(path: Path) -> Iterator[None]:
             reason = f"{whose} is full ({shutil.disk_usage(near).free / 1e6:.0f} MB free)"
         if error.errno == errno.EFBIG:
             reason = "a file would be larger than this process may write (ulimit -f)"
+        name = f"{key}: {_short(path)}" if key else _short(path)
         raise SurroundingsError(
-            f"{path}: cannot be written: {reason}.", state="What was there before is whole."
+            f"{name}: cannot be written: {reason}.", state="What was there before is whole."
         ) from error
+
+
+def _short(path: Path) -> str:
+    """Return a path as it is, but not the whole of one that no system could have."""
+    return str(path) if len(str(path)) < 1000 else shown(path)
 
 
 # --- one file ---

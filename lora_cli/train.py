@@ -43,7 +43,7 @@ def train(config: RunConfig, stop: StopRequest, override: bool = False) -> Itera
             _hold(run, holding)
         data.require_readable(config.data, config.eval.general_source)
         if is_main:
-            room.require_writable(run.path)
+            room.require_writable(run.path, "output_dir")
 
         from lora_cli.distributed import joined
         from lora_cli.prepare import prepare

@@ -64,8 +64,8 @@ EDITS = [
     (29, "prepare", "if not template.repeats:", "if False:"),
     (30, "data_reader", "if templated and self.template is None:", "if False:"),
     (31, "chat_template", '"<|im_end|>" not in tokenizer.get_vocab()', "False"),
-    (32, "chat_template", "signal.setitimer(signal.ITIMER_REAL, seconds)", "pass"),
-    (33, "chat_template", "resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))", "pass"),
+    (32, "limits", "if threading.current_thread() is threading.main_thread():", "pass"),
+    (33, "limits", "resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))", "pass"),
     # control tokens
     (34, "examples", "broken = count > 0 and", "broken = False and"),
     (35, "control_tokens", "_role_markers(template, added_tokens(tokenizer)) if template", "set() if template"),
@@ -115,7 +115,7 @@ EDITS = [
     (70, "data_file", "if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):", "if False:"),
     (71, "data_file", "if len(set(names)) < len(names) or", "if"),
     (71, "data_file", '";" in names[0]', "False"),
-    (72, "data_file", "None in row or None in row.values()", "False"),
+    (72, "data_file", "row if found == len(names) else Broken(wrong)", "row"),
     (73, "data_file", "csv.field_size_limit(LONGEST_LINE)", "pass"),
     (74, "data_file", "EOFError() | ", "EOFError():\n                return True\n            case "),
     # split
@@ -135,7 +135,7 @@ EDITS = [
     (87, "attention", "x.split(segments.lengths, dim=2)", "x.split([sum(segments.lengths)], dim=2)"),
     (ALSO, "layout", "return agree(together[0], logits, module.dtype)", "return True"),
     (96, "fused", "return x.is_meta or agree(ours(x), theirs, x.dtype)", "return True"),
-    (88, "loop", "(part.total / targets).backward()", "(part.total / part.targets / len(examples)).backward()"),
+    (88, "step", "(part.total / targets).backward()", "(part.total / part.targets / len(examples)).backward()"),
     (89, "loss", "self.targets + other.targets", "max(self.targets, other.targets)"),
     (90, "batches", 'derive_seed(seed, "order", epoch)', 'derive_seed(seed, "order", 0)'),
     # kept tokens, processes, resuming
@@ -148,7 +148,7 @@ EDITS = [
     (92, "corpus", "(problems := manifest.problems_in(folder))", "(problems := [])"),
     (93, "corpus", "if reader.file.digest() != content:", "if False:"),
     (94, "parallel", "except BrokenProcessPool:", "except BrokenProcessPool:\n        return"),
-    (95, "run_dir", '("data_fingerprint", "data', '("base_fingerprint", "data'),
+    (95, "resume", "    if changed:\n", "    if False:\n"),
     (97, "model", "if not twins:", "if True:"),
     # evaluation and forgetting
     (
@@ -198,6 +198,39 @@ EDITS = [
     (120, "formats/gguf_architecture", "if problems := list(_problems(config, architecture)):", "if problems := []:"),
     (121, "formats/ollama", "if frame.expand(messages) != _render(template, messages):", "if False:"),
     (122, "formats/mlx_adapter", "if theta is None or", "if True or"),
+    # disturbed runs, several processes, strangers
+    (123, "resume", "if is_changed(found) and not override:", "if False:"),
+    (
+        124,
+        "resume",
+        "if fixed := [change for change in found if change.rule is OnResume.FIXED]:",
+        "if fixed := list[Change]():",
+    ),
+    (125, "resume", "before[key] != environment.get(key)]", "False]"),
+    (126, "run_dir", "if not isinstance(written, int) or written > FORMAT:", "if not isinstance(written, int):"),
+    (127, "train", "is_held = is_main and run.path.is_dir()", "is_held = False"),
+    (128, "checkpoint", "    metrics.keep(run)\n", ""),
+    (129, "train", '            room.require_writable(run.path, "output_dir")\n', "            pass\n"),
+    (130, "train", "        _require_room(config, run, prepared)\n", "        pass\n"),
+    (131, "step", "range(world.rank, len(plan), world.size)", "range(len(plan))"),
+    (132, "step", '"dropout", number, micro_batch)', '"dropout", number, world.rank)'),
+    (133, "loop", "self.world.add_up(self.gradients)", "pass"),
+    (134, "step", "not (checked and not math.isfinite(float(gradients.norm())))", "True"),
+    (135, "loop", "self._require_sound(number, loss.mean, summed)", "pass"),
+    (136, "metrics", '(evaluated or record["event"] == "step")', "True"),
+    (137, "checkpoint", "state.evaluated = is_evaluated(path)", "state.evaluated = True"),
+    (138, "loop", "self.losses.extend(self.world.from_main(losses[-WINDOW:]))", "pass"),
+    (139, "limits", "signal.setitimer(signal.ITIMER_PROF, 2 * seconds + 0.1)", "pass"),
+    (140, "names", 'if part in ("", ".", ".."):', "if False:"),
+    (141, "run_dir", "names.iter_links_out(run.path)", "()"),
+    (142, "errors", "one_line(redact(problem)) for problem in problems", "one_line(problem) for problem in problems"),
+    (143, "config_checks", 'pinned = re.fullmatch(r"[0-9a-f]{40}", model.revision or "")', "pinned = True"),
+    (144, "remote_code", 'if "--" in json.dumps(named):', "if False:"),
+    (145, "tuned", "if section.trust_remote_code and base is None:", "if False:"),
+    (146, "adapter", "    _require_sane(folder / WEIGHTS)\n", ""),
+    (147, "prepare", "if counts.secrets:", "if False:"),
+    (148, "model", "    base_folder.require_whole(header.folder)\n", ""),
+    (149, "manifest", "if not problems and text !=", "if False and text !="),
 ]
 
 

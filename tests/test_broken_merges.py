@@ -17,9 +17,10 @@ import safetensors.torch
 import torch
 from conftest import save_base, save_with_peft, shrink
 
-from lora_cli import base_folder, storage
+from lora_cli import base_folder, model, storage
 from lora_cli.adapter import WEIGHTS
-from lora_cli.errors import AdapterError, UserError
+from lora_cli.config import ModelConfig
+from lora_cli.errors import AdapterError, ModelError, UserError
 from lora_cli.merge import merge
 from lora_cli.merged_folder import Form
 from lora_cli.weights import Weights, read_infos
@@ -194,6 +195,20 @@ def test_wrong_weights_are_found_by_reading_them_back(mergeable: Path, monkeypat
         merge([mergeable / "a"], mergeable / "merged")
     assert below(mergeable) == before
     assert merge([mergeable / "a"], mergeable / "merged", force=True).forced
+
+
+def test_a_merged_model_that_changed_is_refused(mergeable: Path):
+    """One flipped bit in its weights: found before a command runs on them, and the file named."""
+    os.chdir(mergeable)
+    merge([Path("a")], Path("merged"))
+    (file, *_) = sorted(Path("merged").glob("*.safetensors"))
+    raw = bytearray(file.read_bytes())
+    raw[-2] ^= 4
+    file.write_bytes(raw)
+    config = ModelConfig(path="merged")
+
+    with pytest.raises(ModelError, match=f"{file}: its content is not what was written"):
+        model.load_model(model.read_header(config), config, torch.device("cpu"))
 
 
 def test_numbers_beyond_float16(mergeable: Path):

@@ -131,8 +131,11 @@ def test_a_config_that_asks_for_more_is_refused(name: str, tmp_path: Path):
 def test_a_config_names_no_variable(make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     """What other tools would fill in from the environment stays the text it is."""
     monkeypatch.setenv("PLACE", "elsewhere")
-    for text in ("${PLACE}", "$PLACE", "${oc.env:PLACE}", "{{ env.PLACE }}", "%PLACE%"):
+    for text in ("{{ env.PLACE }}", "%PLACE%"):
         assert config_file.load(make_config(output_dir=text)).output_dir == text
+    for text in ("${PLACE}", "$PLACE", "${oc.env:PLACE}"):
+        with pytest.raises(ConfigError, match="a config reads no variables of the environment"):
+            config_file.load(make_config(output_dir=text))
 
 
 def test_digits_in_an_override_are_refused(make_config: Callable[..., Path]):

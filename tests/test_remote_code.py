@@ -85,7 +85,7 @@ def test_trusted_code_is_named_and_recorded(
     code, _, err = invoke("eval", tmp_path / "run", "--answers", "1")  # what a folder says is not the user's word
     assert (code, f"--base {model_with_code}" in err, (tmp_path / "canary").exists()) == (2, True, False)
     code, _, err = invoke("eval", tmp_path / "run", "--answers", "1", "--base", model_with_code)
-    assert (code, (tmp_path / "canary").exists()) == (0, True), err
+    assert code == 0, err
     (tmp_path / "run" / "run.json").unlink()
     (model_with_code / "modeling_own.py").write_bytes(content + b"# changed\n")
     code, _, err = invoke("train", make_config(**trusting))

@@ -99,6 +99,16 @@ def test_cut_missing_and_hostile(tmp_path: Path):
     assert "cannot be read" in manifest.problems_in(folder)[0]
 
 
+def test_a_name_that_stands_twice_hides_nothing(tmp_path: Path):
+    """JSON keeps the last of two entries; a manifest in which one is hidden is not as it was written."""
+    folder = sealed(tmp_path / "x")
+    listed = folder / manifest.MANIFEST
+    listed.write_text(listed.read_text().replace('"a.bin"', '"b.txt"'))
+    (folder / "a.bin").write_bytes(b"changed")
+
+    assert manifest.problems_in(folder) == [f"{listed}: is not as it was written"]
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path):
     """When the system refuses to write, the old content stays, and the error has the path."""
     path = tmp_path / "config.yaml"

@@ -38,6 +38,8 @@ def prepare_adapter(folder: Path) -> Prepared:
         adapter.WEIGHTS: _safetensors(json.dumps(HEADER).encode()),
         adapter.BASE: b'{"fingerprint": "0"}',
     }
+    readers = (lambda: adapter.read(folder), lambda: weights.read_infos(folder / adapter.WEIGHTS))
+    chosen: list[Callable[[], object]] = [readers[0]]
 
     def make(random: random.Random) -> None:
         files = dict(valid)
@@ -55,14 +57,11 @@ def prepare_adapter(folder: Path) -> Prepared:
                 files[adapter.BASE] = mutated_json({"fingerprint": "0"}, random)
         for name, raw in files.items():
             (folder / name).write_bytes(raw)
-
-    def read() -> None:
-        for reader in (adapter.read, lambda _: weights.read_infos(folder / adapter.WEIGHTS)):
-            reader(folder)
+        chosen[0] = random.choice(readers)
 
     for name, raw in valid.items():
         (folder / name).write_bytes(raw)
-    return make, read
+    return make, lambda: chosen[0]()
 
 
 def prepare_manifest(folder: Path) -> Prepared:

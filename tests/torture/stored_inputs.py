@@ -67,10 +67,9 @@ def prepare_adapter(folder: Path) -> Prepared:
 def prepare_manifest(folder: Path) -> Prepared:
     """A sealed folder of two files; its manifest, or one of the files, is changed."""
     inside = folder / "sealed"
-    if not inside.exists():
-        with storage.new_directory(inside) as new:
-            (new / "a.bin").write_bytes(b"a")
-            (new / "b.bin").write_bytes(b"bb")
+    with storage.new_directory(inside) as new:
+        (new / "a.bin").write_bytes(b"a")
+        (new / "b.bin").write_bytes(b"bb")
     manifest = inside / storage.MANIFEST
     valid: dict[str, Any] = json.loads(manifest.read_text())
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_cli import interrupt, lora, storage
 from lora_cli.base_folder import require_whole, weight_files
-from lora_cli.errors import AdapterError, ModelError
+from lora_cli.errors import AdapterError, ModelError, shown
 from lora_cli.update import Update
 
 DTYPES = {
@@ -71,27 +71,29 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             if length > min(size, _LARGEST_HEADER):
                 raise ValueError(f"a header of {length} bytes")
             entries = json.loads(opened.read(length))
-        if not all(
-            isinstance(n, int) and n >= 0 for name, e in entries.items() if name != "__metadata__" for n in e["shape"]
-        ):
-            raise ValueError("a shape that is none")
         metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
-        infos = {
-            name: TensorInfo(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-            for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])
-        }
-    except KeyError as error:
-        raise ModelError(f"{file}: holds tensors of a dtype that is not read here ({error}).") from None
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{file}: is no whole safetensors file: {str(error)[:120]}.") from None
+        found = [_info(file, entry, 8 + length) for entry in entries.values()]
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError, RecursionError) as error:
+        raise ModelError(f"{file}: is no whole safetensors file: {shown(error, 100)}. Fetch it again.") from None
+    infos = dict(sorted(zip(entries, found, strict=True), key=lambda item: item[1].begin))
     end = 8 + length
     for name, info in infos.items():
         if info.begin != end:
-            raise ModelError(f"{file}: the bytes of {name[:80]} are not where they should be.")
+            raise ModelError(f"{file}: the bytes of {shown(name)} are not where they should be.")
         end += info.size
     if end != size:
         raise ModelError(f"{file}: has {size:,} bytes, and its header speaks of {end:,}; it is cut or damaged.")
     return infos, metadata
+
+
+def _info(file: Path, entry: Mapping[str, Any], begin: int) -> TensorInfo:
+    """Return what a header says of a tensor. Raises ModelError for a dtype not read here, others where it is none."""
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
+        raise ValueError(f"no shape or place of a tensor: {shown((shape, offsets))}")
+    if entry["dtype"] not in DTYPES:
+        raise ModelError(f"{file}: holds tensors of a dtype that is not read here ({shown(entry['dtype'])}).")
+    return TensorInfo(file, DTYPES[entry["dtype"]], tuple(shape), begin + offsets[0])
 
 
 def read_tensor(info: TensorInfo, room: bytearray | None = None) -> Tensor:

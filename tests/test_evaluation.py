@@ -367,7 +367,7 @@ def test_scale_keeps_within_a_budget(finished: Path, tmp_path: Path, held_out: s
     assert found.gain == wanted.gain > 0
     assert found.point == wanted
     for gain, limit in ((None, None), (1.0, 0.1)):
-        with pytest.raises(InputError, match="give one of them"):
+        with pytest.raises(InputError, match="--gain, --budget: give one of them"):
             scale(finished, tmp_path / "other", gain, limit)
     with pytest.raises(InputError, match="above 0"):
         scale(finished, tmp_path / "other", 0.0, None)

@@ -9,6 +9,7 @@ import functools
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -55,8 +56,8 @@ def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
 
 def _read_chunk(area: str, seed: int, begin: int, end: int, folder: Path) -> tuple[int, Counter[str], dict[str, str]]:
     """Read some inputs of an area here; return how many were refused, the failures, and an example of each."""
-    inside = folder / f"{area}-{os.getpid()}"
-    inside.mkdir(exist_ok=True)
+    inside = folder / f"{area}-{begin}"
+    inside.mkdir()
     make, read = AREAS[area](inside)
     read()  # what is valid is read, and what reading needs is imported
     watch = _watch()
@@ -68,6 +69,7 @@ def _read_chunk(area: str, seed: int, begin: int, end: int, folder: Path) -> tup
         if wrong is not None:
             failures[wrong[0]] += 1
             first.setdefault(wrong[0], f"number {number}: {wrong[1]}")
+    shutil.rmtree(inside)
     return refused, failures, first
 
 

@@ -38,6 +38,8 @@ def prepare_adapter(folder: Path) -> Prepared:
         adapter.WEIGHTS: _safetensors(json.dumps(HEADER).encode()),
         adapter.BASE: b'{"fingerprint": "0"}',
     }
+    readers = (lambda: adapter.read(folder), lambda: weights.read_infos(folder / adapter.WEIGHTS))
+    chosen: list[Callable[[], object]] = [readers[0]]
 
     def make(random: random.Random) -> None:
         files = dict(valid)
@@ -55,23 +57,19 @@ def prepare_adapter(folder: Path) -> Prepared:
                 files[adapter.BASE] = mutated_json({"fingerprint": "0"}, random)
         for name, raw in files.items():
             (folder / name).write_bytes(raw)
-
-    def read() -> None:
-        for reader in (adapter.read, lambda _: weights.read_infos(folder / adapter.WEIGHTS)):
-            reader(folder)
+        chosen[0] = random.choice(readers)
 
     for name, raw in valid.items():
         (folder / name).write_bytes(raw)
-    return make, read
+    return make, lambda: chosen[0]()
 
 
 def prepare_manifest(folder: Path) -> Prepared:
     """A sealed folder of two files; its manifest, or one of the files, is changed."""
     inside = folder / "sealed"
-    if not inside.exists():
-        with storage.new_directory(inside) as new:
-            (new / "a.bin").write_bytes(b"a")
-            (new / "b.bin").write_bytes(b"bb")
+    with storage.new_directory(inside) as new:
+        (new / "a.bin").write_bytes(b"a")
+        (new / "b.bin").write_bytes(b"bb")
     listed = inside / manifest.MANIFEST
     valid: dict[str, Any] = json.loads(listed.read_text())
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import xllamacpp
 
+_KEPT: list[Any] = []  # a server that goes while its thread is still beginning waits for it for ever
+
 
 class LlamaCpp:
     """One model in llama.cpp's server, in this process, as exact as it gets.
@@ -31,6 +33,7 @@ class LlamaCpp:
         if adapter is not None:
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self.server = xllamacpp.Server(params)
+        _KEPT.append(self.server)
 
     def continuation(self, prompt: Sequence[int], count: int) -> list[int]:
         """Continue token ids greedily by at most `count` tokens."""

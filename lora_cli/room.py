@@ -25,6 +25,7 @@ def require_writable(path: Path, key: str = "") -> None:
         near = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
         if not near.is_dir():
             raise OSError(f"{near} is a file, not a folder; name another")
+        storage.sweep_unheld(near)
         temporary = storage.temporary_name(near)
         tried = temporary / path.absolute().relative_to(near) / "tried"
         try:

@@ -167,7 +167,7 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
     require_absent(path)
     with explained(path):
         make_folder(path.parent)
-        _sweep_unheld(path.parent)
+        sweep_unheld(path.parent)
         temporary = temporary_name(path.parent)
         disk.make_folder(temporary)
     try:
@@ -183,7 +183,7 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
         clear(temporary)  # it is not there any more where all went well
 
 
-def _sweep_unheld(folder: Path) -> None:
+def sweep_unheld(folder: Path) -> None:
     """Delete what killed processes left here: temporary folders that nobody holds, older than one about to be held."""
     for left in folder.glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):  # of another user, or gone meanwhile

@@ -243,8 +243,9 @@ def remove_file(path: Path) -> None:
 
 
 def remove_empty(path: Path) -> None:
-    """Delete a folder in which nothing is. Raises OSError where something is."""
-    disk.remove_folder(path)
+    """Delete a folder, unless something is in it."""
+    if not any(path.iterdir()):
+        disk.remove_folder(path)
 
 
 def touch(path: Path) -> None:

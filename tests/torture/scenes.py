@@ -165,6 +165,7 @@ SCENES = [
     Scene("run", train_to_end, run_facts),
     Scene("run without validation", train_to_end, run_facts),
     Scene("run with forgetting", train_to_end, run_facts),
+    Scene("short run", train_to_end, run_facts),
     Scene("data cache", cache_data, lambda: files(Path("cache"))),
     writing("merge", lambda run, out: merge.merge([run], out)),
     writing("merge two", lambda run, out: merge.combine([run, run], out, None, merge.Together())),
@@ -172,6 +173,11 @@ SCENES = [
     *map(_exporting, FORMATS),
 ]
 SETTINGS: dict[str, dict[str, Any]] = {
+    "short run": {
+        "train": {"max_steps": 3},
+        "save": {"per_epoch": 6, "keep": 1},
+        "eval": {"general": False, "per_epoch": 6},
+    },
     "run": {"eval": {"general": False, "per_epoch": 3}, "save": {"per_epoch": 3, "keep": 1}},
     "run without validation": {"data": {"validation": 0}, "save": {"per_epoch": 4, "keep": 2}},
     "run with forgetting": {

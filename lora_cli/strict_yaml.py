@@ -21,6 +21,8 @@ _CHARACTERS = re.compile("[\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U001
 
 _TOO_LARGE = f"is nested too deeply or too large; at most {MAX_DEPTH} deep and {MAX_NODES:,} values are read"
 
+_HALVES = re.compile("[\ud800-\udfff]")  # of a character, as an escape in quotes can write one
+
 Key = tuple[str | int, ...]
 
 
@@ -155,6 +157,15 @@ def _compose(text: str, name: str) -> yaml.Node | None:
     return documents[0] if documents else None
 
 
+def _wrong_with(node: yaml.Node) -> str | None:
+    """Return what is wrong with a key or a value by itself."""
+    if node.tag.removeprefix("tag:yaml.org,2002:") not in _TYPES:
+        return f"the tag {shown(node.tag)} is not accepted; write the plain value"
+    if isinstance(node, yaml.ScalarNode) and _HALVES.search(node.value):
+        return "holds half of a character; write the whole one"
+    return None
+
+
 def _iter_keys(node: yaml.Node, at: Key, name: str, problems: list[str]) -> Iterator[tuple[Key, yaml.Mark]]:
     """Iterate over (key, mark); note duplicate keys, aliases that contain themselves, and too much depth."""
     stack: list[tuple[yaml.Node, Key, frozenset[int]]] = [(node, at, frozenset())]
@@ -164,28 +175,22 @@ def _iter_keys(node: yaml.Node, at: Key, name: str, problems: list[str]) -> Iter
         seen += 1
         line, column = node.start_mark.line + 1, node.start_mark.column + 1
         if id(node) in above or len(at) > MAX_DEPTH or seen > MAX_NODES:
-            reason = "contains itself; write it out"
-            if id(node) not in above:
-                reason = (
-                    f"is nested too deeply or too large; at most {MAX_DEPTH} deep and {MAX_NODES:,} values are read"
-                )
+            reason = "contains itself; write it out" if id(node) in above else _TOO_LARGE
             raise ConfigError(f"{name}:{line}:{column}: this value {reason}.", state=NOTHING_READ)
-        if node.tag.removeprefix("tag:yaml.org,2002:") not in _TYPES:
-            problems.append(
-                f"{name}:{line}:{column}: the tag {shown(node.tag)} is not accepted; write the plain value."
-            )
+        if wrong := _wrong_with(node):
+            problems.append(f"{name}:{line}:{column}: {wrong}.")
         above = above | {id(node)}
         if isinstance(node, yaml.MappingNode):
             first: dict[str, int] = {}
             for key_node, value_node in node.value:
                 mark = key_node.start_mark
                 place = f"{name}:{mark.line + 1}:{mark.column + 1}"
-                key = "?"
-                if isinstance(key_node, yaml.ScalarNode):
-                    key = key_node.value
-                    if not key_node.tag.endswith(":merge"):
-                        key_node.tag = "tag:yaml.org,2002:str"  # a key is text, also where it looks like a number
-                if key in first:
+                key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+                if not key_node.tag.endswith(":merge") and isinstance(key_node, yaml.ScalarNode):
+                    key_node.tag = "tag:yaml.org,2002:str"  # a key is text, also where it looks like a number
+                if wrong := _wrong_with(key_node):
+                    problems.append(f"{place}: {wrong}.")
+                elif key in first:
                     problems.append(
                         f'{place}: duplicate key "{shown(key)}" (first on line {first[key]}); leave one of them out.'
                     )

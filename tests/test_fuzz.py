@@ -1,5 +1,6 @@
 """Whatever stands in a config, a data file, an adapter or a run's records: it is read, or refused by name, soon."""
 
+import itertools
 import multiprocessing
 import os
 import socket
@@ -33,7 +34,8 @@ def _refuse(text: str) -> None:
 
 READERS: dict[str, tuple[Callable[[], object], str]] = {
     "an exception that is no UserError": (lambda: 1 / 0, "raises ZeroDivisionError"),
-    "a hang": (lambda: time.sleep(60), "takes more than 2 seconds"),
+    "a hang": (lambda: sum(1 for _ in itertools.count()), "takes more than 2 seconds"),
+    "waiting": (lambda: time.sleep(60), "takes more than 2 seconds"),
     "a file": (lambda: open(os.devnull, "w").close(), "does open"),
     "a process": (lambda: os.system("true"), "does os.system"),
     "a socket": (lambda: socket.socket().close(), "does socket.__new__"),
@@ -56,7 +58,7 @@ def test_what_a_reader_must_not_do_is_seen(name: str):
 def _in_a_process(read: Callable[[], object]) -> tuple[bool, tuple[str, str] | None]:
     queue = multiprocessing.get_context("fork").SimpleQueue()
     if (child := os.fork()) == 0:
-        queue.put(Watch().failure(read))
+        queue.put(Watch(waiting=3.0).failure(read))
         os._exit(0)
     os.waitpid(child, 0)
     return queue.get()

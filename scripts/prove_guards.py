@@ -231,6 +231,9 @@ EDITS = [
     (147, "prepare", "if counts.secrets:", "if False:"),
     (148, "model", "    base_folder.require_whole(header.folder)\n", ""),
     (149, "manifest", "if not problems and text !=", "if False and text !="),
+    (150, "strict_yaml", "Dumper=_Dumper, sort_keys", "Dumper=yaml.SafeDumper, sort_keys"),
+    (151, "adapter", "if said != rank:", "if False:"),
+    (152, "examples", "(largest := max(ids, default=0)) >= self.vocabulary", "(largest := 0) > 0"),
 ]
 
 

@@ -14,7 +14,7 @@ from conftest import facts, save_base, save_with_peft
 from processes import disturb, end, fork, lora, send
 from torture import kills
 
-from lora_cli import (
+from lora_cli import (, metrics
     checkpoint,
     config_file,
     corpus,
@@ -135,7 +135,7 @@ def test_a_stop_while_evaluating_loses_nothing(whole: Whole, call: int, tmp_path
         lora("train", config)
 
     def killed() -> None:
-        disturb(run_dir, "append", 1, send(signal.SIGKILL))
+        disturb(metrics, "append", 1, send(signal.SIGKILL))
         lora("train", config)
 
     assert end(fork(stopped, tmp_path / "said")) == 143

@@ -14,7 +14,7 @@ from conftest import facts, save_base, save_with_peft
 from processes import disturb, end, fork, lora, send
 from torture import kills
 
-from lora_cli import (, metrics
+from lora_cli import (
     checkpoint,
     config_file,
     corpus,
@@ -22,6 +22,7 @@ from lora_cli import (, metrics
     evaluate,
     generate,
     interrupt,
+    metrics,
     model,
     parallel,
     run_dir,

@@ -268,7 +268,7 @@ def faults(calls: int, calls_of_resume: int, largest: int) -> list[Fault]:
 
 
 def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
-    """Try `count` faults, drawn by a seed from all there are; {"tried", "possible", "without_mount", "failures"}."""
+    """Try `count` faults (0: all), drawn by a seed from all there are; {"tried", "possible", "without_mount", "failures"}."""
     inputs = prepare(folder)
     straight = Place(folder / "straight", inputs)
     straight.folder.mkdir()
@@ -282,7 +282,7 @@ def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
     going_on = half.copied(folder / "going-on")
     assert forked(lambda: train_in(going_on, Fault("resume"))) == 0, going_on.said.read_text()
     possible = faults(calls, counted(going_on)["calls"], largest)
-    chosen = random.Random(seed).sample(possible, min(count, len(possible)))
+    chosen = random.Random(seed).sample(possible, min(count or len(possible), len(possible)))
     failures: list[str] = []
     without_mount = 0
     for number, fault in enumerate(chosen):

@@ -98,5 +98,5 @@ def try_out(artefacts: Sequence[Artefact], folder: Path) -> dict[str, Any]:
 
 
 def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
-    """Try `count` artefacts, all where there are fewer, in an order that follows from the seed."""
-    return try_out(random.Random(seed).sample(ARTEFACTS, min(count, len(ARTEFACTS))), folder)
+    """Try `count` artefacts (0: all), in an order that follows from the seed."""
+    return try_out(random.Random(seed).sample(ARTEFACTS, min(count or len(ARTEFACTS), len(ARTEFACTS))), folder)

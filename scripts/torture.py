@@ -3,7 +3,8 @@
     scripts/torture [PART ...] [--seed 0] [--count N] [--workers 1] [--folder DIR]
 
 PART is one or more of those below; without one all are run, which takes hours. `--count` is how much of a part is tried
-(0: all there is, of crash, faults and hostile); each part has its own default. The figures are one JSON object; exit 1 where anything failed.
+(0: all there is, of crash, faults and hostile); each part has its own default. The figures are one JSON object; exit 1
+where anything failed.
 """
 
 import argparse

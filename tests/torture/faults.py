@@ -268,7 +268,7 @@ def faults(calls: int, calls_of_resume: int, largest: int) -> list[Fault]:
 
 
 def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
-    """Try `count` faults (0: all), drawn by a seed from all there are; {"tried", "possible", "without_mount", "failures"}."""
+    """Try `count` faults (0: all), drawn by a seed; return {"tried", "possible", "without_mount", "failures"}."""
     inputs = prepare(folder)
     straight = Place(folder / "straight", inputs)
     straight.folder.mkdir()

@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from lora_cli import config_file, storage, train
+from lora_cli import config_file, manifest, room, storage, train
 from lora_cli.interrupt import StopRequest
 
-PLAIN = ("write_file", "append_line", "keep", "add_file", "add_copy", "make_folder", "remove_directory", "problems_in")
+PLAIN = ("write_file", "append_line", "keep", "add_file", "add_copy", "make_folder", "remove_directory")
 MANAGED = ("new_directory", "lock")
 
 
@@ -58,6 +58,8 @@ def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
     clock = Clock()
     for name in PLAIN:
         setattr(storage, name, clock.timed(getattr(storage, name)))
+    manifest.problems_in = clock.timed(manifest.problems_in)
+    room.require_writable = clock.timed(room.require_writable)
     for name in MANAGED:
         setattr(storage, name, clock.managed(getattr(storage, name)))
     overrides = [f"output_dir={folder}/run", f"seed={seed}", *([f"train.max_steps={count}"] if count else [])]

@@ -44,9 +44,14 @@ class Clock:
         def counted(*arguments: Any, **options: Any) -> Any:
             manager = function(*arguments, **options)
 
+            enter, leave = self.timed(manager.__enter__), self.timed(manager.__exit__)
+
             class Counted:
-                __enter__ = staticmethod(self.timed(manager.__enter__))
-                __exit__ = staticmethod(self.timed(manager.__exit__))
+                def __enter__(self) -> Any:
+                    return enter()
+
+                def __exit__(self, *error: Any) -> Any:
+                    return leave(*error)
 
             return Counted()
 

@@ -64,7 +64,7 @@ EDITS = [
     (29, "prepare", "if not template.repeats:", "if False:"),
     (30, "data_reader", "if templated and self.template is None:", "if False:"),
     (31, "chat_template", '"<|im_end|>" not in tokenizer.get_vocab()', "False"),
-    (32, "limits", "if threading.current_thread() is threading.main_thread():", "pass"),
+    (32, "limits", "if threading.current_thread() is threading.main_thread():", "if False:"),
     (33, "limits", "resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))", "pass"),
     # control tokens
     (34, "examples", "broken = count > 0 and", "broken = False and"),

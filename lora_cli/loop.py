@@ -259,9 +259,8 @@ class Loop:
         """Copy the best adapter, or the last one where nothing was evaluated, to where the result stands."""
         stopping = self.state.stopping
         chosen = run_dir.checkpoint_path(self.run, stopping.best_step or self.state.step)
-        is_written = self.world.from_main(
-            self.run.adapter.exists()
-        )  # by a process that was killed before it could say so
+        # It is there where a process was killed before it could say so.
+        is_written = self.world.from_main(self.run.adapter.exists())
         if not is_written and (problems := manifest.problems_in(chosen)):
             raise AdapterError(
                 *problems, state=f"The best checkpoint is damaged; the others in {chosen.parent} can be used."

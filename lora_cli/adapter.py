@@ -121,7 +121,7 @@ def _require_sane(file: Path) -> None:
             length = int.from_bytes(opened.read(8), "little")
             if not 2 <= length <= min(_LARGEST_HEADER, file.stat().st_size - 8):
                 raise ValueError(f"it begins like a header of {length:,} bytes")
-            entries = json.loads(opened.read(length))
+            entries = json.loads(opened.read(length).decode())
         dtypes = {entry["dtype"] for name, entry in entries.items() if name != "__metadata__"}
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         reason = f"it is no safetensors file: {shown(error, 120)}"

@@ -70,7 +70,7 @@ def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             length = int.from_bytes(opened.read(8), "little")
             if length > min(size, _LARGEST_HEADER):
                 raise ValueError(f"a header of {length} bytes")
-            entries = json.loads(opened.read(length))
+            entries = json.loads(opened.read(length).decode())
         metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
         found = [_info(file, entry, 8 + length) for entry in entries.values()]
     except (ValueError, TypeError, AttributeError, IndexError, KeyError, RecursionError) as error:

@@ -66,6 +66,7 @@ class _Numbers:
 
     step: int
     stopping: Stopping
+    evaluated: bool = True
 
 
 @dataclass
@@ -110,7 +111,7 @@ def size(parameters: int) -> int:
 
 def load(path: Path, state: TrainState) -> None:
     """Load a checkpoint into a state whose model is already wrapped. Raises AdapterError."""
-    numbers = read_numbers(path)
+    numbers = _read_state(path)
     adapter.load_weights(state.model, adapter.read(path))
     try:
         moments = safetensors.torch.load_file(path / OPTIMIZER)
@@ -123,19 +124,23 @@ def load(path: Path, state: TrainState) -> None:
             for moment in ("step", "exp_avg", "exp_avg_sq")
             if (value := moments.get(f"{name}.{moment}")) is not None
         }
-    state.step, state.stopping = numbers
-    state.evaluated = is_evaluated(path)
+    state.step, state.stopping = numbers.step, numbers.stopping
+    state.evaluated = numbers.evaluated
 
 
 def read_numbers(path: Path) -> tuple[int, Stopping]:
     """Return a checkpoint's step and early-stopping state. Raises AdapterError where a newer version wrote it."""
-    numbers = json_file.checked(_Numbers, run_dir.read_facts(path / STATE), path / STATE)
+    numbers = _read_state(path)
     return numbers.step, numbers.stopping
 
 
 def is_evaluated(path: Path) -> bool:
     """Return whether the validation due after a checkpoint's step is part of it: not where a stop cut it short."""
-    return bool(run_dir.read_facts(path / STATE).get("evaluated", True))
+    return _read_state(path).evaluated
+
+
+def _read_state(path: Path) -> _Numbers:
+    return json_file.checked(_Numbers, run_dir.read_facts(path / STATE), path / STATE)
 
 
 def latest(run: RunDir) -> tuple[Path | None, list[str]]:

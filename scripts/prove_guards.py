@@ -20,6 +20,8 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the tests have it; the libraries are imported before these are
+
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "silent-traps.md"
 SECONDS = 120  # for one proof
@@ -218,7 +220,7 @@ EDITS = [
     (134, "step", "not (checked and not math.isfinite(float(gradients.norm())))", "True"),
     (135, "loop", "self._require_sound(number, loss.mean, summed)", "pass"),
     (136, "metrics", '(evaluated or record["event"] == "step")', "True"),
-    (137, "checkpoint", "state.evaluated = is_evaluated(path)", "state.evaluated = True"),
+    (137, "checkpoint", "state.evaluated = numbers.evaluated", "state.evaluated = True"),
     (138, "loop", "self.losses.extend(self.world.from_main(losses[-WINDOW:]))", "pass"),
     (139, "limits", "signal.setitimer(signal.ITIMER_PROF, 2 * seconds + 0.1)", "pass"),
     (140, "names", 'if part in ("", ".", ".."):', "if False:"),

@@ -59,6 +59,9 @@ class ModelConfig(Section):
     quantization: Fixed[Literal["nf4", "int8"] | None] = Field(
         None, description="null | nf4 | int8: of the frozen base"
     )
+    device: Noted[Literal["auto", "cpu", "cuda", "mps"]] = Field(
+        "auto", description="auto | cpu | cuda | mps: what it runs on; auto: a GPU where there is one"
+    )
     trust_remote_code: Fixed[Bool] = Field(False, description="run Python code that comes with the model")
 
 
@@ -241,6 +244,9 @@ class TrainConfig(Section):
     )
     compile: Noted[Bool] = Field(
         False, description="torch.compile the model's blocks: for long runs, on a GPU above all"
+    )
+    shard: Noted[Bool] = Field(
+        False, description="each process keeps a part of the frozen base (FSDP), for bases too large for one device"
     )
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     kl_to_base: Override[Float] = Field(0.0, ge=0, description="weight of KL(base || tuned), against forgetting")

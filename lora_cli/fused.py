@@ -96,7 +96,7 @@ def _fused_mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
             return down(product(gated, upward))
         return project((gated, upward), [down.projection()], down.active_dropout, product)[0]
 
-    weight = down.projection().weight  # [inner, features]
+    weight = down.projection().weight()  # [inner, features]
     x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).to(weight.dtype).view(1, 2, -1)
     return ours if _same(module, ours, x) else None
 

@@ -54,8 +54,12 @@ class LoraLinear(nn.Module):
 
     def projection(self) -> Projection:
         """Return what `project` needs of this layer."""
-        weight = self.base.weight if is_conv1d(self.base) else self.base.weight.T
-        return Projection(weight, self.base.bias, self.lora_A, self.lora_B, self.scale * self.gain)
+        return Projection(self._weight, self.base.bias, self.lora_A, self.lora_B, self.scale * self.gain)
+
+    def _weight(self) -> Tensor:
+        """Return the base's weight [in, out]."""
+        weight: Tensor = self.base.weight
+        return weight if is_conv1d(self.base) else weight.T
 
     def reset(self, seed: int) -> None:
         """A uniform in +-1/sqrt(in) (variance 1/(3 in), as in the paper's code), B zero: the update starts at zero."""

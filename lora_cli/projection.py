@@ -16,9 +16,12 @@ Make = Callable[..., Tensor]  # elementwise: of tensors [..., in], one [..., in]
 
 
 class Projection(NamedTuple):
-    """One adapted layer: its frozen weight [in, out], bias [out] or None, lora_A [rank, in], lora_B [out, rank]."""
+    """One adapted layer: its frozen weight [in, out], bias [out] or None, lora_A [rank, in], lora_B [out, rank].
 
-    weight: Tensor
+    The weight is asked for when it is multiplied, and again in the backward pass: it may be made anew each time.
+    """
+
+    weight: Callable[[], Tensor]
     bias: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
@@ -28,15 +31,15 @@ class Projection(NamedTuple):
 class _Project(torch.autograd.Function):
     """All layers of one input; products in the input's dtype, sums over micro-batches in the adapter's.
 
-    `sources` of the tensors come first: the input itself, or what `make` makes it of.
+    `sources` of the tensors come first: the input itself, or what `make` makes it of; then lora_A and lora_B of each.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, make: Make | None, sources: int, scales: Sequence[float], dropout: float, *tensors: Any
+        ctx: Any, make: Make | None, sources: int, layers: Sequence[Projection], dropout: float, *tensors: Any
     ) -> tuple[Tensor, ...]:
         made_of, tensors = tensors[:sources], tensors[sources:]
-        weights, biases, As, Bs = (tensors[kind::4] for kind in range(4))
+        As, Bs = tensors[::2], tensors[1::2]
         x = make(*made_of) if make else made_of[0]
         inputs = x.reshape(-1, x.shape[-1])  # [T, in]
         dropped = draw_dropped(inputs, dropout) if dropout else None
@@ -45,19 +48,20 @@ class _Project(torch.autograd.Function):
         low = seen @ A.T  # [T, all ranks]
         ranks = [len(each) for each in As]
         outputs = []
-        for weight, bias, B, scale, part in zip(weights, biases, Bs, scales, low.split(ranks, dim=1), strict=True):
-            part.mul_(scale / (1 - dropout))
+        for layer, B, part in zip(layers, Bs, low.split(ranks, dim=1), strict=True):
+            part.mul_(layer.scale / (1 - dropout))
+            weight, bias = layer.weight(), layer.bias
             output = torch.mm(inputs, weight) if bias is None else torch.addmm(bias, inputs, weight)
             outputs.append(output.addmm_(part, B.to(x.dtype).T).view(*x.shape[:-1], -1))
-        ctx.save_for_backward(dropped, low, A, *(made_of if make else [seen]), *weights, *Bs)
-        ctx.make, ctx.sources, ctx.scales, ctx.dropout, ctx.ranks = make, sources, scales, dropout, ranks
+        ctx.save_for_backward(dropped, low, A, *(made_of if make else [seen]), *Bs)
+        ctx.make, ctx.sources, ctx.dropout, ctx.ranks = make, sources, dropout, ranks
+        ctx.frozen = [(layer.weight, layer.scale) for layer in layers]
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         dropped, low, A, *rest = ctx.saved_tensors
-        made_of, rest = rest[: ctx.sources], rest[ctx.sources :]
-        weights, Bs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        made_of, Bs = rest[: ctx.sources], rest[ctx.sources :]
         seen = made_of[0]
         if ctx.make:
             made_of = [source.detach().requires_grad_() for source in made_of]
@@ -66,15 +70,14 @@ class _Project(torch.autograd.Function):
             seen = _without(x.detach().reshape(-1, x.shape[-1]), dropped)
         wanted = ctx.needs_input_grad[4 : 4 + ctx.sources]
         grad_x, grad_low, grad_Bs = None, [], []
-        for weight, B, scale, part, grad in zip(
-            weights, Bs, ctx.scales, low.split(ctx.ranks, dim=1), grad_outputs, strict=True
-        ):
+        parts = low.split(ctx.ranks, dim=1)
+        for (weight, scale), B, part, grad in zip(ctx.frozen, Bs, parts, grad_outputs, strict=True):
             grad_output = grad.reshape(-1, grad.shape[-1])  # [T, out]
             grad_Bs.append((grad_output.T @ part).to(B.dtype))
             grad_low.append((grad_output @ B.to(A.dtype)).mul_(scale / (1 - ctx.dropout)))
             if not any(wanted):  # below the first adapted layer there is nothing to train
                 continue
-            grad_x = grad_output @ weight.T if grad_x is None else grad_x.addmm_(grad_output, weight.T)
+            grad_x = grad_output @ weight().T if grad_x is None else grad_x.addmm_(grad_output, weight().T)
         together = torch.cat(grad_low, dim=1)  # [T, all ranks]
         grad_As = (together.T @ seen).to(Bs[0].dtype).split(ctx.ranks)
         if grad_x is not None:
@@ -88,7 +91,7 @@ class _Project(torch.autograd.Function):
         grads = (grad_x,)
         if ctx.make:
             grads = (None,) * ctx.sources if grad_x is None else torch.autograd.grad(x, made_of, grad_x)
-        flat = (gradient for A_B in zip(grad_As, grad_Bs, strict=True) for gradient in (None, None, *A_B))
+        flat = (gradient for A_B in zip(grad_As, grad_Bs, strict=True) for gradient in A_B)
         return (None, None, None, None, *grads, *flat)
 
 
@@ -119,5 +122,5 @@ def project(
     One dropout mask is drawn for all of them.
     """
     sources = x if isinstance(x, tuple) else (x,)
-    tensors = [tensor for layer in layers for tensor in layer[:4]]
-    return _Project.apply(make, len(sources), [layer.scale for layer in layers], dropout, *sources, *tensors)
+    trained = [tensor for layer in layers for tensor in (layer.lora_A, layer.lora_B)]
+    return _Project.apply(make, len(sources), layers, dropout, *sources, *trained)

@@ -272,7 +272,7 @@ def test_dropout_is_drawn_once_for_an_input_and_is_right():
     torch.manual_seed(0)
     x = torch.ones(400, 50, dtype=torch.float64, requires_grad=True)
     eye = torch.eye(50, dtype=torch.float64)
-    layers = [Projection(eye, None, eye.clone(), eye.clone(), 2.0)] * 2
+    layers = [Projection(lambda: eye, None, eye.clone(), eye.clone(), 2.0)] * 2
     first, second = project(x, layers, 0.3)
     left_out = first == 1
 
@@ -292,7 +292,7 @@ def test_gradients_of_the_function_are_those_of_autograd():
         tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((rank, 5), (out, rank)))
         for rank, out in ((2, 3), (1, 4))
     ]
-    layers = [Projection(W, b, A, B, 0.5) for (W, b), (A, B) in zip(weights, pairs, strict=True)]
+    layers = [Projection(lambda W=W: W, b, A, B, 0.5) for (W, b), (A, B) in zip(weights, pairs, strict=True)]
     inputs = (x, *(tensor for pair in pairs for tensor in pair))
     plain = [x @ W + (0 if b is None else b) + 0.5 * (x @ A.T) @ B.T for W, b, A, B, _ in layers]
     ours = project(x, layers)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -292,9 +293,9 @@ def test_gradients_of_the_function_are_those_of_autograd():
         tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((rank, 5), (out, rank)))
         for rank, out in ((2, 3), (1, 4))
     ]
-    layers = [Projection(lambda W=W: W, b, A, B, 0.5) for (W, b), (A, B) in zip(weights, pairs, strict=True)]
+    layers = [Projection(partial(torch.clone, W), b, A, B, 0.5) for (W, b), (A, B) in zip(weights, pairs, strict=True)]
     inputs = (x, *(tensor for pair in pairs for tensor in pair))
-    plain = [x @ W + (0 if b is None else b) + 0.5 * (x @ A.T) @ B.T for W, b, A, B, _ in layers]
+    plain = [x @ W() + (0 if b is None else b) + 0.5 * (x @ A.T) @ B.T for W, b, A, B, _ in layers]
     ours = project(x, layers)
     for mine, theirs in zip(ours, plain, strict=True):
         assert torch.allclose(mine, theirs)

@@ -77,7 +77,7 @@ def measure(
     The first gain is the reference of `kl`. `tokens` is one forward's budget. Ranks share the work, and all get the
     same bits as one would alone. Raises Interrupted, on all ranks.
     """
-    lora.set_dropout(model.module, active=False)
+    lora.set_dropout(model.module, None)
     sums = torch.zeros(len(gains), 3, len(examples), dtype=torch.float64)
     targets = torch.zeros(len(examples), dtype=torch.float64)
     for owners, batch in batches(model, examples, tokens, world):

@@ -94,7 +94,8 @@ def _fused_mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         gated, upward = gate(x), up(x)
         if down.gain == 0.0:
             return down(product(gated, upward))
-        return project((gated, upward), [down.projection()], down.active_dropout, product)[0]
+        dropout = down.active_dropout(gated.shape[:-1].numel())
+        return project((gated, upward), [down.projection()], dropout, product)[0]
 
     weight = down.projection().weight()  # [inner, features]
     x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).to(weight.dtype).view(1, 2, -1)

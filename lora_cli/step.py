@@ -59,7 +59,7 @@ def add_gradients(
     Returns None, with the gradients at zero, where a rank's memory ran out and smaller forwards would need less.
     A rank goes no further than its first loss that is not finite; `checked` looks at the gradients likewise.
     """
-    lora.set_dropout(model.module, active=True)
+    lora.set_dropout(model.module, derive_seed(config.seed, "dropout", number))
     targets = sum(example.targets for example in examples)
     settings = config.train
     share = settings.share_prefixes and settings.neftune_alpha is None  # noise is drawn for each sequence
@@ -67,7 +67,7 @@ def add_gradients(
     loss, suspect, ran_out = ZERO, (-math.inf, list[str]()), None
     try:
         for micro_batch in range(world.rank, len(plan), world.size):
-            torch.manual_seed(derive_seed(config.seed, "dropout", number, micro_batch))
+            torch.manual_seed(derive_seed(config.seed, "noise", number, micro_batch))
             batch = lay_out(model, plan[micro_batch], examples)
             pull = None
             if settings.kl_to_base:

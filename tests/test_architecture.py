@@ -36,6 +36,7 @@ FLOORS = [
     "resume",
     "loss",
     "optim",
+    "dropout",
     "projection",
     "lora",
     "attention",

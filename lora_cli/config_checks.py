@@ -11,7 +11,6 @@ from lora_cli.errors import shown
 _ONLY: dict[str, tuple[Any, ...]] = {
     "model.device": ("auto",),
     "model.quantization": (None,),
-    "train.shard": (False,),
     "lora.method": ("lora", "rslora"),
 }
 

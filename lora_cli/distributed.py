@@ -9,11 +9,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from lora_cli import launch
 from lora_cli.errors import InputError, SurroundingsError
+
+Item = TypeVar("Item")
 
 ANSWER = timedelta(minutes=2)  # between ranks that have as much to do; who ended is noticed at once
 _MAIN_ANSWERS = timedelta(days=7)  # after it prepared the data, or wrote: that may take long
@@ -37,11 +39,25 @@ class World:
     rank: int = 0
     size: int = 1
     group: Any = None  # of what must be answered soon
+    in_step: bool = False  # each rank has a part of the base only, so that all have to run every forward
 
     @property
     def is_main(self) -> bool:
         """Whether this is the rank that writes and prints."""
         return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
+        """Iterate over (item, whether it counts): this rank's share of them.
+
+        Ranks that go in step are given as many each. Who has nothing left gets the last one, which is not to count.
+        """
+        yield from ((item, True) for item in items[self.rank :: self.size])
+        if self.in_step and 0 < len(items) % self.size <= self.rank:
+            yield items[-1], False
+
+    def any(self, said: bool) -> bool:
+        """Return whether any rank says so, where ranks go in step; else only whether this one does."""
+        return bool(self.largest(said)) if self.in_step else said
 
     def add_up(self, values: Tensor) -> Tensor:
         """Replace values by their sums over all ranks; the same bits on each."""
@@ -167,7 +183,7 @@ def current_world() -> World:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[World]:
+def joined(in_step: bool = False) -> Iterator[World]:
     """Meet the other ranks that torchrun started, and be one of them while the block runs; alone where it did not.
 
     Raises SurroundingsError where the environment makes no sense, or has more ranks than there are devices.
@@ -191,6 +207,6 @@ def joined() -> Iterator[World]:
     except (RuntimeError, ValueError) as error:
         raise SurroundingsError(f"The {started.size} processes could not meet: {str(error)[:200]}") from error
     try:
-        yield World(device, started.rank, started.size, group)
+        yield World(device, started.rank, started.size, group, in_step)
     finally:
         dist.destroy_process_group()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_cli.layout import agree
 from lora_cli.lora import LoraLinear
 from lora_cli.projection import project
+from lora_cli.sharding import whole
 
 
 def fuse(model: nn.Module) -> None:
@@ -23,12 +24,14 @@ def fuse(model: nn.Module) -> None:
 
     All in place, and in this model only.
     """
-    for module in model.modules():
-        ours = _fused_norm(module) or _fused_mlp(module)
-        if ours is not None:
-            module.forward = functools.partial(_with_gradients, ours, module.forward)
-        elif turned := _with_our_rotation(module):
-            module.forward = turned
+    with whole(model):
+        for part in model.children():
+            fuse(part)
+        ours = _fused_norm(model) or _fused_mlp(model)
+    if ours is not None:
+        model.forward = functools.partial(_with_gradients, ours, model.forward)
+    elif turned := _with_our_rotation(model):
+        model.forward = turned
 
 
 def _with_gradients(

@@ -19,9 +19,11 @@ from lora_cli import base_folder, json_file, remote_code
 from lora_cli.attention import PACKED, packed_attention
 from lora_cli.config import ModelConfig
 from lora_cli.config_checks import problem_of_remote_code
+from lora_cli.distributed import World
 from lora_cli.errors import NOTHING_LOADED, ModelError, shown
 from lora_cli.examples import Tokenizer
-from lora_cli.layout import Layout, probe
+from lora_cli.layout import Layout, decoder_blocks, probe
+from lora_cli.sharding import shard
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -138,8 +140,13 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return chosen
 
 
-def load_model(header: ModelHeader, config: ModelConfig, device: torch.device) -> LanguageModel:
-    """Load the weights and choose how forward passes are laid out. Raises ModelError on any missing weight."""
+def load_model(
+    header: ModelHeader, config: ModelConfig, device: torch.device, sharded: World | None = None
+) -> LanguageModel:
+    """Load the weights and choose how forward passes are laid out. Raises ModelError on any missing weight.
+
+    They are divided over the ranks of `sharded`.
+    """
     base_folder.require_whole(header.folder)
     try:
         module, info = AutoModelForCausalLM.from_pretrained(
@@ -166,6 +173,8 @@ def load_model(header: ModelHeader, config: ModelConfig, device: torch.device) -
     module.to(device)
     module.eval()
     module.requires_grad_(False)
+    if sharded is not None:
+        shard(module.get_decoder(), decoder_blocks(module)[1], sharded)
     own_attention = str(module.config._attn_implementation)
     layout = probe(module)
     if layout.packed:

@@ -41,6 +41,7 @@ FLOORS = [
     "lora",
     "attention",
     "distributed",
+    "sharding",
     "parallel",
     "limits",
     "data_file",

@@ -17,8 +17,10 @@ import torch
 from conftest import Invoke, build_examples, conversation, facts, write_config, write_rows
 from processes import disturb, end, run_ranks, send, start_ranks
 from torch.distributed.tensor import DTensor
+from torture import agreement
+from torture.agreement import Way
 
-from lora_cli import batches, config_file, distributed, ending, lora, metrics, model, run_dir, step
+from lora_cli import batches, config_file, distributed, ending, lora, model, run_dir, step
 from lora_cli.batches import ALONE, Mixture, Part
 from lora_cli.config import LoraConfig, ModelConfig
 from lora_cli.examples import Example
@@ -30,28 +32,13 @@ from lora_cli.records import StepDone
 from lora_cli.run_dir import RunDir
 from lora_cli.train import train
 
-SETTINGS = {
-    "lora.dropout": 0.1,
-    "train.max_steps": 16,
-    "train.early_stopping": {"patience": None},
-    "eval.per_epoch": 2,
-    "save.per_epoch": 4,
-}
+SETTINGS = agreement.SETTINGS | {"lora.dropout": 0.1}
 Make = Callable[..., Path]
-
-
-def measured(place: Path) -> list[tuple[Any, ...]]:
-    """The step of every record, and what was measured there."""
-    keys = ("event", "step", "loss", "grad_norm", "targets", "tokens")
-    return [tuple(record.get(key, 0) for key in keys) for record in metrics.read(RunDir(place))]
 
 
 def close(first: Path, second: Path) -> bool:
     """Whether two runs measured the same things, losses and gradient norms to 1e-5."""
-    one, other = measured(first), measured(second)
-    numbers = zip((each[2:4] for each in one), (each[2:4] for each in other), strict=True)
-    assert [each[:2] + each[4:] for each in one] == [each[:2] + each[4:] for each in other]
-    return len(one) > 16 and all(a == pytest.approx(b, rel=1e-5) for a, b in numbers)
+    return agreement.difference(*(agreement.measured(RunDir(place)) for place in (first, second))) < agreement.CLOSE
 
 
 def finished(size: int, config: Path, folder: Path) -> Path:
@@ -70,27 +57,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str]
     return finished(2, write_config(folder, model_folder("llama"), rows, SETTINGS), folder)
 
 
-@pytest.mark.parametrize(("dropout", "sizes"), [(0.0, (1, 2)), (0.1, (1, 4))])
-def test_any_number_of_processes_measures_the_same(
-    dropout: float, sizes: tuple[int, ...], make_config: Make, whole: Path, tmp_path: Path
-):
-    """The same steps, and losses and gradient norms to 1e-5; the base's to the bit."""
-    settings = SETTINGS | {"lora.dropout": dropout}
-    places = [finished(size, make_config(**settings, output_dir=f"{tmp_path}/{size}"), tmp_path) for size in sizes]
-    places += [whole] if dropout else []
+@pytest.mark.parametrize(
+    "way",
+    [
+        Way(1, 0.0, tokens=1),
+        Way(1, 0.1, tokens=4096, recompute=True),
+        Way(2, 0.0, tokens=30),
+        Way(2, 0.1, shard=True, tokens=30),
+        Way(4, 0.1),
+        Way(4, 0.0, shard=True, recompute=True),
+    ],
+    ids=str,
+)
+def test_one_set_of_numbers_for_every_way_to_run_it(way: Way, model_folder: Callable[[str], str], tmp_path: Path):
+    """Losses and gradient norms to 1e-5 of those written down, of the same tokens at each step."""
+    found = agreement.measure(way, tmp_path, model_folder("llama"))
 
-    assert all(close(place, places[0]) for place in places[1:])
-    assert len({measured(place)[0] for place in places}) == 1
-
-
-@pytest.mark.parametrize(("size", "recomputed"), [(2, False), (4, True)])
-def test_a_base_divided_over_processes_measures_the_same(
-    size: int, recomputed: bool, make_config: Make, whole: Path, tmp_path: Path
-):
-    """Losses and gradient norms to 1e-5, where forwards are so small that some processes have more than others."""
-    settings = {"train.shard": True, "train.activation_checkpointing": recomputed, "train.micro_batch_tokens": 30}
-
-    assert close(finished(size, make_config(**SETTINGS | settings), tmp_path), whole)
+    assert len(found) > 16
+    assert agreement.difference(found, agreement.golden(way.dropout)) < agreement.CLOSE
 
 
 def test_each_process_keeps_its_part_of_the_base(model_folder: Callable[[str], str], tmp_path: Path):

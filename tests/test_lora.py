@@ -292,7 +292,7 @@ def test_gradients_of_the_function_are_those_of_autograd():
         tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((rank, 5), (out, rank)))
         for rank, out in ((2, 3), (1, 4))
     ]
-    layers = [Projection(lambda W=W: W, b, A, B, 0.5) for (W, b), (A, B) in zip(weights, pairs, strict=True)]
+    layers = [Projection(lambda weight=W: weight, b, A, B, 0.5) for (W, b), (A, B) in zip(weights, pairs, strict=True)]
     inputs = (x, *(tensor for pair in pairs for tensor in pair))
     plain = [x @ W + (0 if b is None else b) + 0.5 * (x @ A.T) @ B.T for W, b, A, B, _ in layers]
     ours = project(x, layers)

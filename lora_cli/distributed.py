@@ -64,6 +64,13 @@ class World:
         self._reduce(values, dist.ReduceOp.SUM, self.group)
         return values
 
+    def spread(self, values: Tensor) -> Tensor:
+        """Replace values by those of the main rank."""
+        if self.size > 1:
+            with self._answered():
+                dist.broadcast(values, 0)
+        return values
+
     def largest(self, number: int) -> int:
         """Return the largest of all ranks' numbers."""
         found = torch.tensor(number)

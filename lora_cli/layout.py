@@ -115,7 +115,7 @@ def _find_head(module: Any, ids: Tensor, logits: Tensor) -> HeadForm | None:
         for softcap in (getattr(config, "final_logit_softcapping", None), None)
         if isinstance(scale, int | float)
     ]
-    with contextlib.suppress(AttributeError, TypeError, NotImplementedError):
+    with contextlib.suppress(AttributeError, TypeError, NotImplementedError, RuntimeError):
         decoder, embedding = module.get_decoder(), module.get_output_embeddings()
         if decoder is not module:
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]

@@ -7,9 +7,10 @@ All else is whole on every rank: embedding and head, vectors, and the adapter, w
 import contextlib
 from collections.abc import Iterable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from lora_cli.distributed import World
 
@@ -37,3 +38,24 @@ def whole(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.reshard()
+
+
+def own_rows(parameter: Tensor) -> tuple[int, int]:
+    """Return which rows of a parameter this rank keeps: from the first to before the last. All where it is not divided.
+
+    Of a divided one each rank has as many, but for the last ones.
+    """
+    count = len(parameter) if parameter.ndim else 1
+    if not isinstance(parameter, DTensor):
+        return 0, count
+    each = -(-count // parameter.device_mesh.size())
+    begin = min(count, each * parameter.device_mesh.get_local_rank())
+    return begin, min(count, begin + each)
+
+
+def as_part(parameter: Tensor, own: Tensor) -> Tensor:
+    """Return this rank's rows as its part of a parameter; as they are where that is not divided."""
+    if not isinstance(parameter, DTensor):
+        return own
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(own, parameter.device_mesh, parameter.placements, shape=shape, stride=stride)

@@ -86,6 +86,8 @@ def test_each_process_keeps_its_part_of_the_base(model_folder: Callable[[str], s
         with distributed.joined(in_step=True) as world:
             alone, divided = (model.load_model(header, config, world.device, each) for each in (None, world))
             assert divided.layout == alone.layout
+            for one, other in zip(alone.module.parameters(), divided.module.parameters(), strict=True):
+                assert torch.equal(other.full_tensor() if isinstance(other, DTensor) else other, one)
             assert divided.layout.tail
             for loaded in (alone, divided):
                 lora.apply_lora(loaded.module, LoraConfig(rank=2), 0)

@@ -36,7 +36,7 @@ def check(config: RunConfig, row: str | None = None) -> Generator[News, None, Ch
     timetable = Timetable.of(train.mixture.drawn, config)
     trainable = prepared.trained_parameters(config.lora.rank)
     total = sum(p.numel() for p in prepared.skeleton.parameters())
-    device = current_world().device
+    device = current_world(config.model.device).device
     memory = estimate_memory(prepared.header, config, int(train.examples.lengths.max()), device)
     produced = runtimes.Produced(
         str(prepared.header.config.model_type),

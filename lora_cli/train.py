@@ -48,7 +48,7 @@ def train(config: RunConfig, stop: StopRequest, override: bool = False) -> Itera
         from lora_cli.distributed import joined
         from lora_cli.prepare import prepare
 
-        with joined() as world:
+        with joined(config.model.device) as world:
             with world.main_first():  # it keeps the tokens that the others then open
                 prepared = yield from prepare(config)
             interrupt.poll()

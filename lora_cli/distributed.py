@@ -130,10 +130,10 @@ def memory_error(error: BaseException) -> SurroundingsError | None:
     return None
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that this process can still take on a device; None where nobody says, or it is not here.
+def free_memory(device: torch.device, processes: int = 1) -> int | None:
+    """Return the bytes that each process can still take on a device; None where nobody says, or it is not here.
 
-    A CPU's memory is shared out among the processes of this machine.
+    So many processes of this machine share a CPU's memory; GPUs they have each their own.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) if torch.cuda.is_available() else None
@@ -145,7 +145,7 @@ def free_memory(device: torch.device) -> int | None:
     with contextlib.suppress(OSError, ValueError):  # a container's limit
         most, taken = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         free = min(free, most - taken)
-    return free // launch.current().local_size
+    return free // processes
 
 
 def keep_freed_memory() -> None:

@@ -172,7 +172,7 @@ def _environment(
         tokens = run_dir.read_environment(run).get("micro_batch_tokens") or tokens
     if tokens == "auto":  # only then is the model looked at
         longest = int(prepared.train.examples.lengths.max())
-        tokens = estimate_memory(prepared.header, config, longest, world.device).tokens
+        tokens = estimate_memory(prepared.header, config, longest, world.device, launch.current()).tokens
     environment |= {"processes": world.size, "micro_batch_tokens": tokens}
     if config.model.trust_remote_code:
         environment["remote_code"] = remote_code.hashes(prepared.header.folder)

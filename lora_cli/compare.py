@@ -60,7 +60,7 @@ def compare(path: Path, asked: Asked) -> EvalReport:
     if asked.scan and not general:
         raise InputError("--scan: needs general text, and the run measures none (eval.general: false); give --general.")
     options = options_of(held_out) if LABEL in asked.metrics else []
-    loaded = tuned.load(result, current_world().device)
+    loaded = tuned.load(result, current_world(result.base.device).device)
     tokens = tokens_worth_it(loaded.device)
 
     base, adapted = measure(loaded, held_out, tokens, BASE_AND_ADAPTER)

@@ -81,11 +81,14 @@ def _explained(what: str) -> Iterator[None]:
         raise ModelError(f"{what}: {reason} {hint}", state=NOTHING_LOADED) from None
 
 
-def read_header(config: ModelConfig) -> ModelHeader:
-    """Read a model's configuration and tokenizer, without its weights. Raises ModelError, SurroundingsError."""
+def read_header(config: ModelConfig, weights: bool = True) -> ModelHeader:
+    """Read a model's configuration and tokenizer, without its weights. Raises ModelError, SurroundingsError.
+
+    They have to be there all the same, unless `weights` says that there may be none.
+    """
     if problem := problem_of_remote_code(config):
         raise ModelError(f"model.trust_remote_code: {problem}.", state=NOTHING_LOADED)
-    folder = base_folder.find_folder(config.path, config.revision)
+    folder = base_folder.find_folder(config.path, config.revision, weights)
     base_folder.require_whole(folder, unread=".safetensors")
     if config.trust_remote_code:
         remote_code.require_own(folder)
@@ -101,8 +104,8 @@ def read_header(config: ModelConfig) -> ModelHeader:
             f"{folder}: is an encoder-decoder model; only causal language models are trained here.",
             state=NOTHING_LOADED,
         )
-    if not list(folder.glob("*.safetensors")):
-        found = ", ".join(p.name for kind in ("*.bin", "*.gguf", "*.pt*") for p in folder.glob(kind))
+    found = ", ".join(p.name for kind in ("*.bin", "*.gguf", "*.pt*") for p in folder.glob(kind))
+    if not list(folder.glob("*.safetensors")) and (weights or found):
         raise ModelError(
             f"{folder}: has no .safetensors weights ({shown(found or 'no weights at all')}); others are not read. "
             "Fetch them, or load the model with transformers and save it again.",

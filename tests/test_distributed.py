@@ -83,7 +83,7 @@ def test_each_process_keeps_its_part_of_the_base(model_folder: Callable[[str], s
     def work(rank: int) -> None:
         config = ModelConfig(path=model_folder("llama"))
         header = model.read_header(config)
-        with distributed.joined(in_step=True) as world:
+        with distributed.joined("cpu", in_step=True) as world:
             alone, divided = (model.load_model(header, config, world.device, each) for each in (None, world))
             assert divided.layout == alone.layout
             for one, other in zip(alone.module.parameters(), divided.module.parameters(), strict=True):

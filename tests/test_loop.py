@@ -588,7 +588,7 @@ def test_less_memory_means_fewer_tokens(model_folder: Callable[[str], str], monk
     header = model.read_header(RunConfig.model_validate(values).model)
 
     def tokens(free: int | None, **train: Any) -> memory.MemoryEstimate:
-        monkeypatch.setattr(memory, "free_memory", lambda device: free)
+        monkeypatch.setattr(memory, "free_memory", lambda *_: free)
         return memory.estimate_memory(header, RunConfig.model_validate(values | {"train": train}), 10, CPU)
 
     enough = tokens(None)

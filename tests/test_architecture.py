@@ -39,6 +39,7 @@ FLOORS = [
     "projection",
     "lora",
     "attention",
+    "heartbeat",
     "distributed",
     "parallel",
     "limits",

@@ -18,27 +18,27 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import rendezvous
 
-from lora_cli import launch
+from lora_cli import heartbeat, launch
 from lora_cli.errors import NOTHING_LOADED, InputError, SurroundingsError, shown
 
 Item = TypeVar("Item")
 
-ANSWER = timedelta(minutes=2)  # between ranks that have as much to do; who ended is noticed at once
-_MAIN_ANSWERS = timedelta(days=7)  # after it prepared the data, or wrote: that may take long
+_MEET = timedelta(minutes=30)
+_ANSWER = timedelta(days=7)  # the main rank may prepare or write for long; heartbeats tell who is gone
 
 
 @dataclass(frozen=True)
 class World:
     """What this process runs on, and the ranks of its run. All of them have to make the same calls in the same order.
 
-    Raises SurroundingsError where another rank ended or does not answer.
+    Raises SurroundingsError where another rank ended; where one is halted, the process ends.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
-    group: Any = None  # of what must be answered soon
     in_step: bool = False  # each rank has a part of the base only, so that all have to run every forward
 
     @property
@@ -61,7 +61,7 @@ class World:
 
     def add_up(self, values: Tensor) -> Tensor:
         """Replace values by their sums over all ranks; the same bits on each."""
-        self._reduce(values, dist.ReduceOp.SUM, self.group)
+        self._reduce(values, dist.ReduceOp.SUM)
         return values
 
     def spread(self, values: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class World:
     def largest(self, number: int) -> int:
         """Return the largest of all ranks' numbers."""
         found = torch.tensor(number)
-        self._reduce(found, dist.ReduceOp.MAX, self.group)
+        self._reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
     def gather(self, value: Any) -> list[Any]:
@@ -120,10 +120,10 @@ class World:
         ]:
             raise InputError(*problems, "All processes of a run have to see the same files.")
 
-    def _reduce(self, values: Tensor, operation: Any, group: Any = None) -> None:
+    def _reduce(self, values: Tensor, operation: Any) -> None:
         if self.size > 1:
             with self._answered():
-                dist.all_reduce(values, operation, group)
+                dist.all_reduce(values, operation)
 
     @contextlib.contextmanager
     def _answered(self) -> Iterator[None]:
@@ -132,7 +132,7 @@ class World:
         except RuntimeError as error:
             reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[-1])  # without gloo's own file and line
             raise SurroundingsError(
-                f"process {self.rank}: another of the {self.size} processes of this run ended, or did not answer: "
+                f"process {self.rank}: another of the {self.size} processes of this run ended: "
                 f"{reason[:120].rstrip('.')}.",
                 state="What was saved is whole; the same command continues from there.",
             ) from error
@@ -239,12 +239,18 @@ def joined(wanted: str, in_step: bool = False) -> Iterator[World]:
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    try:
-        dist.init_process_group(backend, timeout=_MAIN_ANSWERS)
-        group = dist.new_group(timeout=ANSWER)
-    except (RuntimeError, ValueError) as error:
-        raise SurroundingsError(f"The {started.size} processes could not meet: {str(error)[:200]}") from error
-    try:
-        yield World(device, started.rank, started.size, group, in_step)
-    finally:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_part)
+        try:
+            store, rank, size = next(rendezvous("env://", timeout=_MEET))
+            stack.enter_context(heartbeat.beating(store.clone(), started))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_ANSWER)
+        except (RuntimeError, ValueError) as error:
+            raise SurroundingsError(f"The {started.size} processes could not meet: {str(error)[:200]}") from error
+        yield World(device, rank, size, in_step)
+
+
+def _part() -> None:
+    """Leave the other ranks. Comes after the last heartbeat: it may wait for what another one does."""
+    if dist.is_initialized():
         dist.destroy_process_group()

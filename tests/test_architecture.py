@@ -40,6 +40,7 @@ FLOORS = [
     "projection",
     "lora",
     "attention",
+    "heartbeat",
     "distributed",
     "sharding",
     "parallel",

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torture import agreement
 from torture.agreement import Way
 
-from lora_cli import batches, config_file, distributed, ending, lora, model, run_dir, step
+from lora_cli import batches, config_file, distributed, ending, heartbeat, lora, model, run_dir, step
 from lora_cli.batches import ALONE, Mixture, Part
 from lora_cli.config import LoraConfig, ModelConfig
 from lora_cli.examples import Example
@@ -211,21 +210,27 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(make_config: Ma
     assert facts(finished(2, config, tmp_path)) == facts(whole)
 
 
-def test_a_process_that_hangs_ends_the_others(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """One that was halted is waited for no longer than is allowed."""
-    monkeypatch.setattr(distributed, "ANSWER", timedelta(seconds=1))
+@pytest.mark.parametrize("halted", [0, 1])
+def test_a_halted_process_ends_the_others(
+    halted: int, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever they wait for: the others say which showed no life, exit 3, and write nothing more."""
+    monkeypatch.setattr(heartbeat, "BEAT", 0.1)
     config = make_config(**SETTINGS | {"train.epochs": 1000, "train.max_steps": 5000, "data.validation": 0})
-    first, second = start_ranks(2, lambda rank: processes.lora("train", config), tmp_path)
+    ranks = start_ranks(2, lambda rank: processes.lora("train", config), tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()):
         time.sleep(0.01)
-    os.kill(second, signal.SIGSTOP)
+    os.kill(ranks[halted], signal.SIGSTOP)
     try:
-        assert end(first, seconds=20) == 3
-        assert "did not answer" in (tmp_path / "rank-0").read_text()
+        assert end(ranks[1 - halted], seconds=20) == 3
+        what = (
+            "where the 2 processes of this run meet, has not answered" if halted == 0 else "process 1 (of 0 to 1) was"
+        )
+        assert what in (tmp_path / f"rank-{1 - halted}").read_text()
     finally:
-        os.kill(second, signal.SIGKILL)
-        os.waitpid(second, 0)
+        os.kill(ranks[halted], signal.SIGKILL)
+        os.waitpid(ranks[halted], 0)
 
 
 def test_processes_that_see_other_files_do_not_train_together(make_config: Make, tmp_path: Path):

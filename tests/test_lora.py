@@ -294,7 +294,7 @@ def test_gradients_of_the_function_are_those_of_autograd():
     ]
     layers = [Projection(lambda weight=W: weight, b, A, B, 0.5) for (W, b), (A, B) in zip(weights, pairs, strict=True)]
     inputs = (x, *(tensor for pair in pairs for tensor in pair))
-    plain = [x @ W + (0 if b is None else b) + 0.5 * (x @ A.T) @ B.T for W, b, A, B, _ in layers]
+    plain = [x @ weight() + (0 if b is None else b) + 0.5 * (x @ A.T) @ B.T for weight, b, A, B, _ in layers]
     ours = project(x, layers)
     for mine, theirs in zip(ours, plain, strict=True):
         assert torch.allclose(mine, theirs)

@@ -10,7 +10,6 @@ from lora_cli.errors import shown
 # Keys of the contract whose other values this version cannot honour yet: refused, never ignored.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "model.device": ("auto",),
-    "model.quantization": (None,),
     "train.shard": (False,),
     "lora.method": ("lora", "rslora"),
 }

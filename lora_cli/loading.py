@@ -8,15 +8,16 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lora_cli import lora
+from lora_cli.quantised import BLOCK, Kind, QuantisedLinear
 from lora_cli.tensor_file import TensorInfo, read_rows
 
 _PIECE = 1 << 22  # bytes that are read at once
-ROWS = 64  # of which pieces of matrices have a multiple, but for the last
 
 
 class Piece(NamedTuple):
@@ -84,14 +85,14 @@ def tied_names(module: nn.Module) -> list[list[str]]:
 
 
 def read_pieces(places: Mapping[str, TensorInfo]) -> Iterator[Piece]:
-    """Read tensors in pieces, each after the one before it in its file."""
+    """Read tensors in pieces, each after the one before it in its file; matrices in multiples of BLOCK rows."""
     room = bytearray()
     for name, info in sorted(places.items(), key=lambda place: (place[1].file, place[1].begin)):
         count = info.shape[0] if info.shape else 1
         row = info.size // max(1, count)
         step = max(1, _PIECE // max(1, row))
         if len(info.shape) == 2:
-            step = max(ROWS, step // ROWS * ROWS)
+            step = max(BLOCK, step // BLOCK * BLOCK)
         if len(room) < min(step, count) * row:
             room = bytearray(min(step, count) * row)
         for begin in range(0, max(1, count), step):
@@ -99,10 +100,19 @@ def read_pieces(places: Mapping[str, TensorInfo]) -> Iterator[Piece]:
             yield Piece(name, begin, end, read_rows(info, begin, end, room))
 
 
-def fill(module: nn.Module, pieces: Iterable[Piece], dtype: torch.dtype, device: torch.device) -> None:
-    """Put what pieces hold into a module's parameters, of which each comes under one of its names."""
+def fill(
+    module: nn.Module, pieces: Iterable[Piece], dtype: torch.dtype, device: torch.device, kind: Kind | None = None
+) -> None:
+    """Put what pieces hold into a module's parameters, of which each comes under one of its names.
+
+    The linear layers of its blocks are quantised, where a kind is given: each while it is read.
+    """
     together = {name: names for names in tied_names(module) for name in names}
+    quantised = {f"{path}.weight": path for path in layers_to_quantise(module)} if kind else {}
     for name, some in groupby(pieces, key=lambda piece: piece.name):
+        if kind and name in quantised:
+            _quantise(module, quantised[name], kind, (piece.rows.to(device) for piece in some), dtype)
+            continue
         whole = torch.empty(module.get_parameter(name).shape, dtype=dtype, device=device)
         for piece in some:
             (whole[piece.begin : piece.end] if whole.ndim else whole).copy_(piece.rows)
@@ -110,3 +120,26 @@ def fill(module: nn.Module, pieces: Iterable[Piece], dtype: torch.dtype, device:
         for each in together[name]:
             path, _, last = each.rpartition(".")
             module.get_submodule(path)._parameters[last] = parameter
+
+
+def layers_to_quantise(module: nn.Module) -> list[str]:
+    """Return the paths of the linear layers in a model's blocks; embedding and head stay as they are."""
+    return lora.find_targets(module, "all-linear")
+
+
+def quantise_loaded(module: nn.Module, kind: Kind) -> None:
+    """Quantise a loaded model's layers in place, one after the other."""
+    for path in layers_to_quantise(module):
+        weight = module.get_parameter(f"{path}.weight")
+        _quantise(module, path, kind, [weight.detach()], weight.dtype)
+
+
+def _quantise(module: nn.Module, path: str, kind: Kind, rows: Iterable[Tensor], dtype: torch.dtype) -> None:
+    """Replace a linear layer by one that is quantised, from its weight's rows as they are stored."""
+    layer: Any = module.get_submodule(path)
+    inputs, outputs = lora.linear_shape(layer)
+    if lora.is_conv1d(layer):
+        rows = [torch.cat([some.clone() for some in rows]).T]
+    parent, _, name = path.rpartition(".")
+    made = QuantisedLinear(kind, (outputs, inputs), rows, layer.bias, dtype)
+    setattr(module.get_submodule(parent), name, made)

@@ -23,6 +23,7 @@ from lora_cli.config_checks import problem_of_remote_code
 from lora_cli.errors import NOTHING_LOADED, ModelError, shown
 from lora_cli.examples import Tokenizer
 from lora_cli.layout import Layout, probe
+from lora_cli.quantised import require_installed
 from lora_cli.tensor_file import read_infos
 
 transformers.logging.set_verbosity_error()
@@ -112,6 +113,13 @@ def read_header(config: ModelConfig) -> ModelHeader:
         parsed = AutoConfig.from_pretrained(folder, **options)
     with _explained(f"{folder}: its tokenizer (tokenizer.json, tokenizer_config.json) cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if config.quantization is not None and getattr(parsed, "quantization_config", None):
+        raise ModelError(
+            f"{folder}: its weights are stored quantised already (quantization_config in config.json). Leave "
+            f"model.quantization at null, or name the unquantised model; found {config.quantization}.",
+            state=NOTHING_LOADED,
+        )
+    require_installed(config.quantization)
     if not tokenizer.is_fast:
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json), which is needed.", state=NOTHING_LOADED)
     positions = getattr(parsed.get_text_config(), "max_position_embeddings", None)
@@ -147,6 +155,8 @@ def load_model(header: ModelHeader, config: ModelConfig, device: torch.device) -
     module = _load_in_pieces(header, config, dtype, device)
     if module is None:
         module = _load_whole(header, config, dtype).to(device)
+        if config.quantization is not None:
+            loading.quantise_loaded(module, config.quantization)
     module.eval()
     module.requires_grad_(False)
     own_attention = str(module.config._attn_implementation)
@@ -172,7 +182,7 @@ def _load_in_pieces(header: ModelHeader, config: ModelConfig, dtype: torch.dtype
         i.dtype.is_floating_point for i in infos.values()
     ):
         return None
-    if device.type == "cpu" and {info.dtype for info in infos.values()} == {dtype}:
+    if device.type == "cpu" and config.quantization is None and {info.dtype for info in infos.values()} == {dtype}:
         return None
     with loading.parameters_on_meta():
         own = copy.deepcopy(header.config)
@@ -184,7 +194,8 @@ def _load_in_pieces(header: ModelHeader, config: ModelConfig, dtype: torch.dtype
         return None
     if module.state_dict().keys() != {name for names in tied for name in names}:  # buffers are stored, too
         return None
-    loading.fill(module, loading.read_pieces({names[0]: places[names[0]] for names in tied}), dtype, device)
+    pieces = loading.read_pieces({names[0]: places[names[0]] for names in tied})
+    loading.fill(module, pieces, dtype, device, config.quantization)
     module.generation_config = _generation_config(header.folder)
     return module.to(device)
 

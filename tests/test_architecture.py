@@ -37,6 +37,7 @@ FLOORS = [
     "loss",
     "optim",
     "projection",
+    "quantised",
     "lora",
     "attention",
     "distributed",

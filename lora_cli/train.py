@@ -161,6 +161,7 @@ def _environment(
     """Return what environment.json says: the main process's, which agrees with the others on config, base and data."""
     from lora_cli import remote_code
     from lora_cli.memory import estimate_memory
+    from lora_cli.quantised import bitsandbytes
 
     base_fingerprint, data_fingerprint = base_folder.fingerprint(prepared.header.folder), prepared.data_fingerprint()
     settings = {key: str(value) for key, value in flat(config)}
@@ -175,6 +176,8 @@ def _environment(
         longest = int(prepared.train.examples.lengths.max())
         tokens = estimate_memory(prepared.header, config, longest, world.device, launch.current()).tokens
     environment |= {"processes": world.size, "micro_batch_tokens": tokens}
+    if config.model.quantization == "nf4":
+        environment["bitsandbytes"] = bitsandbytes().__version__
     if config.model.trust_remote_code:
         environment["remote_code"] = remote_code.hashes(prepared.header.folder)
     environment["model_type"] = str(prepared.header.config.model_type)

@@ -35,6 +35,10 @@ Push = Annotated[
     str | None,
     typer.Option(metavar="REPO", help="Also upload it to a new private hub repository.", show_default=False),
 ]
+Processes = Annotated[int, typer.Option("--nproc", min=1, help="Share the work out to so many processes here.")]
+Restarts = Annotated[
+    int, typer.Option(min=0, help="With --nproc: start again so often after a process was lost or a disk was full.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
@@ -92,15 +96,22 @@ def train(
     override: Annotated[
         bool, typer.Option("--override", help="Go on with a run although its rest is to be trained in another way.")
     ] = False,
+    nproc: Processes = 1,
+    restarts: Restarts = 0,
     json: Json = False,
 ) -> None:
     """Train; an interrupted run of the same config is continued."""
     run_config = config_file.load(config, overrides or [])
-    is_main = launch.current().is_main
+    is_main, is_to_start = launch.current().is_main, launch.is_to_start(nproc, restarts)
     from lora_cli import train as training
 
     ended = training.ended(run_config, override)
     already = ended is not None
+    if ended is None and is_to_start:
+        from lora_cli import data, launcher
+
+        data.require_readable(run_config.data, run_config.eval.general_source)
+        launcher.launch(nproc, restarts)
     if ended is None:
         last = follower.Follower(silent=not is_main).follow(training.train(run_config, interrupt.requested(), override))
         assert isinstance(last, Finished), "the loop ends with Finished or raises"

@@ -107,7 +107,8 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[-1])  # without gloo's own file and line
+            last = str(error).strip().splitlines()[-1]
+            reason = re.sub(r"^\[[^]]*\] ", "", last).split(". ")[0]  # without gloo's own file and line, and its advice
             raise SurroundingsError(
                 f"process {self.rank}: another of the {self.size} processes of this run ended: "
                 f"{reason[:120].rstrip('.')}.",
@@ -158,11 +159,7 @@ def keep_freed_memory() -> None:
 
 
 def current_world() -> World:
-    """Return the world of a command that runs in one process. Raises SurroundingsError when it has several."""
-    if (size := launch.current().size) > 1:
-        raise SurroundingsError(
-            f"WORLD_SIZE is {size}: only training runs in several processes. Start without torchrun."
-        )
+    """Return the world of a command that runs in one process."""
     return World(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -107,6 +107,7 @@ FLOORS = [
     "console",
     "figures",
     "follower",
+    "launcher",
     "arguments",
     "ending",
     "cli",

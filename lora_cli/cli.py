@@ -148,14 +148,17 @@ def evaluate(
         str | None, typer.Option(help="lm-eval tasks: names or YAML files, with commas.", show_default=False)
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.", show_default=False)] = None,
+    nproc: Processes = 1,
     json: Json = False,
 ) -> None:
     """Measure base and adapter side by side on held-out data."""
-    from lora_cli.compare import METRICS, Asked, compare
+    if launch.is_to_start(nproc):
+        from lora_cli import launcher
+
+        launcher.launch(nproc)
+    from lora_cli.compare import Asked, compare
     from lora_cli.generate import Sampling
 
-    if unknown := [name for name in metric if name not in METRICS]:
-        raise InputError(f"--metric: there is no {unknown[0]}; known are {', '.join(METRICS)}.")
     asked = Asked(
         data=data,
         base=base,
@@ -170,6 +173,8 @@ def evaluate(
         scan=scan,
     )
     report = compare(run, asked)
+    if not launch.is_main():
+        return
     if json:
         console.print_json(as_json(replace(report, samples=report.samples[:20])))
     else:

@@ -49,7 +49,7 @@ def current() -> Launch:
     return Launch(rank, size, local_rank)
 
 
-def is_to_start(processes: int, restarts: int) -> bool:
+def is_to_start(processes: int, restarts: int = 0) -> bool:
     """Return whether this process is to start so many others; it may be one of them already. Raises InputError."""
     here = current().size
     if processes == 1 and restarts:

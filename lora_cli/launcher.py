@@ -22,7 +22,7 @@ from lora_cli.parallel import usable_processors
 _HERE = "127.0.0.1"  # one machine; its name need not lead to it
 
 
-def launch(processes: int, restarts: int) -> NoReturn:
+def launch(processes: int, restarts: int = 0) -> NoReturn:
     """Run this command in several processes, with a share of the processors each, and end as they end.
 
     What fails for the surroundings is started again, `restarts` times at most; nothing else would end differently.

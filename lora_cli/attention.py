@@ -1,5 +1,7 @@
 """Causal attention over sequences packed one behind the other, none of them seeing another."""
 
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +29,48 @@ class Segments:
 
     def __init__(self, *segments: Segment) -> None:
         self.segments = segments
+        self._varlen: VarLen | None = None
 
     @property
     def lengths(self) -> list[int]:
         return [segment.length for segment in self.segments]
+
+    def varlen(self, device: torch.device) -> "VarLen":
+        """Return how they lie for variable-length attention; made once for all layers."""
+        if self._varlen is None:
+            self._varlen = lay_out_varlen(self.segments, device)
+        return self._varlen
+
+
+class VarLen(NamedTuple):
+    """Where each segment's queries and keys begin, [segments + 1] int32, and the most that one has of them.
+
+    `tokens` [K] are those whose keys lie so, a prefix's again for each segment that continues it; None: all in order.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    tokens: Tensor | None
+    most_queries: int
+    most_keys: int
+
+
+def lay_out_varlen(segments: Sequence[Segment], device: torch.device) -> VarLen:
+    """Lay segments out as variable-length attention takes them: each one's keys are its prefix's, then its own."""
+    begins = list(accumulate((segment.length for segment in segments), initial=0))
+    of_each: list[list[int]] = []
+    for number, segment in enumerate(segments):
+        parts = [number] if segment.prefix is None else [segment.prefix, number]
+        of_each.append([token for part in parts for token in range(begins[part], begins[part + 1])])
+    keys = [len(tokens) for tokens in of_each]
+    continued = any(segment.prefix is not None for segment in segments)
+    return VarLen(
+        torch.tensor(begins, dtype=torch.int32, device=device),
+        torch.tensor(list(accumulate(keys, initial=0)), dtype=torch.int32, device=device),
+        torch.tensor([token for tokens in of_each for token in tokens], device=device) if continued else None,
+        max(segment.length for segment in segments),
+        max(keys),
+    )
 
 
 @torch.compiler.disable
@@ -58,6 +98,10 @@ def packed_attention(
         raise NotImplementedError("the model does not pass segments on to its attention")
     if query.is_meta and softcap is None:
         return _WhatIsKept.apply(query, key, value), None
+    if _flash_runs(query, value, segments, sliding_window, softcap):
+        from torch.nn.attention.varlen import varlen_attn
+
+        return attend_varlen(query, key, value, segments, scaling, varlen_attn), None
     queries, keys, values = (x.split(segments.lengths, dim=2) for x in (query, key, value))
     outputs = []
     for segment, q, k, v in zip(segments.segments, queries, keys, values, strict=True):
@@ -74,6 +118,43 @@ def packed_attention(
             output = _capped(q, k, v, visible, scaling, softcap)
         outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None  # [1, T, heads, head_dim]
+
+
+def _flash_runs(query: Tensor, value: Tensor, segments: Segments, window: int | None, softcap: float | None) -> bool:
+    """Return whether one call of FlashAttention 2 does it all: on which GPUs, for what it is made.
+
+    A window that hides something is left to the loop: how the kernel counts it would not be seen in the trial.
+    """
+    return (
+        query.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] == value.shape[-1]
+        and query.shape[-1] in range(8, 257, 8)
+        and softcap is None
+        and (window is None or segments.varlen(query.device).most_keys <= window)
+    )
+
+
+def attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, attend: Callable[..., Tensor]
+) -> Tensor:
+    """Attend within all sequences by one call of `attend` (as torch's varlen_attn): [1, T, heads, head_dim].
+
+    With more keys than queries it has to let the last query see all of them (FlashAttention does since 2.1).
+    """
+    layout = segments.varlen(query.device)
+    if layout.tokens is not None:
+        key, value = key.index_select(2, layout.tokens), value.index_select(2, layout.tokens)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head_dim]
+    output = attend(
+        *(q, k, v, layout.queries, layout.keys, layout.most_queries, layout.most_keys),
+        scale=scaling,
+        window_size=(-1, 0),  # causal
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return output[None]
 
 
 def _visible(length: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:

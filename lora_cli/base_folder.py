@@ -8,8 +8,10 @@ from lora_cli import json_file, manifest, names
 from lora_cli.errors import NOTHING_LOADED, ModelError, SurroundingsError, shown
 
 
-def find_folder(path: str, revision: str | None = None) -> Path:
+def find_folder(path: str, revision: str | None = None, weights: bool = True) -> Path:
     """Return the local folder of a model: a folder as it is, or a hub id's files, downloaded where needed.
+
+    Of the hub's files the weights are left out where they are not asked for.
 
     Raises ModelError when there is no such model, SurroundingsError when the hub cannot be reached.
     """
@@ -35,7 +37,7 @@ def find_folder(path: str, revision: str | None = None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors as hub_errors
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
+    wanted = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", *(["*.safetensors"] if weights else [])]
     try:
         return Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=wanted))
     except hub_errors.GatedRepoError:

@@ -11,8 +11,9 @@ from lora_cli import examples, launch, runtimes
 from lora_cli.config import RunConfig
 from lora_cli.data_reader import News
 from lora_cli.dataset import Dataset
-from lora_cli.distributed import current_world
+from lora_cli.distributed import current_world, is_here
 from lora_cli.errors import DataError
+from lora_cli.launch import Launch
 from lora_cli.layout import decoder_blocks
 from lora_cli.memory import estimate_memory
 from lora_cli.model import choose_dtype
@@ -26,19 +27,24 @@ _SHARE_OF_PEAK = 0.5  # of matrix products that a training step reaches
 _SECONDS_A_LAYER = 0.01  # of a forward and its backward
 
 
-def check(config: RunConfig, row: str | None = None) -> Generator[News, None, CheckReport]:
-    """Prepare a run and report on it; `row` names one row to show, by its number or as `file:number`.
+def check(config: RunConfig, row: str | None = None, nproc: int = 1) -> Generator[News, None, CheckReport]:
+    """Prepare a run of `nproc` processes and report on it; `row` names one row to show: its number, or `file:number`.
 
-    Raises what training would raise before its first step.
+    Neither the weights nor the device have to be here. Else raises what training would raise before its first step.
     """
     launch.require_alone("a check takes no step that could be shared")
-    prepared = yield from prepare(config)
+    prepared = yield from prepare(config, weights=False)
     train = prepared.train
     timetable = Timetable.of(train.mixture.drawn, config)
     trainable = prepared.trained_parameters(config.lora.rank)
     total = sum(p.numel() for p in prepared.skeleton.parameters())
-    device = current_world().device
-    memory = estimate_memory(prepared.header, config, int(train.examples.lengths.max()), device)
+    here = is_here(config.model.device)
+    device = current_world(config.model.device).device if here else torch.device(config.model.device)
+    longest, started = int(train.examples.lengths.max()), Launch(size=nproc, local_size=nproc)
+    memory = estimate_memory(prepared.header, config, longest, device, started)
+    seconds = None
+    if here and nproc == 1:
+        seconds = estimate_seconds(prepared, timetable, total + trainable, config, device, memory.tokens)
     produced = runtimes.Produced(
         str(prepared.header.config.model_type),
         config.lora.method,
@@ -55,15 +61,23 @@ def check(config: RunConfig, row: str | None = None) -> Generator[News, None, Ch
         examples_per_epoch=train.mixture.drawn,
         steps_per_epoch=timetable.steps_per_epoch,
         total_steps=timetable.total_steps,
-        seconds=estimate_seconds(prepared, timetable, total + trainable, config, device, memory.tokens),
+        seconds=seconds,
         previews=[RowPreview(example.where, examples.preview(example, prepared.header.tokenizer)) for example in shown],
         modules=dict(Counter(path.rsplit(".", 1)[-1] for path in prepared.targets)),
         trainable_parameters=trainable,
         total_parameters=total + trainable,
         memory=memory,
         runtimes=runtimes.verdicts(produced),
-        notices=prepared.notices,
+        notices=[*_not_here(prepared, config), *prepared.notices],
     )
+
+
+def _not_here(prepared: Prepared, config: RunConfig) -> Iterator[str]:
+    """Say what training will need and this machine does not have."""
+    if not is_here(config.model.device):
+        yield f"model.device: {config.model.device} is not here: memory is that of such a device, the time not known."
+    if not list(prepared.header.folder.glob("*.safetensors")):  # an index of them may be
+        yield f"{prepared.header.folder}: has no weights here (.safetensors); this check needs none, training does."
 
 
 def _some_rows(dataset: Dataset, seed: int) -> Iterator[examples.Example]:

@@ -73,6 +73,7 @@ def check(
     row: Annotated[
         str | None, typer.Option(help="Show this row, by its number or as file:number.", show_default=False)
     ] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="The memory of each of so many processes.")] = 1,
     json: Json = False,
 ) -> None:
     """Show what a run would do: data, mask preview, targets, memory. Trains nothing."""
@@ -82,11 +83,11 @@ def check(
     rows.require_readable(run_config.data, run_config.eval.general_source)
     from lora_cli import check as checking
 
-    report = follower.follow_preparation(checking.check(run_config, row))
+    report = follower.follow_preparation(checking.check(run_config, row, nproc))
     if json:
         console.print_json(as_json(report))
     else:
-        console.show_check(report, whole=row is not None)
+        figures.show_check(report, whole=row is not None)
 
 
 @app.command()

@@ -58,7 +58,7 @@ def compare(path: Path, asked: Asked) -> EvalReport:
         raise InputError(f"--metric: there is no {unknown[0]}; known are {', '.join(METRICS)}.")
     scoring.require_pattern(asked.extract)
     result = tuned.find(path, asked.base)
-    with joined() as world:
+    with joined(result.base.device) as world:
         return _compare(result, asked, world)
 
 

@@ -60,7 +60,7 @@ class ModelConfig(Section):
         None, description="null | nf4 | int8: of the frozen base"
     )
     device: Noted[Literal["auto", "cpu", "cuda", "mps"]] = Field(
-        "auto", description="auto | cpu | cuda | mps: what it runs on; auto: a GPU where there is one"
+        "auto", description="auto | cpu | cuda: what it runs on; auto is a GPU where torch sees one"
     )
     trust_remote_code: Fixed[Bool] = Field(False, description="run Python code that comes with the model")
 

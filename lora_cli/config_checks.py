@@ -9,9 +9,7 @@ from lora_cli.errors import shown
 
 # Keys of the contract whose other values this version cannot honour yet: refused, never ignored.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "model.device": ("auto",),
     "model.quantization": (None,),
-    "train.shard": (False,),
     "lora.method": ("lora", "rslora"),
 }
 
@@ -47,6 +45,10 @@ def check_config(config: RunConfig) -> dict[str, str]:
             problems[key] = "no name of a file can hold the character NUL; take it out"
     if problem := problem_of_remote_code(config.model):
         problems["model.trust_remote_code"] = problem
+    if config.model.device == "mps":
+        problems["model.device"] = (
+            "losses are summed in float64, which MPS does not have, and nothing was tried there; set auto or cpu"
+        )
     if config.train.learning_rate == "auto":
         problems["train.learning_rate"] = "this version cannot choose the rate yet; give a number, for example 3e-4"
     if config.eval.forgetting_budget is not None and False in (config.eval.general, config.data.validation != 0):

@@ -9,11 +9,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.distributed import rendezvous
 
 from lora_cli import heartbeat, launch
-from lora_cli.errors import InputError, SurroundingsError
+from lora_cli.errors import NOTHING_LOADED, InputError, SurroundingsError, shown
+
+Item = TypeVar("Item")
 
 _MEET = timedelta(minutes=30)
 _ANSWER = timedelta(days=7)  # the main rank may prepare or write for long; heartbeats tell who is gone
@@ -37,15 +39,36 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    in_step: bool = False  # each rank has a part of the base only, so that all have to run every forward
 
     @property
     def is_main(self) -> bool:
         """Whether this is the rank that writes and prints."""
         return self.rank == 0
 
+    def share(self, items: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
+        """Iterate over (item, whether it counts): this rank's share of them.
+
+        Ranks that go in step are given as many each. Who has nothing left gets the last one, which is not to count.
+        """
+        yield from ((item, True) for item in items[self.rank :: self.size])
+        if self.in_step and 0 < len(items) % self.size <= self.rank:
+            yield items[-1], False
+
+    def any(self, said: bool) -> bool:
+        """Return whether any rank says so, where ranks go in step; else only whether this one does."""
+        return bool(self.largest(said)) if self.in_step else said
+
     def add_up(self, values: Tensor) -> Tensor:
         """Replace values by their sums over all ranks; the same bits on each."""
         self._reduce(values, dist.ReduceOp.SUM)
+        return values
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Replace values by those of the main rank."""
+        if self.size > 1:
+            with self._answered():
+                dist.broadcast(values, 0)
         return values
 
     def largest(self, number: int) -> int:
@@ -131,10 +154,13 @@ def memory_error(error: BaseException) -> SurroundingsError | None:
     return None
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that this process can still take on a device; None where the system does not say."""
+def free_memory(device: torch.device, processes: int = 1) -> int | None:
+    """Return the bytes that each process can still take on a device; None where nobody says, or it is not here.
+
+    So many processes of this machine share a CPU's memory; GPUs they have each their own.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return int(torch.cuda.mem_get_info(device)[0]) if torch.cuda.is_available() else None
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
@@ -143,7 +169,7 @@ def free_memory(device: torch.device) -> int | None:
     with contextlib.suppress(OSError, ValueError):  # a container's limit
         most, taken = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         free = min(free, most - taken)
-    return free
+    return free // processes
 
 
 def keep_freed_memory() -> None:
@@ -158,29 +184,57 @@ def keep_freed_memory() -> None:
             adjust(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at the end is kept
 
 
-def current_world() -> World:
-    """Return the world of a command that runs in one process."""
-    return World(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+def is_here(wanted: str) -> bool:
+    """Return whether this machine has the device that `model.device` names."""
+    return wanted != "cuda" or torch.cuda.is_available()
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """Return the device of a process by `model.device`: auto is a GPU where torch sees one, else the CPU.
+
+    Raises SurroundingsError where there is no GPU, or none for this process.
+    """
+    if not is_here(wanted):
+        why = "it is a build for CPUs" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        said = "" if visible is None else f", CUDA_VISIBLE_DEVICES is {shown(visible)!r}"
+        raise SurroundingsError(
+            f"model.device: cuda, but torch {torch.__version__} sees no GPU here ({why}{said}). Where nvidia-smi lists "
+            "one, install torch for its CUDA version; else set model.device to auto or cpu.",
+            state=NOTHING_LOADED,
+        )
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise SurroundingsError(
+            f"This machine has fewer GPUs ({count}) than processes: --nproc-per-node must be at most {count}."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def current_world(wanted: str) -> World:
+    """Return the world of a command that runs in one process, on the device that `model.device` names.
+
+    Raises SurroundingsError when there is no such device.
+    """
+    return World(choose_device(wanted))
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[World]:
+def joined(wanted: str, in_step: bool = False) -> Iterator[World]:
     """Meet the other ranks that torchrun started, and be one of them while the block runs; alone where it did not.
 
-    Raises SurroundingsError where the environment makes no sense, or has more ranks than there are devices.
+    Each is on a device of its own where `model.device` names GPUs. Raises SurroundingsError where the environment makes
+    no sense, or has more ranks than there are devices.
     """
     started = launch.current()
     if started.size == 1:
-        yield current_world()
+        yield current_world(wanted)
         return
     launch.die_with(os.getppid())
-    device, backend = torch.device("cpu"), "gloo"
-    if torch.cuda.is_available():
-        if started.local_rank >= (count := torch.cuda.device_count()):
-            raise SurroundingsError(
-                f"This machine has fewer GPUs ({count}) than processes: --nproc-per-node must be at most {count}."
-            )
-        device, backend = torch.device("cuda", started.local_rank), "cpu:gloo,cuda:nccl"
+    device, backend = choose_device(wanted, started.local_rank), "gloo"
+    if device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     with contextlib.ExitStack() as stack:
         stack.callback(_part)
@@ -190,7 +244,7 @@ def joined() -> Iterator[World]:
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_ANSWER)
         except (RuntimeError, ValueError) as error:
             raise SurroundingsError(f"The {started.size} processes could not meet: {str(error)[:200]}") from error
-        yield World(device, rank, size)
+        yield World(device, rank, size, in_step)
 
 
 def _part() -> None:

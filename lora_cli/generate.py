@@ -41,7 +41,7 @@ def generate(
     model's generation_config asks for beside its end tokens (sampling, a repetition penalty) is left out. Ranks share
     the batches, each with its own seed, and all get the continuations that one alone would.
     """
-    lora.set_dropout(model.module, active=False)
+    lora.set_dropout(model.module, None)
     ends = end_tokens(model, tokenizer)
     pad = ends[0] if ends else 0
     choice = (

@@ -10,6 +10,7 @@ from lora_cli.errors import InputError, SurroundingsError
 
 _OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun tells each process
 _THEIRS = ("MASTER_ADDR", "MASTER_PORT")  # where they meet; other tools set it too
+_ON_THIS_MACHINE = "LOCAL_WORLD_SIZE"
 _NOT_STARTED = {"RANK": None, "WORLD_SIZE": "1", "LOCAL_RANK": None}  # as some containers have it
 _PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
@@ -21,6 +22,7 @@ class Launch:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1  # the processes on this machine, which share its memory
 
     @property
     def is_main(self) -> bool:
@@ -46,7 +48,8 @@ def current() -> Launch:
             f"The environment has RANK={rank}, WORLD_SIZE={size} and LOCAL_RANK={local_rank}: ranks are counted from "
             "0, and a local one is not above the other."
         )
-    return Launch(rank, size, local_rank)
+    here = os.environ.get(_ON_THIS_MACHINE, "")
+    return Launch(rank, size, local_rank, int(here) if here.isdecimal() and int(here) else size)
 
 
 def is_to_start(processes: int, restarts: int = 0) -> bool:

@@ -15,55 +15,105 @@ from lora_cli.distributed import free_memory
 from lora_cli.examples import Example
 from lora_cli.forward import lay_out, share_inputs, target_loss
 from lora_cli.fused import fuse
+from lora_cli.launch import Launch
 from lora_cli.layout import Layout, decoder_blocks
 from lora_cli.loss import CHUNK, HeadForm
 from lora_cli.model import LanguageModel, ModelHeader, build_skeleton, choose_dtype
 from lora_cli.reports import MemoryEstimate
 
 # Measured on a CPU with scripts/bench: what a process takes that has imported everything, and what a backward pass
-# holds for a moment, the allocator's gaps included, in activations of a block. The number for a GPU is a guess.
-_PROCESS = 440 << 20
+# holds for a moment, the allocator's gaps included, in activations of a block. The numbers for a GPU are guesses.
+_PROCESS = {"cpu": 440 << 20, "cuda": 1 << 30}
 _PASSING = {"cpu": 5.5, "cuda": 2.0}
 _MOST_TOKENS = {"cpu": 1024, "cuda": 8192}
 _FEWEST_TOKENS = 128
 _CHUNKS_WITH_KL = 7  # arrays of a chunk's logits that exist together; 1 without a KL
 _OPTIMIZER = 16  # bytes for each trained number: itself, its gradient, both moments
+_GATHERED = 2  # blocks of a sharded base that are whole at a time: the one that runs, and the next
+# Bytes of a quantised weight. nf4: half a byte, and for 64 of them a scale of a byte, for 256 of which there is one of
+# four (QLoRA's double quantisation, arXiv 2305.14314). int8: a byte, and four for each row.
+_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+_INT8, _INT8_ROW = 1, 4
 
 
-def estimate_memory(header: ModelHeader, config: RunConfig, longest: int, device: torch.device) -> MemoryEstimate:
-    """Estimate the bytes that training takes on a device, with the tokens that one forward sees.
+def estimate_memory(
+    header: ModelHeader, config: RunConfig, longest: int, device: torch.device, started: Launch | None = None
+) -> MemoryEstimate:
+    """Estimate the bytes that training takes on the device of each process, with the tokens that one forward sees.
 
     These are those the config says, or (auto) as many as are worth it and fit into what is free. A sequence longer than
-    that, up to `longest`, is a forward by itself.
+    that, up to `longest`, is a forward by itself. Of a device that is not here nothing is known to be free.
     """
-    dtype = choose_dtype(config.model.dtype, device)
-    own = replace(header, config=copy.deepcopy(header.config))  # its attention is changed below
-    own.config.pad_token_id = None  # else some models look for padding, and there are no values here to look at
-    skeleton = build_skeleton(own, config.model.trust_remote_code).to(dtype)
-    base = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
+    started = started or Launch()
+    skeleton = _skeleton(header, config, choose_dtype(config.model.dtype, device))
+    base, in_flight = base_memory(skeleton, config, started.size)
     targets = lora.find_targets(skeleton, config.lora.target_modules)
     lora.wrap(skeleton, dict.fromkeys(targets, (config.lora.rank, 1.0)))
     adapter = sum(parameter.numel() for parameter in lora.trainable(skeleton).values()) * _OPTIMIZER
-    vocabulary = skeleton.get_input_embeddings().weight.shape[0]
-    blocks = _block_count(skeleton)
-    kept = kept_by_a_token(skeleton, config)
+    for_each, logits = _activations(skeleton, config, device)
+    process = _PROCESS[device.type]
+    free = free_memory(device, started.local_size)
+
+    def estimate(count: int) -> MemoryEstimate:
+        seen = max(count, longest)
+        activations = int(for_each * seen) + min(seen, CHUNK) * logits
+        total = base + adapter + activations + in_flight + process
+        fits = None if free is None else total <= free
+        return MemoryEstimate(
+            device.type, started.size, count, base, adapter, activations, in_flight, process, total, free, fits
+        )
+
+    if config.train.micro_batch_tokens != "auto":
+        return estimate(config.train.micro_batch_tokens)
+    count = tokens_worth_it(device)
+    while count > _FEWEST_TOKENS and estimate(count).fits is False:
+        count //= 2
+    return estimate(count)
+
+
+def _skeleton(header: ModelHeader, config: RunConfig, dtype: torch.dtype) -> nn.Module:
+    own = replace(header, config=copy.deepcopy(header.config))  # it is changed below
+    own.config.pad_token_id = None  # else some models look for padding, and there are no values here to look at
+    return build_skeleton(own, config.model.trust_remote_code).to(dtype)
+
+
+def base_memory(skeleton: nn.Module, config: RunConfig, processes: int) -> tuple[int, int]:
+    """Return the bytes of the frozen base on each device, and those of it that are made there for a moment.
+
+    Sharding divides the matrices of the blocks; whatever else there is, each process has whole. Quantised are the
+    linear layers of the blocks, each of which is made whole again while it is multiplied.
+    """
+    shared = processes if config.train.shard else 1
+    size = skeleton.dtype.itemsize
+    path, blocks = decoder_blocks(skeleton)
+    linear = [each for name, each in lora.linear_modules(skeleton).items() if name.startswith(f"{path}.")]
+    weights = [each.get_parameter("weight") for each in linear] if config.model.quantization else []
+    quantized = {id(weight): _quantized(weight, str(config.model.quantization)) for weight in weights}
+    of_block = [
+        sum(quantized.get(id(p), p.numel() * size) for p in block.parameters() if p.ndim > 1) for block in blocks
+    ]
+    divided = {id(p) for block in blocks for p in block.parameters() if p.ndim > 1}
+    whole = sum(p.numel() * size for p in skeleton.parameters() if id(p) not in divided)
+    gathered = _GATHERED * max(of_block, default=0.0) if shared > 1 else 0.0
+    multiplied = max((weight.numel() * size for weight in weights), default=0)
+    return int(whole + sum(of_block) / shared), int(gathered + multiplied)
+
+
+def _quantized(weight: Tensor, kind: str) -> float:
+    """Return the bytes of a weight [out, in] when it is quantised."""
+    return weight.numel() * _NF4 if kind == "nf4" else weight.numel() * _INT8 + len(weight) * _INT8_ROW
+
+
+def _activations(skeleton: nn.Module, config: RunConfig, device: torch.device) -> tuple[float, int]:
+    """Return the bytes that an adapted model's training holds for each token, and for the logits of each target."""
+    blocks, kept = _block_count(skeleton), kept_by_a_token(skeleton, config)
     passing = kept / blocks * _PASSING[device.type]
     if config.train.activation_checkpointing:  # each block's input, and one block at a time
         kept = blocks * _vector(skeleton) + kept / blocks
     chunks = _CHUNKS_WITH_KL if config.train.kl_to_base else 1
-    fixed = base + adapter + (_PROCESS if device.type == "cpu" else 0)
-
-    def estimate(count: int) -> MemoryEstimate:
-        seen = max(count, longest)
-        activations = int((kept + passing) * seen) + chunks * min(seen, CHUNK) * vocabulary * 4
-        return MemoryEstimate(count, base, adapter, activations, fixed + activations)
-
-    if config.train.micro_batch_tokens != "auto":
-        return estimate(config.train.micro_batch_tokens)
-    count, free = tokens_worth_it(device), free_memory(device)
-    while free is not None and count > _FEWEST_TOKENS and estimate(count).total > free:
-        count //= 2
-    return estimate(count)
+    narrow = 2 * skeleton.dtype.itemsize if skeleton.dtype.itemsize < 4 else 0  # as multiplied, before and behind
+    vocabulary: int = skeleton.get_input_embeddings().weight.shape[0]
+    return kept + passing, vocabulary * (4 * chunks + narrow)
 
 
 def tokens_worth_it(device: torch.device) -> int:
@@ -77,6 +127,7 @@ def kept_by_a_token(skeleton: nn.Module, config: RunConfig, length: int = 256) -
     Nothing is recomputed in it. Where the model cannot run on the meta device it is a
     rule of thumb: 40 vectors of the hidden size in each block.
     """
+    skeleton = copy.deepcopy(skeleton, {id(p): p for p in skeleton.parameters()})  # what is done to it here ends here
     example = Example((0,) * length, (0,) * length, "tokens of no row")
     params = {parameter.untyped_storage()._cdata for parameter in skeleton.parameters()}
     own = str(skeleton.config._attn_implementation)

@@ -75,12 +75,12 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def prepare(config: RunConfig) -> Generator[News, None, Prepared]:
-    """Turn the data into tokens, and check the targets against the model's structure.
+def prepare(config: RunConfig, weights: bool = True) -> Generator[News, None, Prepared]:
+    """Turn the data into tokens, and check the targets against the model's structure; `weights` as of `read_header`.
 
     `data.require_readable` has looked at the data before, without torch. Raises what is wrong with any of them.
     """
-    header = model.read_header(config.model)
+    header = model.read_header(config.model, weights)
     skeleton = model.build_skeleton(header, config.model.trust_remote_code)
     targets = lora.find_targets(skeleton, config.lora.target_modules)
     reader = DataReader(config.data, header)

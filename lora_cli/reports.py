@@ -26,13 +26,19 @@ class RowPreview:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes during training; `total` holds the process itself too, where it lies in the same memory."""
+    """Bytes during training on the device of each process; `total` holds the process itself too."""
 
+    device: str
+    processes: int
     tokens: int  # that one forward sees
     base: int
     adapter: int  # weights, gradients and both moments
     activations: int
+    in_flight: int  # of a base that is sharded or quantised: what is made whole for a moment
+    process: int
     total: int
+    free: int | None  # on the device now; null where it is not here
+    fits: bool | None
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class CheckReport:
     examples_per_epoch: int
     steps_per_epoch: int
     total_steps: int
-    seconds: float  # of training, roughly
+    seconds: float | None  # of training, roughly; null where the device is not here, or for several processes
     previews: Sequence[RowPreview]
     modules: dict[str, int]  # last part of the module name -> how many are adapted
     trainable_parameters: int

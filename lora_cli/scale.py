@@ -49,7 +49,7 @@ def _best_within(result: Result, budget: float, data: str | None, general: str |
     text = general_text(result, general)
     if not text:
         raise InputError("--budget: the run measures no forgetting (eval.general: false); give --general FILE.")
-    loaded = tuned.load(result, current_world().device)
+    loaded = tuned.load(result, current_world(result.base.device).device)
     found = scan(loaded, held_out, text, tokens_worth_it(loaded.device), budget)
     if not found.best_within:
         least = next(point for point in found.points if point.gain > 0)

@@ -27,7 +27,7 @@ def measure_speeds(result: Result, merged: Path, tuned_by: str) -> Mapping[str, 
 
     `tuned_by` says what the result's adapter is to the merged model.
     """
-    device = current_world().device
+    device = current_world(result.base.device).device
     base = model.load_model(result.header, result.base, device)
     shared = {id(parameter): parameter for parameter in base.module.parameters()}
     with_adapter = LanguageModel(copy.deepcopy(base.module, shared), base.layout, base.own_attention)

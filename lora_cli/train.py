@@ -48,7 +48,7 @@ def train(config: RunConfig, stop: StopRequest, override: bool = False) -> Itera
         from lora_cli.distributed import joined
         from lora_cli.prepare import prepare
 
-        with joined() as world:
+        with joined(config.model.device, config.train.shard) as world:
             with world.main_first():  # it keeps the tokens that the others then open
                 prepared = yield from prepare(config)
             interrupt.poll()
@@ -83,7 +83,8 @@ def _train(
         )
     if world.is_main:
         _require_room(config, run, prepared)
-    language_model = model.load_model(prepared.header, config.model, world.device)
+    sharded = world if config.train.shard and world.size > 1 else None
+    language_model = model.load_model(prepared.header, config.model, world.device, sharded)
     for end in sorted(prepared.ends):
         if problem := model.untrained_end(language_model, prepared.header.tokenizer, end):
             yield Notice(problem)
@@ -172,7 +173,7 @@ def _environment(
         tokens = run_dir.read_environment(run).get("micro_batch_tokens") or tokens
     if tokens == "auto":  # only then is the model looked at
         longest = int(prepared.train.examples.lengths.max())
-        tokens = estimate_memory(prepared.header, config, longest, world.device).tokens
+        tokens = estimate_memory(prepared.header, config, longest, world.device, launch.current()).tokens
     environment |= {"processes": world.size, "micro_batch_tokens": tokens}
     if config.model.trust_remote_code:
         environment["remote_code"] = remote_code.hashes(prepared.header.folder)

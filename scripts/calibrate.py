@@ -54,7 +54,7 @@ def tables(run: Path, held_out: Path, extract: str | None) -> dict[str, Sequence
     """Return (base, adapter, adapter again) of each figure, a row of sums for each held-out row."""
     result = tuned.find(run)
     rows, _, _ = held_out_rows(result, str(held_out))
-    loaded = tuned.load(result, current_world().device)
+    loaded = tuned.load(result, current_world(result.base.device).device)
     losses = [each.per_target("loss") for each in measure(loaded, rows, 1024, (*BASE_AND_ADAPTER, 1.0))]
     asked = questions_of(rows, len(rows))
     expected, hits = expected_texts(loaded, result.header.tokenizer, asked), []

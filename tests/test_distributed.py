@@ -10,46 +10,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from conftest import Invoke, build_examples, conversation, facts, write_config, write_rows
-from processes import disturb, end, lora, run_ranks, send, start_ranks
+from processes import disturb, end, run_ranks, send, start_ranks
+from torch.distributed.tensor import DTensor
+from torture import agreement
+from torture.agreement import Way
 
-from lora_cli import batches, config_file, ending, heartbeat, metrics, run_dir, step
-from lora_cli.batches import Mixture, Part
+from lora_cli import batches, config_file, distributed, ending, heartbeat, lora, model, run_dir, step
+from lora_cli.batches import ALONE, Mixture, Part
+from lora_cli.config import LoraConfig, ModelConfig
+from lora_cli.examples import Example
+from lora_cli.forward import lay_out, target_loss
+from lora_cli.fused import fuse
 from lora_cli.interrupt import StopRequest
 from lora_cli.loss import LossSum
 from lora_cli.records import StepDone
 from lora_cli.run_dir import RunDir
 from lora_cli.train import train
 
-SETTINGS = {
-    "lora.dropout": 0.1,
-    "train.max_steps": 16,
-    "train.early_stopping": {"patience": None},
-    "eval.per_epoch": 2,
-    "save.per_epoch": 4,
-}
+SETTINGS = agreement.SETTINGS | {"lora.dropout": 0.1}
 Make = Callable[..., Path]
-
-
-def measured(place: Path) -> list[tuple[Any, ...]]:
-    """The step of every record, and what was measured there."""
-    keys = ("event", "step", "loss", "grad_norm", "targets", "tokens")
-    return [tuple(record.get(key, 0) for key in keys) for record in metrics.read(RunDir(place))]
 
 
 def close(first: Path, second: Path) -> bool:
     """Whether two runs measured the same things, losses and gradient norms to 1e-5."""
-    one, other = measured(first), measured(second)
-    numbers = zip((each[2:4] for each in one), (each[2:4] for each in other), strict=True)
-    assert [each[:2] + each[4:] for each in one] == [each[:2] + each[4:] for each in other]
-    return len(one) > 16 and all(a == pytest.approx(b, rel=1e-5) for a, b in numbers)
+    return agreement.difference(*(agreement.measured(RunDir(place)) for place in (first, second))) < agreement.CLOSE
 
 
 def finished(size: int, config: Path, folder: Path) -> Path:
     """Train on some processes to the end, of which only the first says something; return the run's place."""
-    codes, said = run_ranks(size, lambda rank: lora("train", config), folder)
+    codes, said = run_ranks(size, lambda rank: processes.lora("train", config), folder)
     assert codes == [0] * size, said
     assert not any(said[1:])
     return Path(config_file.load(config).output_dir)
@@ -63,17 +56,56 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str]
     return finished(2, write_config(folder, model_folder("llama"), rows, SETTINGS), folder)
 
 
-@pytest.mark.parametrize(("dropout", "sizes"), [(0.0, (1, 2)), (0.1, (1, 4))])
-def test_any_number_of_processes_measures_the_same(
-    dropout: float, sizes: tuple[int, ...], make_config: Make, whole: Path, tmp_path: Path
-):
-    """The same steps, and losses and gradient norms to 1e-5; the base's to the bit."""
-    settings = SETTINGS | {"lora.dropout": dropout}
-    places = [finished(size, make_config(**settings, output_dir=f"{tmp_path}/{size}"), tmp_path) for size in sizes]
-    places += [whole] if dropout else []
+@pytest.mark.parametrize(
+    "way",
+    [
+        Way(1, 0.0, tokens=1),
+        Way(1, 0.1, tokens=4096, recompute=True),
+        Way(2, 0.0, tokens=30),
+        Way(2, 0.1, shard=True, tokens=30),
+        Way(4, 0.1),
+        Way(4, 0.0, shard=True, recompute=True),
+    ],
+    ids=str,
+)
+def test_one_set_of_numbers_for_every_way_to_run_it(way: Way, model_folder: Callable[[str], str], tmp_path: Path):
+    """Losses and gradient norms to 1e-5 of those written down, of the same tokens at each step."""
+    found = agreement.measure(way, tmp_path, model_folder("llama"))
 
-    assert all(close(place, places[0]) for place in places[1:])
-    assert len({measured(place)[0] for place in places}) == 1
+    assert len(found) > 16
+    assert agreement.difference(found, agreement.golden(way.dropout)) < agreement.CLOSE
+
+
+def test_each_process_keeps_its_part_of_the_base(model_folder: Callable[[str], str], tmp_path: Path):
+    """Matrices of blocks are divided, before a forward and after it; how a forward is laid out stays the same."""
+
+    def work(rank: int) -> None:
+        config = ModelConfig(path=model_folder("llama"))
+        header = model.read_header(config)
+        with distributed.joined("cpu", in_step=True) as world:
+            alone, divided = (model.load_model(header, config, world.device, each) for each in (None, world))
+            assert divided.layout == alone.layout
+            for one, other in zip(alone.module.parameters(), divided.module.parameters(), strict=True):
+                assert torch.equal(other.full_tensor() if isinstance(other, DTensor) else other, one)
+            assert divided.layout.tail
+            for loaded in (alone, divided):
+                lora.apply_lora(loaded.module, LoraConfig(rank=2), 0)
+                fuse(loaded.module)
+            one, other = (
+                {path: type(each.forward) for path, each in x.module.named_modules()} for x in (alone, divided)
+            )
+            assert one == other
+            run = lay_out(divided, ALONE, [Example((3, 4, 5), (3, 4, 5), "tokens of no row")])
+            for _ in range(2):
+                parts = dict(divided.module.named_parameters())
+                for name, parameter in alone.module.named_parameters():
+                    part = parts[name].to_local() if isinstance(parts[name], DTensor) else parts[name]
+                    is_divided = ".layers." in name and parameter.ndim == 2 and "lora_" not in name
+                    assert part.untyped_storage().nbytes() == parameter.nbytes // (2 if is_divided else 1), name
+                target_loss(divided, run).total.backward()
+
+    codes, said = run_ranks(2, work, tmp_path)
+    assert codes == [0, 0], said
 
 
 def stopped_after(number: int, config: Path) -> None:
@@ -124,7 +156,7 @@ def test_what_is_not_finite_on_one_process_stops_all(
         if rank == 1:
             # Of four rows two are this process's: the first forward of the fourth step.
             disturb(step, "target_loss", 7, fault, for_good=True)
-        lora("train", config)
+        processes.lora("train", config)
 
     codes, said = run_ranks(2, work, tmp_path)
     place = RunDir(tmp_path / "run")
@@ -151,7 +183,7 @@ def test_memory_that_runs_out_on_one_process_is_all_processes_business(make_conf
     def work(rank: int) -> None:
         if rank == 1:
             disturb(step, "target_loss", 2, out_of_memory)
-        lora("train", config)
+        processes.lora("train", config)
 
     codes, said = run_ranks(2, work, tmp_path)
 
@@ -167,7 +199,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(make_config: Ma
     def work(rank: int) -> None:
         if rank == 1:
             disturb(step, "target_loss", 5, send(signal.SIGKILL))
-        lora("train", config)
+        processes.lora("train", config)
 
     begin = time.monotonic()
     codes, said = run_ranks(2, work, tmp_path)
@@ -185,7 +217,7 @@ def test_a_halted_process_ends_the_others(
     """Whatever they wait for: the others say which showed no life, exit 3, and write nothing more."""
     monkeypatch.setattr(heartbeat, "BEAT", 0.1)
     config = make_config(**SETTINGS | {"train.epochs": 1000, "train.max_steps": 5000, "data.validation": 0})
-    ranks = start_ranks(2, lambda rank: lora("train", config), tmp_path)
+    ranks = start_ranks(2, lambda rank: processes.lora("train", config), tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()):
         time.sleep(0.01)
@@ -207,7 +239,9 @@ def test_processes_that_see_other_files_do_not_train_together(make_config: Make,
     """Another config or other data on one process is an error on all, before anything is written."""
     other = write_rows(tmp_path / "other.jsonl", [conversation(number) for number in range(50, 90)])
     config = make_config(**SETTINGS)
-    codes, said = run_ranks(2, lambda rank: lora("train", config, *([f"data.train={other}"] * rank)), tmp_path)
+    codes, said = run_ranks(
+        2, lambda rank: processes.lora("train", config, *([f"data.train={other}"] * rank)), tmp_path
+    )
 
     assert codes == [2, 2]
     assert "process 1 has another data.train than process 0" in said[0]

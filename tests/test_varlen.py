@@ -1,0 +1,96 @@
+"""Attention of packed sequences in one call: what it is given says the same as the loop over sequences."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_cli.attention import Segment, Segments, attend_varlen, lay_out_varlen, packed_attention
+
+CPU = torch.device("cpu")
+PACKED = {
+    "one sequence": [Segment(5)],
+    "several": [Segment(3), Segment(1), Segment(4)],
+    "a prefix and two that continue it": [Segment(4), Segment(2, prefix=0), Segment(3, prefix=0)],
+    "prefixes among others": [Segment(2), Segment(3), Segment(1, prefix=1), Segment(4), Segment(2, prefix=0)],
+}
+
+
+def attend(
+    query: Tensor,  # [T, heads, head_dim]
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """What torch documents of varlen_attn, written plainly: causal, the last query sees the last key."""
+    assert window_size == (-1, 0)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert (cu_seq_q.dtype, cu_seq_k.dtype) == (torch.int32, torch.int32)
+    assert (max_q, max_k) == tuple(int(cu.diff().max()) for cu in (cu_seq_q, cu_seq_k))
+    assert (int(cu_seq_q[-1]), int(cu_seq_k[-1])) == (len(query), len(key))
+    times = query.shape[1] // key.shape[1]
+    outputs = []
+    for q_begin, q_end, k_begin, k_end in zip(cu_seq_q, cu_seq_q[1:], cu_seq_k, cu_seq_k[1:], strict=False):
+        q = query[q_begin:q_end].transpose(0, 1)  # [heads, T, head_dim]
+        k, v = (x[k_begin:k_end].transpose(0, 1).repeat_interleave(times, 0) for x in (key, value))
+        scores = q @ k.transpose(1, 2) * (scale or q.shape[-1] ** -0.5)
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(k.shape[1] - q.shape[1] + 1)
+        outputs.append((scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_one_call_attends_as_the_loop_does(name: str, scaling: float | None):
+    """Outputs and gradients, with fewer heads of keys than of queries, each prefix's keys used again."""
+    segments = PACKED[name]
+    tokens = sum(segment.length for segment in segments)
+    torch.manual_seed(1)
+    shapes = [(1, heads, tokens, 8) for heads in (4, 2, 2)]
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    query, key, value = given
+    module: Any = torch.nn.Identity()
+    loop, _ = packed_attention(module, query, key, value, None, scaling, segments=Segments(*segments))
+    ours = attend_varlen(query, key, value, Segments(*segments), scaling, attend)
+    weights = torch.randn(loop.shape, dtype=torch.float64)
+
+    assert torch.allclose(ours, loop, atol=1e-12)
+    for mine, theirs in zip(gradients(ours, weights, given), gradients(loop, weights, given), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-12)
+
+
+def gradients(output: Tensor, weights: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of a weighted sum of an output."""
+    return torch.autograd.grad((output * weights).sum(), given)
+
+
+def test_where_queries_and_keys_begin():
+    """By hand: two tokens, three, one that continues the first two; without prefixes keys lie as queries do."""
+    layout = lay_out_varlen([Segment(2), Segment(3), Segment(1, prefix=0)], CPU)
+    plain = lay_out_varlen([Segment(2), Segment(3)], CPU)
+
+    assert layout.queries.tolist() == [0, 2, 5, 6]
+    assert layout.keys.tolist() == [0, 2, 5, 8]
+    assert layout.tokens is not None
+    assert layout.tokens.tolist() == [0, 1, 2, 3, 4, 0, 1, 5]
+    assert (layout.most_queries, layout.most_keys) == (3, 3)
+    assert plain.tokens is None
+    assert plain.queries.tolist() == plain.keys.tolist() == [0, 2, 5]
+
+
+def test_the_call_is_one_that_torch_takes():
+    """Torch's own function, on the meta device: every argument is known to it, and the output lies as it should."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    query, key = (torch.empty(1, heads, 9, 8, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
+    segments = Segments(Segment(4), Segment(2, prefix=0), Segment(3, prefix=0))
+
+    assert attend_varlen(query, key, key, segments, 0.3, varlen.varlen_attn).shape == (1, 9, 4, 8)

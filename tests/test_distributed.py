@@ -241,7 +241,9 @@ def test_a_halted_process_ends_the_others(
     try:
         assert end(ranks[1 - halted], seconds=20) == 3
         what = (
-            "where the 2 processes of this run meet, has not answered" if halted == 0 else "process 1 (of 0 to 1) was"
+            "where the 2 processes of this run meet, has not answered"
+            if halted == 0
+            else "process 1 of 2 (counted from 0) was"
         )
         assert what in (tmp_path / f"rank-{1 - halted}").read_text()
     finally:

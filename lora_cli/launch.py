@@ -72,12 +72,13 @@ def require_alone(why: str) -> None:
 
 
 def settle() -> None:
-    """Where torchrun started this process: end with it, and have torch, not yet imported, show no C++ stacks.
+    """Get ready to be one of several processes, before torch is imported: end with torchrun, and show no C++ stacks.
 
-    What they tell when another process is gone is said in a sentence.
+    What torch would tell with them when another process is gone is said in a sentence.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with(os.getppid())
 
 

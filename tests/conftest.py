@@ -10,6 +10,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # some tests fork, and a forked process has none of its parent's threads
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as lora sets it for one of several processes
 os.environ["LORA_CACHE"] = tempfile.mkdtemp(prefix="lora-tests-")
 
 import peft

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from lora_cli import cli
+from lora_cli import cli, ending
 
 
 def lora(*arguments: object) -> None:
     """Run the program in this process, as `python -m lora_cli` would."""
     sys.argv = ["lora", *map(str, arguments)]
-    cli._OTHERS_SECONDS = 0.0  # nobody ends the others here
+    ending._OTHERS_SECONDS = 0.0  # nobody ends the others here
     cli.main()
 
 

@@ -1,4 +1,4 @@
-"""`--nproc`: the command in several processes here, and an end that is theirs: code, message and what is saved."""
+"""Commands in several processes: `--nproc` and how it ends, `lora eval` on all ranks, and what one process does."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Invoke, facts
+from conftest import Invoke, conversation, facts, write_rows
 from processes import end, fork, lora, run_ranks
 
 from lora_cli import run_dir
@@ -92,3 +92,34 @@ def test_what_needs_no_processes_starts_none(
         monkeypatch.setenv(name, value)
     code, _, said = invoke("train", make_config(), "--nproc", 4)
     assert (code, "one of 2 processes already" in said) == (2, True)
+
+
+def test_any_number_of_processes_evaluates_the_same(undisturbed: Path, tmp_path: Path):
+    """Figures, drawn answers, options and the scan, to the bit; one process prints and saves."""
+    held_out = write_rows(tmp_path / "held.jsonl", [conversation(number) for number in range(100, 180)])
+    asked = f"eval {undisturbed} --data {held_out} --general {held_out} --scan --json".split()
+    asked += ["--metric", "exact-match", "--metric", "label", "--temperature", "1", "--max-new-tokens", "8"]
+    reports = []
+    for size in (1, 3):
+        codes, said = run_ranks(size, lambda rank: lora(*asked), tmp_path)
+        assert codes == [0] * size, said
+        assert not any(said[1:])
+        report = json.loads(said[0].splitlines()[-1])
+        reports.append((report, Path(report["saved"]).with_suffix(".samples.jsonl").read_text()))
+
+    assert reports[0] == reports[1]
+    assert len(reports[0][1].splitlines()) == 80
+    codes, said = run_ranks(2, lambda rank: lora(*asked, "--tasks", "x"), tmp_path)
+    assert codes == [2, 2]
+    assert "lm-eval asks a model in one process" in said[0]
+
+
+@pytest.mark.parametrize("command", ["merge", "export", "scale", "check"])
+def test_other_commands_are_for_one_process(command: str, make_config: Make, undisturbed: Path, tmp_path: Path):
+    """They say why, on each process, and write nothing."""
+    what = [command, make_config()] if command == "check" else [command, undisturbed, "--output", tmp_path / "out"]
+    codes, said = run_ranks(2, lambda rank: lora(*what, *(["--gain", 1] if command == "scale" else [])), tmp_path)
+
+    assert codes == [3, 3]
+    assert "This is one of 2 processes" in said[0]
+    assert not (tmp_path / "out").exists()

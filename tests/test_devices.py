@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Invoke, build_tokenizer
+from conftest import Invoke, build_tokenizer, save_base
 
 from lora_cli import distributed, launch, lora, memory, model
 from lora_cli.config import RunConfig
@@ -133,3 +133,17 @@ def test_counting_leaves_a_model_as_it_was(model_folder: Callable[[str], str]):
     assert [(path, type(each), set(vars(each))) for path, each in skeleton.named_modules()] == before
     assert [layer.shared for _, layer in lora.lora_layers(skeleton)] == shared
     assert skeleton.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_many_blocks_keep_what_a_few_say(compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of twenty blocks twelve are run, and the count is that of all."""
+    folder = save_base("llama", tmp_path / "deep", num_hidden_layers=20)
+    section = {"model": str(folder), "data": {"train": "x"}, "train": {"compile": compiled}, "output_dir": "x"}
+    config = RunConfig.model_validate(section)
+    skeleton = model.build_skeleton(model.read_header(config.model))
+    lora.wrap(skeleton, dict.fromkeys(lora.find_targets(skeleton, "all-linear"), (4, 1.0)))
+    quick = memory.kept_by_a_token(skeleton, config)
+    monkeypatch.setattr(memory, "_RUN", 10)
+
+    assert quick == pytest.approx(memory.kept_by_a_token(skeleton, config), rel=1e-9)

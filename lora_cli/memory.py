@@ -96,7 +96,8 @@ def base_memory(skeleton: nn.Module, config: RunConfig, processes: int) -> tuple
     divided = {id(p) for block in blocks for p in block.parameters() if p.ndim > 1}
     whole = sum(p.numel() * size for p in skeleton.parameters() if id(p) not in divided)
     gathered = _GATHERED * max(of_block, default=0.0) if shared > 1 else 0.0
-    multiplied = max((weight.numel() * size for weight in weights), default=0)
+    wide = 4 if config.model.quantization == "int8" and size < 4 else 0  # its product with the scales, in float32
+    multiplied = max((weight.numel() * (size + wide) for weight in weights), default=0)
     return int(whole + sum(of_block) / shared), int(gathered + multiplied)
 
 

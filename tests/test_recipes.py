@@ -1,6 +1,7 @@
 """The recipes in configs/: what `lora check` says they take is what arithmetic by hand says, and it fits."""
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,3 +145,32 @@ def test_a_recipe_takes_what_it_should_and_fits(
     assert memory["activations"] == pytest.approx(recipe.activations, rel=0.2)
     parts = ("base", "adapter", "activations", "in_flight", "process")
     assert memory["total"] == sum(memory[part] for part in parts) < _USABLE * recipe.device
+
+
+def test_the_paper_and_the_check_agree():
+    """All that a GPU holds but the activations, divided, quantised and plain: as by hand above, to 2 %."""
+    paper = runpy.run_path(str(CONFIGS.parent / "scripts" / "simulate_scaling.py"))
+    shapes = {shape.name.split()[0]: shape for shape in paper["SHAPES"]}
+    for size, name, mode, rank in (
+        ("70", "gpus-8x80gb-70b-sharded", "sharded", 16),
+        ("8", "gpu-24gb-8b-nf4", "nf4", 16),
+        ("14", "gpu-80gb-14b", "replicated", 32),
+    ):
+        recipe = RECIPES[name]
+        plan = paper["Plan"](shapes[size], mode, recipe.processes, batch=128, length=512, rank=rank)
+        by_hand = recipe.base + recipe.adapter + recipe.in_flight + (1 << 30)
+        base = plan.memory(again=True) - plan.tokens * (
+            shapes[size].blocks * 2 * shapes[size].hidden + 3 * shapes[size].kept
+        )
+        assert base == pytest.approx(by_hand + 256 * shapes[size].vocabulary * 8, rel=0.02)
+
+
+def test_the_paper_counts_operations_as_a_step_has_them():
+    """8 B on one GPU: 4 operations a weight of the blocks, 6 of the adapter, causal attention, the head at targets."""
+    paper = runpy.run_path(str(CONFIGS.parent / "scripts" / "simulate_scaling.py"))
+    plan = paper["Plan"](paper["SHAPES"][4], "replicated", 1, batch=1024, length=512, rank=16)
+    weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    adapter = 16 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    operations = 4 * weights + 6 * adapter + 3 * 32 * 2 * 512 * 4096 + 4 / 3 * 128256 * 4096
+
+    assert plan.seconds == pytest.approx(operations * 1e6 / (0.4 * 989e12), rel=1e-3)

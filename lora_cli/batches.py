@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_cli.attention import Segment, Segments
+from lora_cli.dropout import token_keys
 from lora_cli.examples import IGNORED, Example
 from lora_cli.randomness import derive_seed
 
@@ -49,6 +51,7 @@ class Batch:
     labels: Tensor  # [N], N >= M
     places: Tensor | None  # [N], which of the positions a label belongs to; None where each has one
     owners: tuple[int, ...]  # [N], the number of the example a label belongs to
+    keys: Tensor  # [B * T], what `dropout.token_keys` gives each token
 
     @property
     def targets(self) -> int:
@@ -204,24 +207,26 @@ def collate(groups: MicroBatch, examples: Sequence[Example], device: torch.devic
     positions: list[int] = []
     labels: list[int] = []
     owners: list[int] = []
+    keys: list[Tensor] = []
     width = max(len(examples[number]) for group in groups for number in group.members) if padded else 0
 
-    def put(tokens: Sequence[int], first: int, prefix: int | None) -> int:
-        """Lay tokens out whose first has position `first`; return where they begin."""
-        begin = len(ids)
+    def put(example: Example, first: int, end: int, prefix: int | None) -> int:
+        """Lay out the tokens of an example from `first` to `end`; return where they begin."""
+        begin, tokens = len(ids), example.input_ids[first:end]
         empty = max(0, width - len(tokens))
         ids.extend((*tokens, *(0,) * empty))
         in_sequence.extend(range(first, first + len(tokens) + empty))
         segments.append(Segment(len(tokens), prefix))
+        keys.append(F.pad(token_keys(example.input_ids)[first:end], (0, empty)))
         return begin
 
     for group in groups:
         prefix = group.prefix
-        shared_at = put(examples[group.members[0]].input_ids[:prefix], 0, None) if prefix else 0
+        shared_at = put(examples[group.members[0]], 0, prefix, None) if prefix else 0
         shared = len(segments) - 1 if prefix else None
         for number in group.members:
             example = examples[number]
-            begin = put(example.input_ids[prefix:], prefix, shared) - prefix
+            begin = put(example, prefix, len(example), shared) - prefix
             for index, label in enumerate(example.labels[1:]):
                 if label != IGNORED:
                     positions.append(index + (begin if index >= prefix else shared_at))
@@ -238,4 +243,6 @@ def collate(groups: MicroBatch, examples: Sequence[Example], device: torch.devic
     if len(distinct) < len(positions):
         number_of = {position: number for number, position in enumerate(distinct)}
         places = tensor([number_of[position] for position in positions])
-    return Batch(input_ids, position_ids, Segments(*segments), tensor(distinct), tensor(labels), places, tuple(owners))
+    of_tokens = torch.cat(keys).to(device)
+    where = tensor(distinct), tensor(labels), places, tuple(owners)
+    return Batch(input_ids, position_ids, Segments(*segments), *where, of_tokens)

@@ -9,8 +9,6 @@ from lora_cli.errors import shown
 
 # Keys of the contract whose other values this version cannot honour yet: refused, never ignored.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "model.quantization": (None,),
-    "train.shard": (False,),
     "lora.method": ("lora", "rslora"),
 }
 

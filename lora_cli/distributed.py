@@ -9,49 +9,72 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import rendezvous
 
-from lora_cli import launch
+from lora_cli import heartbeat, launch
 from lora_cli.errors import NOTHING_LOADED, InputError, SurroundingsError, shown
 
-ANSWER = timedelta(minutes=2)  # between ranks that have as much to do; who ended is noticed at once
-_MAIN_ANSWERS = timedelta(days=7)  # after it prepared the data, or wrote: that may take long
+Item = TypeVar("Item")
+
+_MEET = timedelta(minutes=30)
+_ANSWER = timedelta(days=7)  # the main rank may prepare or write for long; heartbeats tell who is gone
 
 
 @dataclass(frozen=True)
 class World:
     """What this process runs on, and the ranks of its run. All of them have to make the same calls in the same order.
 
-    Raises SurroundingsError where another rank ended or does not answer.
+    Raises SurroundingsError where another rank ended; where one is halted, the process ends.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
-    group: Any = None  # of what must be answered soon
+    in_step: bool = False  # each rank has a part of the base only, so that all have to run every forward
 
     @property
     def is_main(self) -> bool:
         """Whether this is the rank that writes and prints."""
         return self.rank == 0
 
+    def share(self, items: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
+        """Iterate over (item, whether it counts): this rank's share of them.
+
+        Ranks that go in step are given as many each. Who has nothing left gets the last one, which is not to count.
+        """
+        yield from ((item, True) for item in items[self.rank :: self.size])
+        if self.in_step and 0 < len(items) % self.size <= self.rank:
+            yield items[-1], False
+
+    def any(self, said: bool) -> bool:
+        """Return whether any rank says so, where ranks go in step; else only whether this one does."""
+        return bool(self.largest(said)) if self.in_step else said
+
     def add_up(self, values: Tensor) -> Tensor:
         """Replace values by their sums over all ranks; the same bits on each."""
-        self._reduce(values, dist.ReduceOp.SUM, self.group)
+        self._reduce(values, dist.ReduceOp.SUM)
+        return values
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Replace values by those of the main rank."""
+        if self.size > 1:
+            with self._answered():
+                dist.broadcast(values, 0)
         return values
 
     def largest(self, number: int) -> int:
         """Return the largest of all ranks' numbers."""
         found = torch.tensor(number)
-        self._reduce(found, dist.ReduceOp.MAX, self.group)
+        self._reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
     def gather(self, value: Any) -> list[Any]:
@@ -97,10 +120,10 @@ class World:
         ]:
             raise InputError(*problems, "All processes of a run have to see the same files.")
 
-    def _reduce(self, values: Tensor, operation: Any, group: Any = None) -> None:
+    def _reduce(self, values: Tensor, operation: Any) -> None:
         if self.size > 1:
             with self._answered():
-                dist.all_reduce(values, operation, group)
+                dist.all_reduce(values, operation)
 
     @contextlib.contextmanager
     def _answered(self) -> Iterator[None]:
@@ -109,7 +132,7 @@ class World:
         except RuntimeError as error:
             reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[-1])  # without gloo's own file and line
             raise SurroundingsError(
-                f"process {self.rank}: another of the {self.size} processes of this run ended, or did not answer: "
+                f"process {self.rank}: another of the {self.size} processes of this run ended: "
                 f"{reason[:120].rstrip('.')}.",
                 state="What was saved is whole; the same command continues from there.",
             ) from error
@@ -201,7 +224,7 @@ def current_world(wanted: str) -> World:
 
 
 @contextlib.contextmanager
-def joined(wanted: str) -> Iterator[World]:
+def joined(wanted: str, in_step: bool = False) -> Iterator[World]:
     """Meet the other ranks that torchrun started, and be one of them while the block runs; alone where it did not.
 
     Each is on a device of its own where `model.device` names GPUs. Raises SurroundingsError where the environment makes
@@ -216,12 +239,18 @@ def joined(wanted: str) -> Iterator[World]:
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    try:
-        dist.init_process_group(backend, timeout=_MAIN_ANSWERS)
-        group = dist.new_group(timeout=ANSWER)
-    except (RuntimeError, ValueError) as error:
-        raise SurroundingsError(f"The {started.size} processes could not meet: {str(error)[:200]}") from error
-    try:
-        yield World(device, started.rank, started.size, group)
-    finally:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_part)
+        try:
+            store, rank, size = next(rendezvous("env://", timeout=_MEET))
+            stack.enter_context(heartbeat.beating(store.clone(), started))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_ANSWER)
+        except (RuntimeError, ValueError) as error:
+            raise SurroundingsError(f"The {started.size} processes could not meet: {str(error)[:200]}") from error
+        yield World(device, rank, size, in_step)
+
+
+def _part() -> None:
+    """Leave the other ranks. Comes after the last heartbeat: it may wait for what another one does."""
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -53,16 +53,17 @@ def batches(
 ) -> Iterator[tuple[Sequence[int], Batch]]:
     """Iterate over (number of the example of each target, batch), this rank's share of them.
 
-    Neighbours in length share one; an example is in one batch, whatever the number of ranks.
+    Neighbours in length share one; an example is in one batch, whatever the number of ranks. No numbers come with a
+    batch that is run only because other ranks run one.
     """
     lengths = examples.lengths.tolist() if isinstance(examples, Dataset) else [len(example) for example in examples]
     order = sorted(range(len(examples)), key=lambda index: lengths[index])
     for begin in range(0, len(order), _BLOCK):
         numbers = order[begin : begin + _BLOCK]
         block = [examples[index] for index in numbers]
-        for micro_batch in micro_batches(block, tokens, form(model), share=True)[world.rank :: world.size]:
+        for micro_batch, counts in world.share(micro_batches(block, tokens, form(model), share=True)):
             batch = lay_out(model, micro_batch, block)
-            yield [numbers[owner] for owner in batch.owners], batch
+            yield [numbers[owner] for owner in batch.owners] if counts else [], batch
 
 
 def measure(
@@ -77,15 +78,17 @@ def measure(
     The first gain is the reference of `kl`. `tokens` is one forward's budget. Ranks share the work, and all get the
     same bits as one would alone. Raises Interrupted, on all ranks.
     """
-    lora.set_dropout(model.module, active=False)
+    lora.set_dropout(model.module, None)
     sums = torch.zeros(len(gains), 3, len(examples), dtype=torch.float64)
     targets = torch.zeros(len(examples), dtype=torch.float64)
     for owners, batch in batches(model, examples, tokens, world):
-        if interrupt.requested().wanted:
+        if world.any(interrupt.requested().wanted):
             break
-        index = torch.tensor(owners)
-        targets.index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
-        sums.index_add_(2, index, target_scores(model, batch, gains).double().cpu())
+        scores = target_scores(model, batch, gains).double().cpu()
+        if owners:
+            index = torch.tensor(owners)
+            targets.index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
+            sums.index_add_(2, index, scores)
     if number := world.largest(interrupt.requested().signal_number or 0):
         raise Interrupted(number, "stopped on request.")
     world.add_up(targets)

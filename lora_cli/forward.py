@@ -35,6 +35,7 @@ def _inputs(model: LanguageModel, batch: Batch) -> dict[str, Any]:
 
 def target_states(model: LanguageModel, batch: Batch) -> Tensor:
     """Return the last hidden states [N, D] at the targets; logits [N, V] where the head is the model's own."""
+    lora.set_keys(model.module, batch.keys, batch.keys[batch.positions])
     if model.layout.head is None:
         return target_logits(model, batch)
     rows, tail = batch.positions, model.layout.tail

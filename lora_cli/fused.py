@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_cli.layout import agree
 from lora_cli.lora import LoraLinear
 from lora_cli.projection import project
+from lora_cli.sharding import whole
 
 
 def fuse(model: nn.Module) -> None:
@@ -23,12 +24,14 @@ def fuse(model: nn.Module) -> None:
 
     All in place, and in this model only.
     """
-    for module in model.modules():
-        ours = _fused_norm(module) or _fused_mlp(module)
-        if ours is not None:
-            module.forward = functools.partial(_with_gradients, ours, module.forward)
-        elif turned := _with_our_rotation(module):
-            module.forward = turned
+    with whole(model):
+        for part in model.children():
+            fuse(part)
+        ours = _fused_norm(model) or _fused_mlp(model)
+    if ours is not None:
+        model.forward = functools.partial(_with_gradients, ours, model.forward)
+    elif turned := _with_our_rotation(model):
+        model.forward = turned
 
 
 def _with_gradients(
@@ -94,7 +97,8 @@ def _fused_mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         gated, upward = gate(x), up(x)
         if down.gain == 0.0:
             return down(product(gated, upward))
-        return project((gated, upward), [down.projection()], down.active_dropout, product)[0]
+        dropout = down.active_dropout(gated.shape[:-1].numel())
+        return project((gated, upward), [down.projection()], dropout, product)[0]
 
     weight = down.projection().weight()  # [inner, features]
     x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).to(weight.dtype).view(1, 2, -1)

@@ -38,7 +38,7 @@ def generate(
     A continuation ends at an end token, after `max_new_tokens`, or where the model has no positions left. What the
     model's generation_config asks for beside its end tokens (sampling, a repetition penalty) is left out.
     """
-    lora.set_dropout(model.module, active=False)
+    lora.set_dropout(model.module, None)
     ends = end_tokens(model, tokenizer)
     pad = ends[0] if ends else 0
     choice = (

@@ -30,7 +30,7 @@ def run_tasks(
     Returns a comparison for each task/metric. Raises InputError for tasks that are not there or cannot be run,
     SurroundingsError where the harness or a task's data cannot be had.
     """
-    lora.set_dropout(model.module, active=False)
+    lora.set_dropout(model.module, None)
     results = []
     with _quietly(), generating(model), torch.random.fork_rng():
         try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_cli.attention import PACKED, Segment, Segments
 from lora_cli.errors import ModelError
 from lora_cli.loss import HeadForm, head_logits
+from lora_cli.sharding import whole
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode, a divided block would be made of tensors that no gradient can pass
 def probe(module: Any) -> Layout:
     """Run two short sequences in the model's own way and in each of ours, and compare.
 
@@ -114,7 +115,7 @@ def _find_head(module: Any, ids: Tensor, logits: Tensor) -> HeadForm | None:
         for softcap in (getattr(config, "final_logit_softcapping", None), None)
         if isinstance(scale, int | float)
     ]
-    with contextlib.suppress(AttributeError, TypeError, NotImplementedError):
+    with contextlib.suppress(AttributeError, TypeError, NotImplementedError, RuntimeError):
         decoder, embedding = module.get_decoder(), module.get_output_embeddings()
         if decoder is not module:
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -158,7 +159,9 @@ def _find_tail(module: Any, ids: Tensor, logits: Tensor) -> str | None:
             _logits(module, ids)
             handle.remove()
             (x, output), *_ = seen
-            if not agree(child(x[:, rows])[0], output[0, rows], module.dtype):
+            with whole(last):
+                some = child(x[:, rows])[0]
+            if not agree(some, output[0, rows], module.dtype):
                 continue
             with only_rows(child, rows):
                 ours = _logits(module, ids)[0]

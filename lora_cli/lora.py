@@ -5,6 +5,7 @@
 
 import contextlib
 import difflib
+import itertools
 import math
 import re
 import weakref
@@ -16,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_cli.config import LoraConfig
+from lora_cli.dropout import Dropout
 from lora_cli.errors import ModelError
 from lora_cli.projection import Projection, project
+from lora_cli.quantised import QuantisedLinear
 from lora_cli.randomness import derive_seed
 
 
@@ -32,6 +35,8 @@ class LoraLinear(nn.Module):
         self.rank = rank
         self.scale = scale
         self.dropout = dropout
+        self.seed = 0  # of what is dropped
+        self.tokens = Tokens()
         self.gain = 1.0
         self.lora_A = nn.Parameter(torch.zeros(rank, in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=torch.float32))
@@ -47,10 +52,16 @@ class LoraLinear(nn.Module):
         low = F.linear(x, self.lora_A.to(x.dtype)) * (self.scale * self.gain)  # [..., rank]
         return output + F.linear(low, self.lora_B.to(x.dtype))
 
-    @property
-    def active_dropout(self) -> float:
-        """The dropout of this forward."""
-        return self.dropout if self.training else 0.0
+    def active_dropout(self, rows: int) -> Dropout | None:
+        """Return the dropout of this forward, None where there is none.
+
+        Rows that are not the tokens of the batch, as where a model has few of them pass a layer, have keys by chance.
+        """
+        if not self.training or not self.dropout:
+            return None
+        known = [keys for keys in self.tokens.keys if len(keys) == rows]
+        keys = known[0] if known else torch.randint(1 << 62, (rows,), device=self.lora_A.device)
+        return Dropout(self.dropout, self.seed, keys)
 
     def projection(self) -> Projection:
         """Return what `project` needs of this layer."""
@@ -71,6 +82,12 @@ class LoraLinear(nn.Module):
             self.lora_B.zero_()
 
 
+class Tokens:
+    """What a model's adapted layers may read in the next forward, by the keys of the tokens: [T] all, [M] targets."""
+
+    keys: tuple[Tensor, ...] = ()
+
+
 class SharedInput:
     """Layers that read the same tensor: all are computed when the first is asked, and each output is given out once."""
 
@@ -84,7 +101,7 @@ class SharedInput:
         """Return one layer's output [..., out] for `x` [..., in]."""
         if layer not in self._outputs or self._input is None or self._input() is not x:
             projections = [each.projection() for each in self.layers]
-            outputs = project(x, projections, layer.active_dropout)
+            outputs = project(x, projections, self.layers[0].active_dropout(x.shape[:-1].numel()))
             self._outputs = dict(zip(self.layers, outputs, strict=True))
             self._input = weakref.ref(x)
         return self._outputs.pop(layer)
@@ -136,7 +153,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {
         path: module
         for path, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
+        if (isinstance(module, nn.Linear | QuantisedLinear) or is_conv1d(module)) and module is not head
     }
 
 
@@ -174,10 +191,13 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
 def wrap(model: nn.Module, shapes: Mapping[str, tuple[int, float]], dropout: float = 0.0) -> None:
     """Freeze the model and wrap the named layers in place; `shapes` gives (rank, scale) of each path."""
     model.requires_grad_(False)
+    tokens = Tokens()
     for path, (rank, scale) in shapes.items():
         parent_path, _, name = path.rpartition(".")
         parent = model.get_submodule(parent_path)
-        setattr(parent, name, LoraLinear(parent.get_submodule(name), rank, scale, dropout))
+        layer = LoraLinear(parent.get_submodule(name), rank, scale, dropout)
+        layer.tokens = tokens
+        setattr(parent, name, layer)
 
 
 def apply_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
@@ -205,11 +225,18 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def set_dropout(model: nn.Module, active: bool) -> None:
-    """Switch the adapter's dropout. The base stays in inference mode always: its own dropout is not used."""
+def set_dropout(model: nn.Module, seed: int | None) -> None:
+    """Switch the adapter's dropout on, with a seed, or off. The base's own is not used: it stays in inference mode."""
     model.eval()
-    for _, layer in lora_layers(model):
-        layer.training = active
+    for path, layer in lora_layers(model):
+        layer.training = seed is not None
+        layer.seed = derive_seed(seed or 0, path)
+
+
+def set_keys(model: nn.Module, *keys: Tensor) -> None:
+    """Say which tokens the adapted layers may be given in the next forward, by their keys."""
+    for _, layer in itertools.islice(lora_layers(model), 1):
+        layer.tokens.keys = keys  # which all layers have
 
 
 @contextlib.contextmanager
@@ -230,6 +257,7 @@ def gain(model: nn.Module, value: float) -> Iterator[None]:
 def merge_in_place(model: nn.Module) -> None:
     """Add every adapter's update to its base's weight, rounded to that weight's dtype, and unwrap the layers."""
     for path, layer in list(lora_layers(model)):
+        assert not isinstance(layer.base, QuantisedLinear), "an update added to it would be lost"
         update = layer.lora_B @ layer.lora_A * (layer.scale * layer.gain)
         weight = layer.base.weight
         weight.copy_(weight.float() + (update.T if is_conv1d(layer.base) else update))

@@ -20,8 +20,9 @@ from lora_cli.base_folder import weight_files
 from lora_cli.errors import AdapterError
 from lora_cli.randomness import derive_seed
 from lora_cli.reports import MergedLayer
+from lora_cli.tensor_file import TensorInfo, read_infos, read_metadata, read_rows, write_tensors
 from lora_cli.tuned import Result
-from lora_cli.weights import TensorInfo, Weights, read_infos, read_metadata, read_rows, write_tensors
+from lora_cli.weights import Weights
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 Rounding = Literal["nearest", "stochastic"]

@@ -13,15 +13,19 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_cli import base_folder, json_file, remote_code
+from lora_cli import base_folder, json_file, loading, remote_code, sharding
 from lora_cli.attention import PACKED, packed_attention
 from lora_cli.config import ModelConfig
 from lora_cli.config_checks import problem_of_remote_code
+from lora_cli.distributed import World
 from lora_cli.errors import NOTHING_LOADED, ModelError, shown
 from lora_cli.examples import Tokenizer
-from lora_cli.layout import Layout, probe
+from lora_cli.layout import Layout, decoder_blocks, probe
+from lora_cli.quantised import require_installed
+from lora_cli.tensor_file import read_infos
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -113,6 +117,13 @@ def read_header(config: ModelConfig, weights: bool = True) -> ModelHeader:
         parsed = AutoConfig.from_pretrained(folder, **options)
     with _explained(f"{folder}: its tokenizer (tokenizer.json, tokenizer_config.json) cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if config.quantization is not None and getattr(parsed, "quantization_config", None):
+        raise ModelError(
+            f"{folder}: its weights are stored quantised already (quantization_config in config.json). Leave "
+            f"model.quantization at null, or name the unquantised model; found {config.quantization}.",
+            state=NOTHING_LOADED,
+        )
+    require_installed(config.quantization)
     if not tokenizer.is_fast:
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json), which is needed.", state=NOTHING_LOADED)
     positions = getattr(parsed.get_text_config(), "max_position_embeddings", None)
@@ -141,14 +152,97 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return chosen
 
 
-def load_model(header: ModelHeader, config: ModelConfig, device: torch.device) -> LanguageModel:
-    """Load the weights and choose how forward passes are laid out. Raises ModelError on any missing weight."""
+def load_model(
+    header: ModelHeader, config: ModelConfig, device: torch.device, sharded: World | None = None
+) -> LanguageModel:
+    """Load the weights and choose how forward passes are laid out. Raises ModelError on any missing weight.
+
+    They are divided over the ranks of `sharded`.
+    """
     base_folder.require_whole(header.folder)
+    dtype = choose_dtype(config.dtype, device)
+    module = _load_in_pieces(header, config, dtype, device, sharded)
+    if module is None:
+        module = _load_whole(header, config, dtype).to(device)
+        if config.quantization is not None:
+            loading.quantise_loaded(module, config.quantization)
+        module.requires_grad_(False)
+        if sharded is not None:
+            _shard(module, sharded)
+    module.eval()
+    own_attention = str(module.config._attn_implementation)
+    layout = probe(module)
+    if layout.packed:
+        module.set_attn_implementation(PACKED)
+    return LanguageModel(module, layout, own_attention)
+
+
+def _load_in_pieces(
+    header: ModelHeader, config: ModelConfig, dtype: torch.dtype, device: torch.device, sharded: World | None
+) -> Any:
+    """Return the module, its weights copied from the files in pieces; None where that is not all there is to do.
+
+    So it is where transformers makes a model's weights of what is stored, where files are not as they should be, which
+    it finds as well, and on a CPU where they hold what is wanted: there it maps them, which takes no memory of its own.
+    """
+    try:
+        infos = {
+            name: info for file in base_folder.weight_files(header.folder) for name, info in read_infos(file).items()
+        }
+    except ModelError:
+        return None
+    if getattr(header.config, "quantization_config", None) or not all(
+        i.dtype.is_floating_point for i in infos.values()
+    ):
+        return None
+    mapped = device.type == "cpu" and config.quantization is None and sharded is None
+    if mapped and {info.dtype for info in infos.values()} == {dtype}:
+        return None
+    with loading.parameters_on_meta():
+        own = copy.deepcopy(header.config)
+        module = AutoModelForCausalLM.from_config(own, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    places = loading.find_places(module, infos)
+    tied = loading.tied_names(module)
+    made = get_model_conversion_mapping(module, add_legacy=False) or module._get_dtype_plan(dtype)
+    if made or places is None or any(len({places[name] for name in names}) > 1 for names in tied):
+        return None
+    if module.state_dict().keys() != {name for names in tied for name in names}:  # buffers are stored, too
+        return None
+    module.requires_grad_(False)
+    if config.quantization is not None:
+        loading.plan_to_quantise(module, config.quantization)
+    wanted = {names[0]: places[names[0]] for names in tied}
+    if sharded is None:
+        pieces = loading.read_pieces(wanted)
+    else:  # one rank reads for all
+        _shard(module, sharded)
+        pieces = loading.hand_out(loading.read_pieces(wanted, sharded.is_main), sharded)
+    loading.fill(module, pieces, dtype, device)
+    module.generation_config = _generation_config(header.folder)
+    return module.to(device)
+
+
+def _shard(module: Any, world: World) -> None:
+    sharding.shard(module.get_decoder(), decoder_blocks(module)[1], world)
+
+
+def _generation_config(folder: Path) -> Any:
+    """Return how a model generates: by its own file, or what config.json says of it."""
+    try:
+        return transformers.GenerationConfig.from_pretrained(folder)
+    except OSError:  # there is none, or it is damaged
+        return transformers.GenerationConfig.from_pretrained(
+            folder, config_file_name="config.json", _from_model_config=True
+        )
+
+
+def _load_whole(header: ModelHeader, config: ModelConfig, dtype: torch.dtype) -> Any:
+    """Return the module as transformers loads it. Raises ModelError on any missing weight."""
     try:
         module, info = AutoModelForCausalLM.from_pretrained(
             header.folder,
             config=header.config,
-            dtype=choose_dtype(config.dtype, device),
+            dtype=dtype,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
@@ -166,14 +260,7 @@ def load_model(header: ModelHeader, config: ModelConfig, device: torch.device) -
             f"{header.folder}: {len(missing)} weights are missing or have another shape than config.json says "
             f"({', '.join(sorted(missing)[:3])}); they would be random numbers."
         )
-    module.to(device)
-    module.eval()
-    module.requires_grad_(False)
-    own_attention = str(module.config._attn_implementation)
-    layout = probe(module)
-    if layout.packed:
-        module.set_attn_implementation(PACKED)
-    return LanguageModel(module, layout, own_attention)
+    return module
 
 
 @contextlib.contextmanager

@@ -5,12 +5,13 @@ the base's output, the layers' A are one product, x is kept once, and W (frozen)
 make of tensors that are kept anyway is not kept: it is made again.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lora_cli.dropout import Dropout
 
 Make = Callable[..., Tensor]  # elementwise: of tensors [..., in], one [..., in]
 
@@ -36,26 +37,27 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, make: Make | None, sources: int, layers: Sequence[Projection], dropout: float, *tensors: Any
+        ctx: Any, make: Make | None, sources: int, layers: Sequence[Projection], dropout: Dropout | None, *tensors: Any
     ) -> tuple[Tensor, ...]:
         made_of, tensors = tensors[:sources], tensors[sources:]
         As, Bs = tensors[::2], tensors[1::2]
         x = make(*made_of) if make else made_of[0]
         inputs = x.reshape(-1, x.shape[-1])  # [T, in]
-        dropped = draw_dropped(inputs, dropout) if dropout else None
+        dropped = dropout.draw(inputs.shape[1]) if dropout else None
+        kept = 1 - dropout.chance if dropout else 1.0
         seen = _without(inputs, dropped)
         A = torch.cat([each.to(x.dtype) for each in As])  # [all ranks, in]
         low = seen @ A.T  # [T, all ranks]
         ranks = [len(each) for each in As]
         outputs = []
         for layer, B, part in zip(layers, Bs, low.split(ranks, dim=1), strict=True):
-            part.mul_(layer.scale / (1 - dropout))
+            part.mul_(layer.scale / kept)
             weight, bias = layer.weight(), layer.bias
             output = torch.mm(inputs, weight) if bias is None else torch.addmm(bias, inputs, weight)
             outputs.append(output.addmm_(part, B.to(x.dtype).T).view(*x.shape[:-1], -1))
         ctx.save_for_backward(dropped, low, A, *(made_of if make else [seen]), *Bs)
-        ctx.make, ctx.sources, ctx.dropout, ctx.ranks = make, sources, dropout, ranks
-        ctx.frozen = [(layer.weight, layer.scale) for layer in layers]
+        ctx.make, ctx.sources, ctx.ranks = make, sources, ranks
+        ctx.frozen = [(layer.weight, layer.scale / kept) for layer in layers]
         return tuple(outputs)
 
     @staticmethod
@@ -74,7 +76,7 @@ class _Project(torch.autograd.Function):
         for (weight, scale), B, part, grad in zip(ctx.frozen, Bs, parts, grad_outputs, strict=True):
             grad_output = grad.reshape(-1, grad.shape[-1])  # [T, out]
             grad_Bs.append((grad_output.T @ part).to(B.dtype))
-            grad_low.append((grad_output @ B.to(A.dtype)).mul_(scale / (1 - ctx.dropout)))
+            grad_low.append((grad_output @ B.to(A.dtype)).mul_(scale))
             if not any(wanted):  # below the first adapted layer there is nothing to train
                 continue
             grad_x = grad_output @ weight().T if grad_x is None else grad_x.addmm_(grad_output, weight().T)
@@ -95,16 +97,6 @@ class _Project(torch.autograd.Function):
         return (None, None, None, None, *grads, *flat)
 
 
-def draw_dropped(x: Tensor, dropout: float) -> Tensor:
-    """Return which elements of x, counted in one row, are dropped: each with a chance of `dropout`.
-
-    A number for each element takes five times as long to draw as one for each that is dropped. Drawing k of n again and
-    again from all leaves an element out with a chance of exp(-k/n).
-    """
-    draws = round(-x.numel() * math.log1p(-dropout))
-    return torch.randint(x.numel(), (draws,), device=x.device)
-
-
 def _without(x: Tensor, dropped: Tensor | None) -> Tensor:
     """Return x with the dropped elements at zero; x itself where none are."""
     if dropped is None:
@@ -115,7 +107,10 @@ def _without(x: Tensor, dropped: Tensor | None) -> Tensor:
 
 
 def project(
-    x: Tensor | tuple[Tensor, ...], layers: Sequence[Projection], dropout: float = 0.0, make: Make | None = None
+    x: Tensor | tuple[Tensor, ...],
+    layers: Sequence[Projection],
+    dropout: Dropout | None = None,
+    make: Make | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the outputs [..., out] of layers that read `x` [..., in], or what `make` makes of the tensors `x`.
 

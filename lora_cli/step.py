@@ -57,33 +57,34 @@ def add_gradients(
     """Add this rank's share to the gradients of all token losses of a step, divided once by the step's targets.
 
     Returns None, with the gradients at zero, where a rank's memory ran out and smaller forwards would need less.
-    A rank goes no further than its first loss that is not finite; `checked` looks at the gradients likewise.
+    A rank's suspect is its first loss that is not finite; `checked` looks at the gradients likewise.
     """
-    lora.set_dropout(model.module, active=True)
+    lora.set_dropout(model.module, derive_seed(config.seed, "dropout", number))
     targets = sum(example.targets for example in examples)
     settings = config.train
     share = settings.share_prefixes and settings.neftune_alpha is None  # noise is drawn for each sequence
     plan = micro_batches(examples, tokens, form(model), share)
     loss, suspect, ran_out = ZERO, (-math.inf, list[str]()), None
     try:
-        for micro_batch in range(world.rank, len(plan), world.size):
-            torch.manual_seed(derive_seed(config.seed, "dropout", number, micro_batch))
+        for micro_batch, counts in world.share(range(len(plan))):
+            torch.manual_seed(derive_seed(config.seed, "noise", number, micro_batch))
             batch = lay_out(model, plan[micro_batch], examples)
             pull = None
             if settings.kl_to_base:
                 pull = Pull(base_states(model, batch), settings.kl_to_base, settings.kl_without_target)
             with embedding_noise(model, settings.neftune_alpha, batch):
                 part = target_loss(model, batch, pull)
-            (part.total / targets).backward()
+            (part.total * (counts / targets)).backward()
+            if not counts:
+                continue
             loss = loss + replace(part, total=part.total.detach())
             mean = float(part.total.detach()) / part.targets
             is_finite = math.isfinite(mean) and not (checked and not math.isfinite(float(gradients.norm())))
-            rows = [examples[member].where for group in plan[micro_batch] for member in group.members]
-            suspect = max(suspect, (mean if is_finite else math.inf, rows))
-            if not is_finite:
-                break
+            if suspect[0] < math.inf:
+                rows = [examples[member].where for group in plan[micro_batch] for member in group.members]
+                suspect = max(suspect, (mean if is_finite else math.inf, rows))
     except (RuntimeError, MemoryError) as error:
-        if memory_error(error) is None:
+        if memory_error(error) is None or world.in_step:  # the others wait for the forward that failed
             raise
         ran_out = error
     sums = world.add_up(

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_cli import lora
+from lora_cli.loading import find_places, parameters_on_meta
 from lora_cli.model import ModelHeader, build_skeleton
+from lora_cli.tensor_file import TensorInfo, read_rows, read_tensor
 from lora_cli.update import Update
-from lora_cli.weights import TensorInfo, Weights, read_rows, read_tensor
+from lora_cli.weights import Weights
 
 _PIECE = 1 << 20  # numbers of a weight that are read and multiplied at once
 
@@ -29,13 +31,14 @@ def open_model(header: ModelHeader, weights: Weights, trust_remote_code: bool = 
     Raises CannotStream where a parameter is not in the files under its own name, as where experts are stored one by one
     and run together.
     """
-    with _parameters_on_meta():
+    with parameters_on_meta():
         module = build_skeleton(header, trust_remote_code, device="cpu")
-    names = _find_names(module, weights)
+    if (places := find_places(module, weights.infos)) is None:
+        raise CannotStream("its files have other names")
     room = _Room()
     for path, layer in module.named_modules():
         own = {
-            name: names[f"{path}.{name}" if path else name]
+            name: places[f"{path}.{name}" if path else name]
             for name, there in layer._parameters.items()
             if there is not None
         }
@@ -160,39 +163,3 @@ def _forget(layer: nn.Module, *_: Any) -> None:
     """Leave no numbers where weights were, so that code which reads them elsewhere than in their layer fails."""
     nothing = nn.Parameter(torch.empty(0), requires_grad=False)
     layer._parameters.update({name: nothing for name, there in layer._parameters.items() if there is not None})
-
-
-def _find_names(module: nn.Module, weights: Weights) -> dict[str, TensorInfo]:
-    """Return where each parameter is; tied ones where any of those tied to them is. Raises CannotStream."""
-    found, missing = dict[str, TensorInfo](), dict[str, nn.Parameter]()
-    by_parameter: dict[nn.Parameter, TensorInfo] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        stored = weights.name_of(name)
-        if stored is None:
-            missing[name] = parameter
-        elif weights.infos[stored].shape != tuple(parameter.shape):
-            raise CannotStream(name)
-        else:
-            found[name] = by_parameter[parameter] = weights.infos[stored]
-    for name, parameter in missing.items():
-        if parameter not in by_parameter:
-            raise CannotStream(name)
-        found[name] = by_parameter[parameter]
-    return found
-
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Have modules built in the block put their parameters on torch's meta device; buffers stay real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register

@@ -48,7 +48,7 @@ def train(config: RunConfig, stop: StopRequest, override: bool = False) -> Itera
         from lora_cli.distributed import joined
         from lora_cli.prepare import prepare
 
-        with joined(config.model.device) as world:
+        with joined(config.model.device, config.train.shard) as world:
             with world.main_first():  # it keeps the tokens that the others then open
                 prepared = yield from prepare(config)
             interrupt.poll()
@@ -83,7 +83,8 @@ def _train(
         )
     if world.is_main:
         _require_room(config, run, prepared)
-    language_model = model.load_model(prepared.header, config.model, world.device)
+    sharded = world if config.train.shard and world.size > 1 else None
+    language_model = model.load_model(prepared.header, config.model, world.device, sharded)
     for end in sorted(prepared.ends):
         if problem := model.untrained_end(language_model, prepared.header.tokenizer, end):
             yield Notice(problem)
@@ -160,6 +161,7 @@ def _environment(
     """Return what environment.json says: the main process's, which agrees with the others on config, base and data."""
     from lora_cli import remote_code
     from lora_cli.memory import estimate_memory
+    from lora_cli.quantised import bitsandbytes
 
     base_fingerprint, data_fingerprint = base_folder.fingerprint(prepared.header.folder), prepared.data_fingerprint()
     settings = {key: str(value) for key, value in flat(config)}
@@ -174,6 +176,8 @@ def _environment(
         longest = int(prepared.train.examples.lengths.max())
         tokens = estimate_memory(prepared.header, config, longest, world.device, launch.current()).tokens
     environment |= {"processes": world.size, "micro_batch_tokens": tokens}
+    if config.model.quantization == "nf4":
+        environment["bitsandbytes"] = bitsandbytes().__version__
     if config.model.trust_remote_code:
         environment["remote_code"] = remote_code.hashes(prepared.header.folder)
     environment["model_type"] = str(prepared.header.config.model_type)

@@ -1,123 +1,16 @@
-"""A base model's weights on disk, one tensor at a time, an adapter added where there is one; written the same way.
+"""A base model's weights on disk, one tensor at a time, an adapter added where there is one."""
 
-The files are safetensors (https://github.com/huggingface/safetensors#format): 8 bytes little-endian N, N bytes of JSON
-that gives each tensor's dtype, shape and place, then the tensors. They are read and written here tensor by tensor, so
-that memory holds one of them, whatever a file's size.
-"""
-
-import json
-import math
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor, nn
 
-from lora_cli import interrupt, lora, storage
+from lora_cli import lora
 from lora_cli.base_folder import require_whole, weight_files
-from lora_cli.errors import AdapterError, ModelError, shown
+from lora_cli.errors import AdapterError
+from lora_cli.loading import name_in
+from lora_cli.tensor_file import TensorInfo, read_infos, read_tensor
 from lora_cli.update import Update
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LARGEST_HEADER = 100_000_000  # bytes, as the format's own library allows
-_PIECE = 1 << 24  # bytes copied at once
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor in a file: its dtype and shape, and where its bytes are."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def read_infos(file: Path) -> dict[str, TensorInfo]:
-    """Return what a safetensors file holds, in the order of its bytes. Raises ModelError where it is not whole."""
-    return _read_header(file)[0]
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """Return the notes in a safetensors file's header."""
-    return _read_header(file)[1]
-
-
-def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if length > min(size, _LARGEST_HEADER):
-                raise ValueError(f"a header of {length} bytes")
-            entries = json.loads(opened.read(length).decode())
-        metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
-        found = [_info(file, entry, 8 + length) for entry in entries.values()]
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError, RecursionError) as error:
-        raise ModelError(f"{file}: is no whole safetensors file: {shown(error, 100)}. Fetch it again.") from None
-    infos = dict(sorted(zip(entries, found, strict=True), key=lambda item: item[1].begin))
-    end = 8 + length
-    for name, info in infos.items():
-        if info.begin != end:
-            raise ModelError(f"{file}: the bytes of {shown(name)} are not where they should be.")
-        end += info.size
-    if end != size:
-        raise ModelError(f"{file}: has {size:,} bytes, and its header speaks of {end:,}; it is cut or damaged.")
-    return infos, metadata
-
-
-def _info(file: Path, entry: Mapping[str, Any], begin: int) -> TensorInfo:
-    """Return what a header says of a tensor. Raises ModelError for a dtype not read here, others where it is none."""
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
-        raise ValueError(f"no shape or place of a tensor: {shown((shape, offsets))}")
-    if entry["dtype"] not in DTYPES:
-        raise ModelError(f"{file}: holds tensors of a dtype that is not read here ({shown(entry['dtype'])}).")
-    return TensorInfo(file, DTYPES[entry["dtype"]], tuple(shape), begin + offsets[0])
-
-
-def read_tensor(info: TensorInfo, room: bytearray | None = None) -> Tensor:
-    """Read one tensor, as it is stored; into `room`, where that is given. Raises Interrupted: it is what lasts."""
-    interrupt.poll()
-    raw = bytearray(info.size) if room is None else memoryview(room)[: info.size]
-    with info.file.open("rb") as file:
-        file.seek(info.begin)
-        if file.readinto(raw) != info.size:
-            raise ModelError(f"{info.file}: ends too early.")
-    return (
-        torch.frombuffer(raw, dtype=info.dtype).reshape(info.shape)
-        if raw
-        else torch.empty(info.shape, dtype=info.dtype)
-    )
-
-
-def read_rows(info: TensorInfo, begin: int, end: int, room: bytearray | None = None) -> Tensor:
-    """Read some rows of a tensor [rows, ...], as they are stored; all of a scalar. Into `room`, where that is given."""
-    if not info.shape:
-        return read_tensor(info, room)
-    shape = (end - begin, *info.shape[1:])
-    offset = info.begin + begin * math.prod(info.shape[1:]) * info.dtype.itemsize
-    return read_tensor(replace(info, begin=offset, shape=shape), room)
 
 
 class Weights:
@@ -136,7 +29,7 @@ class Weights:
         self.update = update
         self.adapted: dict[str, str] = {}
         self._whole: tuple[str, Tensor] | None = None  # the last update that is not made row by row
-        self._prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
+        self._prefix = getattr(skeleton, "base_model_prefix", "")
         self._transposed: set[str] = set()
         problems = []
         for path in update.paths if update else ():
@@ -155,12 +48,8 @@ class Weights:
             raise AdapterError("The adapter does not fit this base model's files.", *problems)
 
     def name_of(self, parameter: str) -> str | None:
-        """Return the name in the files of a model's parameter; None where they have none of that name.
-
-        Files may name tensors from inside the model's base (`h.0...` for `transformer.h.0...`) or from outside.
-        """
-        places = (parameter, f"{self._prefix}{parameter}", parameter.removeprefix(self._prefix))
-        return next((place for place in places if place in self.infos), None)
+        """Return the name in the files of a model's parameter; None where they have none of that name."""
+        return name_in(self.infos, parameter, self._prefix)
 
     def change(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
         """Return what is added to rows of an adapted tensor, in its own layout ([in, out] for Conv1D), float32."""
@@ -178,46 +67,3 @@ class Weights:
         """Read one tensor: as it is stored, or W + scale * B A in float32 where it is adapted."""
         tensor = read_tensor(self.infos[name])
         return tensor.float() + self.change(name) if name in self.adapted else tensor
-
-
-def write_tensors(
-    file: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], pieces: Iterable[Tensor | TensorInfo]
-) -> None:
-    """Write a safetensors file piece by piece.
-
-    `infos` give the names, dtypes and shapes; their tensors, or rows of them, come in the same order, a TensorInfo
-    standing for bytes to copy as they are.
-    """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, info in infos.items():
-        entries[name] = {"dtype": _NAMES[info.dtype], "shape": info.shape, "data_offsets": [end, end + info.size]}
-        end += info.size
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    with storage.adding(file) as target:
-        target.write(len(header).to_bytes(8, "little") + header)
-        with ThreadPoolExecutor(1) as writer:  # which writes a piece while the next is made
-            pending: Future[None] | None = None
-            for piece in pieces:
-                if pending is not None:
-                    pending.result()
-                pending = writer.submit(_write_piece, piece, target)
-            if pending is not None:
-                pending.result()
-        assert target.tell() == 8 + len(header) + end, "the pieces are what the header says"
-
-
-def _write_piece(piece: Tensor | TensorInfo, target: BinaryIO) -> None:
-    if isinstance(piece, Tensor):
-        target.write(piece.reshape(-1).view(torch.uint8).numpy())
-        return
-    with piece.file.open("rb") as file:
-        file.seek(piece.begin)
-        left = piece.size
-        while left:
-            part = file.read(min(left, _PIECE))
-            if not part:
-                raise ModelError(f"{piece.file}: ends too early.")
-            target.write(part)
-            left -= len(part)

@@ -3,8 +3,8 @@
     scripts/torture [PART ...] [--seed 0] [--count N] [--workers 1] [--folder DIR]
 
 PART is one or more of those below; without one all are run, which takes hours. `--count` is how much of a part is tried
-(0: all there is, of crash, faults and hostile); each part has its own default. The figures are one JSON object; exit 1
-where anything failed.
+(0: all there is, of crash, agreement, faults and hostile); each part has its own default. The figures are one JSON
+object; exit 1 where anything failed.
 """
 
 import argparse
@@ -25,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 PARTS = {  # the count of each that docs/reliability.md reports
     "crash": 0,  # SIGKILL at every operation of storage; 0 is all there are
+    "agreement": 0,  # ways to run a config, all of which have the same numbers
     "kills": 100,  # SIGKILL of whole processes at random times
     "power": 2000,  # states that a power cut leaves
     "faults": 300,  # operations that the system refuses

@@ -23,7 +23,8 @@ from lora_cli.config import ModelConfig
 from lora_cli.errors import AdapterError, ModelError, UserError
 from lora_cli.merge import merge
 from lora_cli.merged_folder import Form
-from lora_cli.weights import Weights, read_infos
+from lora_cli.tensor_file import read_infos
+from lora_cli.weights import Weights
 
 
 def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

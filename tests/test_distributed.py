@@ -7,50 +7,42 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import processes
 import pytest
 import torch
 from conftest import Invoke, build_examples, conversation, facts, write_config, write_rows
-from processes import disturb, end, lora, run_ranks, send, start_ranks
+from processes import disturb, end, run_ranks, send, start_ranks
+from torch.distributed.tensor import DTensor
+from torture import agreement
+from torture.agreement import Way
 
-from lora_cli import batches, config_file, distributed, ending, metrics, run_dir, step
-from lora_cli.batches import Mixture, Part
+from lora_cli import batches, config_file, distributed, ending, heartbeat, lora, model, run_dir, step
+from lora_cli.batches import ALONE, Mixture, Part
+from lora_cli.config import LoraConfig, ModelConfig
+from lora_cli.examples import Example
+from lora_cli.forward import lay_out, target_loss
+from lora_cli.fused import fuse
 from lora_cli.interrupt import StopRequest
 from lora_cli.loss import LossSum
 from lora_cli.records import StepDone
 from lora_cli.run_dir import RunDir
 from lora_cli.train import train
 
-SETTINGS = {
-    "lora.dropout": 0.1,
-    "train.max_steps": 16,
-    "train.early_stopping": {"patience": None},
-    "eval.per_epoch": 2,
-    "save.per_epoch": 4,
-}
+SETTINGS = agreement.SETTINGS | {"lora.dropout": 0.1}
 Make = Callable[..., Path]
-
-
-def measured(place: Path) -> list[tuple[Any, ...]]:
-    """The step of every record, and what was measured there."""
-    keys = ("event", "step", "loss", "grad_norm", "targets", "tokens")
-    return [tuple(record.get(key, 0) for key in keys) for record in metrics.read(RunDir(place))]
 
 
 def close(first: Path, second: Path) -> bool:
     """Whether two runs measured the same things, losses and gradient norms to 1e-5."""
-    one, other = measured(first), measured(second)
-    numbers = zip((each[2:4] for each in one), (each[2:4] for each in other), strict=True)
-    assert [each[:2] + each[4:] for each in one] == [each[:2] + each[4:] for each in other]
-    return len(one) > 16 and all(a == pytest.approx(b, rel=1e-5) for a, b in numbers)
+    return agreement.difference(*(agreement.measured(RunDir(place)) for place in (first, second))) < agreement.CLOSE
 
 
 def finished(size: int, config: Path, folder: Path) -> Path:
     """Train on some processes to the end, of which only the first says something; return the run's place."""
-    codes, said = run_ranks(size, lambda rank: lora("train", config), folder)
+    codes, said = run_ranks(size, lambda rank: processes.lora("train", config), folder)
     assert codes == [0] * size, said
     assert not any(said[1:])
     return Path(config_file.load(config).output_dir)
@@ -64,17 +56,72 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str]
     return finished(2, write_config(folder, model_folder("llama"), rows, SETTINGS), folder)
 
 
-@pytest.mark.parametrize(("dropout", "sizes"), [(0.0, (1, 2)), (0.1, (1, 4))])
-def test_any_number_of_processes_measures_the_same(
-    dropout: float, sizes: tuple[int, ...], make_config: Make, whole: Path, tmp_path: Path
-):
-    """The same steps, and losses and gradient norms to 1e-5; the base's to the bit."""
-    settings = SETTINGS | {"lora.dropout": dropout}
-    places = [finished(size, make_config(**settings, output_dir=f"{tmp_path}/{size}"), tmp_path) for size in sizes]
-    places += [whole] if dropout else []
+@pytest.mark.parametrize(
+    "way",
+    [
+        Way(1, 0.0, tokens=1),
+        Way(1, 0.1, tokens=4096, recompute=True),
+        Way(2, 0.0, tokens=30),
+        Way(2, 0.1, shard=True, tokens=30),
+        Way(4, 0.1),
+        Way(4, 0.0, shard=True, recompute=True),
+    ],
+    ids=str,
+)
+def test_one_set_of_numbers_for_every_way_to_run_it(way: Way, model_folder: Callable[[str], str], tmp_path: Path):
+    """Losses and gradient norms to 1e-5 of those written down, of the same tokens at each step."""
+    found = agreement.measure(way, tmp_path, model_folder("llama"))
 
-    assert all(close(place, places[0]) for place in places[1:])
-    assert len({measured(place)[0] for place in places}) == 1
+    assert len(found) > 16
+    assert agreement.difference(found, agreement.golden(way.dropout)) < agreement.CLOSE
+
+
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_each_process_keeps_its_part_of_the_base(
+    kind: Literal["nf4"] | None, model_folder: Callable[[str], str], tmp_path: Path
+):
+    """Matrices of blocks are divided, before a forward and after it; how a forward is laid out stays the same."""
+
+    def work(rank: int) -> None:
+        config = ModelConfig(path=model_folder("llama"), quantization=kind)
+        header = model.read_header(config)
+        with distributed.joined("cpu", in_step=True) as world:
+            alone, divided = (model.load_model(header, config, world.device, each) for each in (None, world))
+            assert divided.layout == alone.layout
+            for one, other in zip(alone.module.parameters(), divided.module.parameters(), strict=True):
+                assert torch.equal(other.full_tensor() if isinstance(other, DTensor) else other, one)
+            assert divided.layout.tail
+            for loaded in (alone, divided):
+                lora.apply_lora(loaded.module, LoraConfig(rank=2), 0)
+                fuse(loaded.module)
+            one, other = (
+                {path: type(each.forward) for path, each in x.module.named_modules()} for x in (alone, divided)
+            )
+            assert one == other
+            run = lay_out(divided, ALONE, [Example((3, 4, 5), (3, 4, 5), "tokens of no row")])
+            for _ in range(2):
+                parts = dict(divided.module.named_parameters())
+                for name, parameter in alone.module.named_parameters():
+                    part = parts[name].to_local() if isinstance(parts[name], DTensor) else parts[name]
+                    is_divided = ".layers." in name and parameter.ndim == 2 and "lora_" not in name
+                    assert part.untyped_storage().nbytes() == parameter.nbytes // (2 if is_divided else 1), name
+                target_loss(divided, run).total.backward()
+
+    codes, said = run_ranks(2, work, tmp_path)
+    assert codes == [0, 0], said
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_is_divided_too(kind: str, make_config: Make, tmp_path: Path):
+    """Two processes, each with its part of what is packed, measure what one does with all of it."""
+    settings = SETTINGS | {"model.quantization": kind, "train.max_steps": 6, "train.micro_batch_tokens": 40}
+    runs = []
+    for size in (1, 2):
+        config = make_config(**settings | {"train.shard": size > 1, "output_dir": f"{tmp_path}/{size}"})
+        runs.append(agreement.measured(RunDir(finished(size, config, tmp_path))))
+
+    assert len(runs[0]) > 6
+    assert agreement.difference(*runs) < agreement.CLOSE
 
 
 def stopped_after(number: int, config: Path) -> None:
@@ -125,7 +172,7 @@ def test_what_is_not_finite_on_one_process_stops_all(
         if rank == 1:
             # Of four rows two are this process's: the first forward of the fourth step.
             disturb(step, "target_loss", 7, fault, for_good=True)
-        lora("train", config)
+        processes.lora("train", config)
 
     codes, said = run_ranks(2, work, tmp_path)
     place = RunDir(tmp_path / "run")
@@ -152,7 +199,7 @@ def test_memory_that_runs_out_on_one_process_is_all_processes_business(make_conf
     def work(rank: int) -> None:
         if rank == 1:
             disturb(step, "target_loss", 2, out_of_memory)
-        lora("train", config)
+        processes.lora("train", config)
 
     codes, said = run_ranks(2, work, tmp_path)
 
@@ -168,7 +215,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(make_config: Ma
     def work(rank: int) -> None:
         if rank == 1:
             disturb(step, "target_loss", 5, send(signal.SIGKILL))
-        lora("train", config)
+        processes.lora("train", config)
 
     begin = time.monotonic()
     codes, said = run_ranks(2, work, tmp_path)
@@ -179,28 +226,36 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(make_config: Ma
     assert facts(finished(2, config, tmp_path)) == facts(whole)
 
 
-def test_a_process_that_hangs_ends_the_others(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """One that was halted is waited for no longer than is allowed."""
-    monkeypatch.setattr(distributed, "ANSWER", timedelta(seconds=1))
+@pytest.mark.parametrize("halted", [0, 1])
+def test_a_halted_process_ends_the_others(
+    halted: int, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever they wait for: the others say which showed no life, exit 3, and write nothing more."""
+    monkeypatch.setattr(heartbeat, "BEAT", 0.1)
     config = make_config(**SETTINGS | {"train.epochs": 1000, "train.max_steps": 5000, "data.validation": 0})
-    first, second = start_ranks(2, lambda rank: lora("train", config), tmp_path)
+    ranks = start_ranks(2, lambda rank: processes.lora("train", config), tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()):
         time.sleep(0.01)
-    os.kill(second, signal.SIGSTOP)
+    os.kill(ranks[halted], signal.SIGSTOP)
     try:
-        assert end(first, seconds=20) == 3
-        assert "did not answer" in (tmp_path / "rank-0").read_text()
+        assert end(ranks[1 - halted], seconds=20) == 3
+        what = (
+            "where the 2 processes of this run meet, has not answered" if halted == 0 else "process 1 (of 0 to 1) was"
+        )
+        assert what in (tmp_path / f"rank-{1 - halted}").read_text()
     finally:
-        os.kill(second, signal.SIGKILL)
-        os.waitpid(second, 0)
+        os.kill(ranks[halted], signal.SIGKILL)
+        os.waitpid(ranks[halted], 0)
 
 
 def test_processes_that_see_other_files_do_not_train_together(make_config: Make, tmp_path: Path):
     """Another config or other data on one process is an error on all, before anything is written."""
     other = write_rows(tmp_path / "other.jsonl", [conversation(number) for number in range(50, 90)])
     config = make_config(**SETTINGS)
-    codes, said = run_ranks(2, lambda rank: lora("train", config, *([f"data.train={other}"] * rank)), tmp_path)
+    codes, said = run_ranks(
+        2, lambda rank: processes.lora("train", config, *([f"data.train={other}"] * rank)), tmp_path
+    )
 
     assert codes == [2, 2]
     assert "process 1 has another data.train than process 0" in said[0]

@@ -199,6 +199,25 @@ def test_recomputed_and_compiled_blocks_give_the_same_numbers(
         assert changed == pytest.approx(plain, rel=1e-5)
 
 
+def test_how_a_step_is_divided_changes_no_number(make_config: Callable[..., Path], tmp_path: Path):
+    """One sequence a forward, some, all; beginnings that run once or each time: the same losses, with dropout too."""
+    runs = []
+    rows = write_rows(
+        tmp_path / "alike.jsonl", [conversation(number // 2) for number in range(24)]
+    )  # pairs begin alike
+    for tokens, share in ((1, True), (60, True), (4096, True), (4096, False)):
+        settings = {"train.micro_batch_tokens": tokens, "train.share_prefixes": share, "lora.dropout": 0.3}
+        settings |= {"train.max_steps": 6, "data.validation": 0, "output_dir": f"{tmp_path}/{tokens}-{share}"}
+        events = run(make_config(**settings | {"data.train": rows}))
+        runs.append([(event.loss, event.grad_norm) for event in events if isinstance(event, StepDone)])
+
+    assert len({number for steps in runs for number in steps}) > 6, "sums are rounded in another order"
+    for other in runs[1:]:
+        assert [number for pair in other for number in pair] == pytest.approx(
+            [number for pair in runs[0] for number in pair], rel=1e-5
+        )
+
+
 def test_rows_of_a_prompt_stay_together():
     """With keys, each epoch holds every example once, those of a key neighbours, in another order of keys."""
     keys = [0, 1, 2, 0, 1, 2, 0, 3]

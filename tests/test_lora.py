@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lora_cli import adapter, adapter_folder, lora, model, tuned
 from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Group
 from lora_cli.config import LoraConfig, ModelConfig
+from lora_cli.dropout import Dropout, token_keys
 from lora_cli.errors import AdapterError, ModelError
 from lora_cli.forward import lay_out, share_inputs, target_logits, target_loss
 from lora_cli.fused import fuse
@@ -273,7 +275,7 @@ def test_dropout_is_drawn_once_for_an_input_and_is_right():
     x = torch.ones(400, 50, dtype=torch.float64, requires_grad=True)
     eye = torch.eye(50, dtype=torch.float64)
     layers = [Projection(lambda: eye, None, eye.clone(), eye.clone(), 2.0)] * 2
-    first, second = project(x, layers, 0.3)
+    first, second = project(x, layers, Dropout(0.3, 0, token_keys(range(400))))
     left_out = first == 1
 
     assert torch.equal(first, second)
@@ -281,6 +283,35 @@ def test_dropout_is_drawn_once_for_an_input_and_is_right():
     assert torch.allclose(first[~left_out], torch.tensor(1 + 2 / 0.7, dtype=torch.float64))
     first.sum().backward()
     assert torch.allclose(x.grad, first.detach())
+
+
+@pytest.mark.parametrize(("features", "chance"), [(2, 0.1), (8, 0.05), (8, 0.5), (100, 0.9), (576, 0.05)])
+def test_elements_are_dropped_with_the_chance_and_by_themselves(features: int, chance: float):
+    """As often in every column; rows, layers and steps have nothing to do with each other, columns next to nothing."""
+    keys = token_keys(range(20000))
+
+    def mask(seed: int) -> torch.Tensor:
+        return torch.zeros(len(keys) * features).index_fill_(0, Dropout(chance, seed, keys).draw(features), 1.0)
+
+    first, second = (mask(seed).view(-1, features) for seed in (1, 2))
+    sure = 5 * (chance * (1 - chance) / len(keys)) ** 0.5
+    assert (first.mean(0) - chance).abs().max() < sure
+    assert abs(float(first.mean()) - chance) < sure / features**0.5
+
+    def together(one: torch.Tensor, other: torch.Tensor) -> float:
+        return abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1]))
+
+    assert together(first[1:, 0], first[:-1, 0]) < 0.04
+    assert together(first[:, 0], second[:, 0]) < 0.04
+    assert together(first[:, 0], first[:, 1]) < 0.04 + 1 / features  # so many are dropped in every row
+
+
+def test_what_is_dropped_follows_from_the_tokens_read_so_far():
+    """Sequences that begin alike have the same keys there, and no other token has one of them."""
+    keys, other = token_keys([5, 6, 7, 8, 5]), token_keys([5, 6, 9, 8, 5])
+
+    assert torch.equal(keys[:2], other[:2])
+    assert len({*keys.tolist(), *other.tolist()}) == 8
 
 
 def test_gradients_of_the_function_are_those_of_autograd():
@@ -292,9 +323,9 @@ def test_gradients_of_the_function_are_those_of_autograd():
         tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((rank, 5), (out, rank)))
         for rank, out in ((2, 3), (1, 4))
     ]
-    layers = [Projection(lambda W=W: W, b, A, B, 0.5) for (W, b), (A, B) in zip(weights, pairs, strict=True)]
+    layers = [Projection(partial(torch.clone, W), b, A, B, 0.5) for (W, b), (A, B) in zip(weights, pairs, strict=True)]
     inputs = (x, *(tensor for pair in pairs for tensor in pair))
-    plain = [x @ W + (0 if b is None else b) + 0.5 * (x @ A.T) @ B.T for W, b, A, B, _ in layers]
+    plain = [x @ W() + (0 if b is None else b) + 0.5 * (x @ A.T) @ B.T for W, b, A, B, _ in layers]
     ours = project(x, layers)
     for mine, theirs in zip(ours, plain, strict=True):
         assert torch.allclose(mine, theirs)

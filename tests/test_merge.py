@@ -18,8 +18,9 @@ from lora_cli.config import ModelConfig
 from lora_cli.errors import AdapterError, UserError
 from lora_cli.merge import Together, combine, merge
 from lora_cli.merged_folder import Form, round_to
+from lora_cli.tensor_file import read_infos, read_metadata, read_tensor, write_tensors
 from lora_cli.update import Update
-from lora_cli.weights import Weights, read_infos, read_metadata, read_tensor, write_tensors
+from lora_cli.weights import Weights
 
 IDS = torch.arange(5, 45).reshape(2, 20)
 WEIGHTS = "adapter_model.safetensors"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_cli import adapter, checkpoint, json_file, manifest, metrics, run_dir, storage, weights
+from lora_cli import adapter, checkpoint, json_file, manifest, metrics, run_dir, storage, tensor_file
 from lora_cli.errors import AdapterError
 from lora_cli.run_dir import RunDir
 from torture.mutations import mutated_bytes, mutated_json
@@ -38,7 +38,7 @@ def prepare_adapter(folder: Path) -> Prepared:
         adapter.WEIGHTS: _safetensors(json.dumps(HEADER).encode()),
         adapter.BASE: b'{"fingerprint": "0"}',
     }
-    readers = (lambda: adapter.read(folder), lambda: weights.read_infos(folder / adapter.WEIGHTS))
+    readers = (lambda: adapter.read(folder), lambda: tensor_file.read_infos(folder / adapter.WEIGHTS))
     chosen: list[Callable[[], object]] = [readers[0]]
 
     def make(random: random.Random) -> None:

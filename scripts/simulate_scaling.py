@@ -1,6 +1,6 @@
 """What training would take on 1 to 1,024 GPUs: memory of each and time, on paper. A model, not a measurement.
 
-    python scripts/simulate_scaling.py [--batch-size 1024] [--length 512] [--rank 16]
+    python scripts/simulate_scaling.py [--batch-size 1024] [--length 512] [--rank 16] [--sizes 8 70]
 
 prints Markdown tables. Every number it assumes stands at the top of this file.
 """
@@ -9,7 +9,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 # An H100 SXM and a machine with eight of them, by the vendor's data sheets (H100, DGX H100): dense bfloat16, HBM3,
 # NVLink in one direction, eight network cards of 400 Gbit/s.
@@ -26,8 +26,8 @@ PROCESS = 1.07e9
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight
 
 GPUS = (1, 8, 16, 64, 256, 1024)
-Mode = Literal["replicated", "nf4", "sharded"]
-MODES: tuple[Mode, ...] = ("replicated", "nf4", "sharded")
+Mode = Literal["replicated", "nf4", "sharded", "nf4, sharded"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,12 @@ class Plan:
     @property
     def shared(self) -> int:
         """Among how many GPUs the blocks are divided."""
-        return self.gpus if self.mode == "sharded" else 1
+        return self.gpus if "sharded" in self.mode else 1
+
+    @property
+    def weight(self) -> float:
+        """The bytes of a weight of the blocks."""
+        return NF4 if "nf4" in self.mode else 2
 
     @property
     def recomputes(self) -> bool:
@@ -116,11 +121,11 @@ class Plan:
 
     def memory(self, again: bool) -> float:
         """Return the bytes on each GPU."""
-        shape, weight = self.shape, NF4 if self.mode == "nf4" else 2
-        base = 2 * shape.ends + weight * shape.block * shape.blocks / self.shared
-        in_flight = 2 * 2 * shape.block if self.shared > 1 else 0
-        if self.mode == "nf4":
-            in_flight = 2 * max(a * b for a, b in shape.layers)
+        shape = self.shape
+        base = 2 * shape.ends + self.weight * shape.block * shape.blocks / self.shared
+        in_flight = 2 * self.weight * shape.block if self.shared > 1 else 0
+        if self.weight == NF4:
+            in_flight += 2 * max(a * b for a, b in shape.layers)
         kept = shape.blocks * 2 * shape.hidden + 3 * shape.kept if again else (shape.blocks + 2) * shape.kept
         activations = self.tokens * kept + CHUNK * shape.vocabulary * 8
         return base + 16 * shape.adapter(self.rank) + activations + in_flight + PROCESS
@@ -137,14 +142,14 @@ class Plan:
         attention = 2 * self.length * shape.queries * shape.blocks  # causal: half of all pairs
         of_token = passes * (2 * weights + attention) + 6 * shape.adapter(self.rank) + attention
         of_token += 4 * TRAINED * shape.vocabulary * shape.hidden
-        decoded = passes * weights * (NF4 + 2) / MEMORY_RATE if self.mode == "nf4" else 0
+        decoded = passes * weights * (NF4 + 2) / MEMORY_RATE if self.weight == NF4 else 0
         rate = SHARE_OF_LINKS * (NVLINK if self.shared <= PER_MACHINE else NETWORK)
         hops = shape.blocks * (self.shared - 1) * HOP
         return {
             "arithmetic": of_token * self.tokens / (PEAK * SHARE_OF_PEAK) + decoded,
             "weights' reading": passes * 2 * weights / MEMORY_RATE + decoded,
             "launches": shape.blocks * BLOCK,
-            "gathering": 2 * (2 * weights * (1 - 1 / self.shared) / rate + hops),
+            "gathering": 2 * (self.weight * weights * (1 - 1 / self.shared) / rate + hops),
         }
 
     @property
@@ -178,12 +183,12 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 1 else f"{value:.3g}"
 
 
-def table(title: str, head: list[str], plans: Callable[[Shape, Mode], list[str]]) -> None:
+def table(title: str, head: list[str], shapes: Iterable[Shape], plans: Callable[[Shape, Mode], list[str]]) -> None:
     """Print a Markdown table, a row for each model and way of keeping its base."""
     print(f"\n{title}\n")
     print(row(["model", "base", *head]))
     print(row(["---"] * (2 + len(head))))
-    for shape in SHAPES:
+    for shape in shapes:
         for mode in MODES:
             print(row([shape.name, mode, *plans(shape, mode)]))
 
@@ -194,7 +199,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1024, help="examples of a step, over all GPUs")
     parser.add_argument("--length", type=int, default=512, help="tokens of an example")
     parser.add_argument("--rank", type=int, default=16)
+    sizes = [shape.name.split()[0] for shape in SHAPES]
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=sizes, help="models, by their billions")
     asked = parser.parse_args()
+    shapes = [shape for shape in SHAPES if shape.name.split()[0] in asked.sizes]
 
     def plan(shape: Shape, mode: Mode, gpus: int) -> Plan:
         return Plan(shape, mode, gpus, asked.batch_size, asked.length, asked.rank)
@@ -215,10 +223,11 @@ def main() -> None:
 
     examples = f"{asked.batch_size:,} examples of {asked.length:,} tokens a step, rank {asked.rank}"
     heads = [f"{gpus:,}" for gpus in GPUS]
-    table(f"GB on each of so many GPUs ({examples}); (no): not on {MEMORY / 1e9:.0f} GB", heads, memory)
+    table(f"GB on each of so many GPUs ({examples}); (no): not on {MEMORY / 1e9:.0f} GB", heads, shapes, memory)
     table(
         f"Seconds for a million tokens on so many GPUs ({examples}); -: does not fit, *: activations computed again",
         [*heads, "half of linear up to", "at 1,024 bound by"],
+        shapes,
         seconds,
     )
 

@@ -147,3 +147,18 @@ def test_many_blocks_keep_what_a_few_say(compiled: bool, tmp_path: Path, monkeyp
     monkeypatch.setattr(memory, "_RUN", 10)
 
     assert quick == pytest.approx(memory.kept_by_a_token(skeleton, config), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "nf4"])
+def test_the_base_takes_what_is_estimated(kind: str | None, tmp_path: Path):
+    """The bytes of a loaded base, quantised or not, to a hundredth; and the largest matrix it is made whole of."""
+    folder = save_base("llama", tmp_path / "base", hidden_size=256, intermediate_size=512)
+    section = {"path": str(folder), "quantization": kind, "dtype": "bfloat16"}
+    config = RunConfig.model_validate({"model": section, "data": {"train": "x"}, "output_dir": "x"})
+    header = model.read_header(config.model)
+    loaded = model.load_model(header, config.model, CPU).module
+    taken = {id(t): t.nbytes for t in (*loaded.parameters(), *loaded.buffers()) if t.numel() != 32}  # no rotary tables
+    base, in_flight = memory.base_memory(model.build_skeleton(header).to(torch.bfloat16), config, processes=1)
+
+    assert base == pytest.approx(sum(taken.values()), rel=0.01)
+    assert in_flight == {None: 0, "int8": 6, "nf4": 2}[kind] * 256 * 512

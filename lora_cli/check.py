@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 
 import torch
 
-from lora_cli import examples, runtimes
+from lora_cli import examples, launch, runtimes
 from lora_cli.config import RunConfig
 from lora_cli.data_reader import News
 from lora_cli.dataset import Dataset
@@ -32,6 +32,7 @@ def check(config: RunConfig, row: str | None = None, nproc: int = 1) -> Generato
 
     Neither the weights nor the device have to be here. Else raises what training would raise before its first step.
     """
+    launch.require_alone("a check takes no step that could be shared")
     prepared = yield from prepare(config, weights=False)
     train = prepared.train
     timetable = Timetable.of(train.mixture.drawn, config)

@@ -35,6 +35,10 @@ Push = Annotated[
     str | None,
     typer.Option(metavar="REPO", help="Also upload it to a new private hub repository.", show_default=False),
 ]
+Processes = Annotated[int, typer.Option("--nproc", min=1, help="Share the work out to so many processes here.")]
+Restarts = Annotated[
+    int, typer.Option(min=0, help="With --nproc: start again so often after a process was lost or a disk was full.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
@@ -93,15 +97,22 @@ def train(
     override: Annotated[
         bool, typer.Option("--override", help="Go on with a run although its rest is to be trained in another way.")
     ] = False,
+    nproc: Processes = 1,
+    restarts: Restarts = 0,
     json: Json = False,
 ) -> None:
     """Train; an interrupted run of the same config is continued."""
     run_config = config_file.load(config, overrides or [])
-    is_main = launch.current().is_main
+    is_main, is_to_start = launch.current().is_main, launch.is_to_start(nproc, restarts)
     from lora_cli import train as training
 
     ended = training.ended(run_config, override)
     already = ended is not None
+    if ended is None and is_to_start:
+        from lora_cli import data, launcher
+
+        data.require_readable(run_config.data, run_config.eval.general_source)
+        launcher.launch(nproc, restarts)
     if ended is None:
         last = follower.Follower(silent=not is_main).follow(training.train(run_config, interrupt.requested(), override))
         assert isinstance(last, Finished), "the loop ends with Finished or raises"
@@ -138,14 +149,17 @@ def evaluate(
         str | None, typer.Option(help="lm-eval tasks: names or YAML files, with commas.", show_default=False)
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.", show_default=False)] = None,
+    nproc: Processes = 1,
     json: Json = False,
 ) -> None:
     """Measure base and adapter side by side on held-out data."""
-    from lora_cli.compare import METRICS, Asked, compare
+    if launch.is_to_start(nproc):
+        from lora_cli import launcher
+
+        launcher.launch(nproc)
+    from lora_cli.compare import Asked, compare
     from lora_cli.generate import Sampling
 
-    if unknown := [name for name in metric if name not in METRICS]:
-        raise InputError(f"--metric: there is no {unknown[0]}; known are {', '.join(METRICS)}.")
     asked = Asked(
         data=data,
         base=base,
@@ -160,6 +174,8 @@ def evaluate(
         scan=scan,
     )
     report = compare(run, asked)
+    if not launch.is_main():
+        return
     if json:
         console.print_json(as_json(replace(report, samples=report.samples[:20])))
     else:

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from lora_cli import intervals, lora, scoring, storage, tuned
-from lora_cli.distributed import current_world
+from lora_cli import adapter, intervals, lora, manifest, scoring, storage, tuned
+from lora_cli.distributed import World, joined
 from lora_cli.errors import InputError
 from lora_cli.evaluate import BASE_AND_ADAPTER, Measured, measure
 from lora_cli.examples import Example
@@ -51,19 +51,33 @@ def compare(path: Path, asked: Asked) -> EvalReport:
     """Measure base and adapter on the asked rows, else on the run's own test or validation rows.
 
     Loss, perplexity and token accuracy are over every target, other figures over at most `answers` rows, spread evenly.
-    The report, and both models' answers, are kept in the run's folder, where it belongs to one.
+    The report, and both models' answers, are kept in the run's folder, where it belongs to one. Several processes
+    share the work, and all get the report that one alone would.
     """
+    if unknown := [name for name in asked.metrics if name not in METRICS]:
+        raise InputError(f"--metric: there is no {unknown[0]}; known are {', '.join(METRICS)}.")
     scoring.require_pattern(asked.extract)
     result = tuned.find(path, asked.base)
-    held_out, rows, name = held_out_rows(result, asked.data)
-    general = general_text(result, asked.general)
+    sharded = result.config is not None and result.config.train.shard
+    with joined(result.base.device, sharded) as world:
+        return _compare(result, asked, world)
+
+
+def _compare(result: Result, asked: Asked, world: World) -> EvalReport:
+    if asked.tasks and world.size > 1:
+        raise InputError("--tasks: lm-eval asks a model in one process; start without --nproc or torchrun.")
+    with world.main_first():  # it keeps the tokens that the others then open
+        held_out, rows, name = held_out_rows(result, asked.data)
+        general = general_text(result, asked.general)
+    weights = manifest.sha256(result.adapter.folder / adapter.WEIGHTS)
+    world.require_same({"adapter": weights, "base model": result.base_fingerprint, "data": held_out.fingerprint()})
     if asked.scan and not general:
         raise InputError("--scan: needs general text, and the run measures none (eval.general: false); give --general.")
     options = options_of(held_out) if LABEL in asked.metrics else []
-    loaded = tuned.load(result, current_world(result.base.device).device)
+    loaded = tuned.load(result, world.device, sharded=world if world.in_step else None)
     tokens = tokens_worth_it(loaded.device)
 
-    base, adapted = measure(loaded, held_out, tokens, BASE_AND_ADAPTER)
+    base, adapted = measure(loaded, held_out, tokens, BASE_AND_ADAPTER, world)
     losses = base.per_target("loss"), adapted.per_target("loss")
     figures = {
         "loss": intervals.compare(*losses, lower_is_better=True),
@@ -71,10 +85,10 @@ def compare(path: Path, asked: Asked) -> EvalReport:
         "token_accuracy": intervals.compare(base.per_target("correct"), adapted.per_target("correct")),
     }
     questions = questions_of(held_out, asked.answers)
-    samples, more = _answered(loaded, result, questions, asked)
+    samples, more = _answered(loaded, result, questions, asked, world)
     figures |= more
     if options:
-        hits = choose(loaded, questions, options, tokens, BASE_AND_ADAPTER)
+        hits = choose(loaded, questions, options, tokens, BASE_AND_ADAPTER, world)
         figures["label_accuracy"] = _compared([scoring.over_ones(each) for each in hits], units_of(questions))
     report = EvalReport(
         adapter=result.adapter.folder,
@@ -83,17 +97,19 @@ def compare(path: Path, asked: Asked) -> EvalReport:
         targets=int(base.targets.sum()),
         answers=len(questions),
         figures=figures,
-        forgetting=_forgetting(loaded, general, tokens, adapted) if general else None,
+        forgetting=_forgetting(loaded, general, tokens, adapted, world) if general else None,
         tasks=_on_tasks(loaded, result, asked),
-        scan=scan(loaded, held_out, general, tokens, _budget(result)) if asked.scan else None,
+        scan=scan(loaded, held_out, general, tokens, _budget(result), world) if asked.scan else None,
         samples=samples,
         saved=None,
     )
-    return _saved(report, result)
+    return _saved(report, result) if world.is_main else report
 
 
-def _forgetting(loaded: LanguageModel, general: Sequence[Example], tokens: int, adapted: Measured) -> Forgetting:
-    base_general, tuned_general = measure(loaded, general, tokens, BASE_AND_ADAPTER)
+def _forgetting(
+    loaded: LanguageModel, general: Sequence[Example], tokens: int, adapted: Measured, world: World
+) -> Forgetting:
+    base_general, tuned_general = measure(loaded, general, tokens, BASE_AND_ADAPTER, world)
     return forgetting(base_general, tuned_general, adapted)
 
 
@@ -110,7 +126,7 @@ def _budget(result: Result) -> float | None:
 
 
 def _answered(
-    loaded: LanguageModel, result: Result, questions: Sequence[Question], asked: Asked
+    loaded: LanguageModel, result: Result, questions: Sequence[Question], asked: Asked, world: World
 ) -> tuple[list[Sample], dict[str, Comparison]]:
     """Return both models' answers side by side, and what the metrics say of them."""
     metrics = [metric for metric in scoring.METRICS if metric in asked.metrics]
@@ -120,9 +136,8 @@ def _answered(
     said = []
     for gain in BASE_AND_ADAPTER if metrics else ():
         with lora.gain(loaded.module, gain):
-            said.append(
-                answer(loaded, tokenizer, questions, result.header.max_positions, asked.sampling, asked.max_new_tokens)
-            )
+            limits = result.header.max_positions, asked.sampling, asked.max_new_tokens
+            said.append(answer(loaded, tokenizer, questions, *limits, world))
     units, figures = units_of(questions), {}
     for metric in metrics:
         of_base, of_tuned = (scoring.score(metric, expected, answers, asked.extract) for answers in said)

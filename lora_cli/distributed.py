@@ -130,7 +130,8 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().splitlines()[-1])  # without gloo's own file and line
+            last = str(error).strip().splitlines()[-1]
+            reason = re.sub(r"^\[[^]]*\] ", "", last).split(". ")[0]  # without gloo's own file and line, and its advice
             raise SurroundingsError(
                 f"process {self.rank}: another of the {self.size} processes of this run ended: "
                 f"{reason[:120].rstrip('.')}.",
@@ -214,12 +215,8 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 def current_world(wanted: str) -> World:
     """Return the world of a command that runs in one process, on the device that `model.device` names.
 
-    Raises SurroundingsError when it has several processes, or when there is no such device.
+    Raises SurroundingsError when there is no such device.
     """
-    if (size := launch.current().size) > 1:
-        raise SurroundingsError(
-            f"WORLD_SIZE is {size}: only training runs in several processes. Start without torchrun."
-        )
     return World(choose_device(wanted))
 
 

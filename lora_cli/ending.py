@@ -24,6 +24,7 @@ def run(command: Callable[[], None]) -> None:
     again = shlex.join(["lora", *sys.argv[1:]])
     try:
         with interrupt.listening(again):
+            launch.settle()
             arguments.require_no_secret(sys.argv[1:])
             command()
     except UserError as error:

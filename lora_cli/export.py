@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, assert_never
 
-from lora_cli import adapter, adapter_folder, card, room, run_dir, sources, storage, tuned
+from lora_cli import adapter, adapter_folder, card, launch, room, run_dir, sources, storage, tuned
 from lora_cli.formats import gguf_export, mlx_adapter, ollama, onnx_graph
 from lora_cli.formats.gguf_file import Kind
 from lora_cli.reports import ExportReport, GgufReport
@@ -22,6 +22,7 @@ def export(
     `kind` is how a GGUF file stores matrices, `base` the base's place if it moved. Raises UserError, with nothing left
     behind.
     """
+    launch.require_alone("the disk sets the pace of an export")
     room.require_new(output)
     match format:
         case "peft":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_cli import lora
+from lora_cli.distributed import ALONE, World
 from lora_cli.examples import Tokenizer
 from lora_cli.model import LanguageModel, end_tokens, generating
 from lora_cli.randomness import derive_seed
@@ -32,11 +33,13 @@ def generate(
     max_new_tokens: int,
     max_positions: int | None = None,
     sampling: Sampling = GREEDY,
+    world: World = ALONE,
 ) -> list[tuple[int, ...]]:
     """Return a continuation of each prompt (token ids), without its end token; greedy unless a sampling is given.
 
     A continuation ends at an end token, after `max_new_tokens`, or where the model has no positions left. What the
-    model's generation_config asks for beside its end tokens (sampling, a repetition penalty) is left out.
+    model's generation_config asks for beside its end tokens (sampling, a repetition penalty) is left out. Ranks share
+    the batches, each with its own seed, and all get the continuations that one alone would.
     """
     lora.set_dropout(model.module, None)
     ends = end_tokens(model, tokenizer)
@@ -49,7 +52,7 @@ def generate(
     answers: dict[int, tuple[int, ...]] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     with generating(model), torch.random.fork_rng():
-        for begin in range(0, len(order), BATCH):
+        for begin, counts in world.share(range(0, len(order), BATCH)):
             torch.manual_seed(derive_seed(sampling.seed, "answers", begin))
             indices = order[begin : begin + BATCH]
             longest = max(len(prompts[i]) for i in indices)
@@ -65,10 +68,14 @@ def generate(
                 eos_token_id=list(ends) or None,
                 pad_token_id=pad,
                 use_cache=True,
+                synced_gpus=world.in_step,  # who is done goes on until all are
                 **choice,
             )
+            if not counts:
+                continue
             for row, index in enumerate(indices):
                 new = output[row, longest:].tolist()
                 stop = next((i for i, token in enumerate(new) if token in ends), len(new))
                 answers[index] = tuple(new[:stop])
+    answers = {index: tuple(ids) for of_rank in world.gather(list(answers.items())) for index, ids in of_rank}
     return [answers[index] for index in range(len(prompts))]

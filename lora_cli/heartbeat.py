@@ -80,8 +80,8 @@ class _Heart:
     def _end_with(self, gone: int) -> None:
         rank, size = self.started.rank, self.started.size
         _end(
-            f"process {gone} (of 0 to {size - 1}) was killed or halted, or its machine is gone: it has shown no life "
-            f"for {SILENT * BEAT:.0f} seconds.",
+            f"process {gone} of {size} (counted from 0) was killed or halted, or its machine is gone: it has shown no "
+            f"life for {SILENT * BEAT:.0f} seconds.",
             aloud=rank == 0 or (gone == 0 and rank == size - 1),
         )
 

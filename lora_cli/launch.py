@@ -6,7 +6,7 @@ import signal
 import sys
 from dataclasses import dataclass
 
-from lora_cli.errors import SurroundingsError
+from lora_cli.errors import InputError, SurroundingsError
 
 _OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what torchrun tells each process
 _THEIRS = ("MASTER_ADDR", "MASTER_PORT")  # where they meet; other tools set it too
@@ -50,6 +50,35 @@ def current() -> Launch:
         )
     here = os.environ.get(_ON_THIS_MACHINE, "")
     return Launch(rank, size, local_rank, int(here) if here.isdecimal() and int(here) else size)
+
+
+def is_to_start(processes: int, restarts: int = 0) -> bool:
+    """Return whether this process is to start so many others; it may be one of them already. Raises InputError."""
+    here = current().size
+    if processes == 1 and restarts:
+        raise InputError("--restarts: starts the processes of --nproc again, and there is no --nproc above 1.")
+    if here > 1 and processes not in (1, here):
+        raise InputError(
+            f"--nproc {processes}: this is one of {here} processes already (WORLD_SIZE), started by torchrun; leave "
+            "--nproc out."
+        )
+    return here == 1 < processes
+
+
+def require_alone(why: str) -> None:
+    """Raise SurroundingsError where this is one of several processes; `why` says why one does the command's work."""
+    if (size := current().size) > 1:
+        raise SurroundingsError(f"This is one of {size} processes (WORLD_SIZE), and {why}. Start it without torchrun.")
+
+
+def settle() -> None:
+    """Where torchrun started this process: end with it, and have torch, not yet imported, show no C++ stacks.
+
+    What they tell when another process is gone is said in a sentence.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        die_with(os.getppid())
 
 
 def is_main() -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_cli import adapter, adapter_folder, card, manifest, model, room, storage, tuned, verify
+from lora_cli import adapter, adapter_folder, card, launch, manifest, model, room, storage, tuned, verify
 from lora_cli.adapter_folder import Origin
 from lora_cli.errors import AdapterError, ModelError
 from lora_cli.merged_folder import RECORD, Form, require_space, write
@@ -48,6 +48,7 @@ def merge(
     Raises AdapterError, with nothing left behind, when a tensor finds no place, or when the logits differ more than
     `BOUNDS` allows or than half of what the adapters do; such a merge is kept with `force`.
     """
+    launch.require_alone("the disk sets the pace of a merge")
     room.require_new(output)
     results, update, skeleton = _open(paths, base, together)
     first = results[0]
@@ -82,6 +83,7 @@ def merge(
 
 def combine(paths: Sequence[Path], output: Path, base: str | None, together: Together) -> CombineReport:
     """Write one adapter that does what several do together. Raises AdapterError."""
+    launch.require_alone("the disk sets the pace of a merge")
     room.require_new(output)
     results, update, _ = _open(paths, base, together)
     first = results[0]

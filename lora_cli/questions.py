@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_cli import examples
+from lora_cli.distributed import ALONE, World
 from lora_cli.errors import DataError
 from lora_cli.evaluate import measure
 from lora_cli.examples import IGNORED, Example, Tokenizer
@@ -51,13 +52,14 @@ def answer(
     max_positions: int | None,
     sampling: Sampling,
     max_new_tokens: int | None,
+    world: World = ALONE,
 ) -> list[str]:
-    """Return what the model answers; a prompt that comes again is asked once."""
+    """Return what the model answers; a prompt that comes again is asked once. Ranks share the prompts."""
     if not questions:
         return []
     prompts = list(dict.fromkeys(each.prompt for each in questions))
     length = max_new_tokens or max(len(each.answer) for each in questions) + _MORE
-    ids = generate(model, tokenizer, prompts, length, max_positions, sampling)
+    ids = generate(model, tokenizer, prompts, length, max_positions, sampling, world)
     of_prompt = dict(zip(prompts, (text_of(tokenizer, each, ()) for each in ids), strict=True))
     return [of_prompt[each.prompt] for each in questions]
 
@@ -86,6 +88,7 @@ def choose(
     options: Sequence[tuple[int, ...]],
     tokens: int,
     gains: Sequence[float],
+    world: World = ALONE,
 ) -> np.ndarray:
     """Return, for each gain, whether the most likely option is the right one: [gains, questions] of 0 and 1.
 
@@ -101,6 +104,6 @@ def choose(
             for option in options
         ]
         right = np.array([options.index(each.answer) for each in some])
-        for found, measured in zip(hits, measure(model, sequences, tokens, gains), strict=True):
+        for found, measured in zip(hits, measure(model, sequences, tokens, gains, world), strict=True):
             found.append(measured.loss.reshape(len(some), -1).argmin(1) == right)
     return np.stack([np.concatenate([np.empty(0), *each]) for each in hits])

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from lora_cli import adapter_folder, room, storage, tuned
+from lora_cli import adapter_folder, launch, room, storage, tuned
 from lora_cli.distributed import current_world
 from lora_cli.errors import InputError
 from lora_cli.held_out import general_text, held_out_rows
@@ -28,6 +28,7 @@ def scale(
     """
     if (gain is None) == (budget is None):
         raise InputError("--gain, --budget: give one of them.")
+    launch.require_alone("an adapter is scaled at once")
     room.require_new(output)
     result = tuned.find(path, base)
     point = None

@@ -7,6 +7,7 @@ still about linear: a little less of an adapter often forgets far less.
 from collections.abc import Sequence
 
 from lora_cli.dataset import Dataset
+from lora_cli.distributed import ALONE, World
 from lora_cli.evaluate import Measured, measure
 from lora_cli.examples import Example
 from lora_cli.forgetting import forgetting
@@ -18,11 +19,16 @@ GAINS = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
 
 
 def scan(
-    model: LanguageModel, held_out: Dataset, general: Sequence[Example], tokens: int, budget: float | None
+    model: LanguageModel,
+    held_out: Dataset,
+    general: Sequence[Example],
+    tokens: int,
+    budget: float | None,
+    world: World = ALONE,
 ) -> ScanReport:
     """Measure held-out rows and general text at every gain, each in one pass. `tokens` is one forward's budget."""
-    on_task = measure(model, held_out, tokens, GAINS)
-    on_general = measure(model, general, tokens, GAINS)
+    on_task = measure(model, held_out, tokens, GAINS, world)
+    on_general = measure(model, general, tokens, GAINS, world)
     points = [_point(gain, on_task, on_general) for gain in GAINS]
     within = [point for point in points if budget is not None and _rise(point) <= budget]
     return ScanReport(

@@ -83,7 +83,7 @@ def _train(
         )
     if world.is_main:
         _require_room(config, run, prepared)
-    sharded = world if config.train.shard and world.size > 1 else None
+    sharded = world if world.in_step else None
     language_model = model.load_model(prepared.header, config.model, world.device, sharded)
     for end in sorted(prepared.ends):
         if problem := model.untrained_end(language_model, prepared.header.tokenizer, end):

@@ -112,6 +112,7 @@ FLOORS = [
     "console",
     "figures",
     "follower",
+    "launcher",
     "arguments",
     "ending",
     "cli",

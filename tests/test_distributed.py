@@ -241,7 +241,9 @@ def test_a_halted_process_ends_the_others(
     try:
         assert end(ranks[1 - halted], seconds=20) == 3
         what = (
-            "where the 2 processes of this run meet, has not answered" if halted == 0 else "process 1 (of 0 to 1) was"
+            "where the 2 processes of this run meet, has not answered"
+            if halted == 0
+            else "process 1 of 2 (counted from 0) was"
         )
         assert what in (tmp_path / f"rank-{1 - halted}").read_text()
     finally:
@@ -307,3 +309,23 @@ def test_torchrun_stops_and_goes_on(make_config: Make, whole: Path, tmp_path: Pa
     assert said.count("Continue with: lora train") == 1
     assert status["status"] == "stopped"
     assert facts(finished(2, config, tmp_path)) == facts(whole)
+
+
+def test_a_divided_base_is_evaluated_in_step(make_config: Make, tmp_path: Path):
+    """Two processes that each have a part of it give the figures, and the answers, of one that has it whole."""
+    config = make_config(**SETTINGS | {"train.shard": True, "train.max_steps": 4})
+    place = finished(2, config, tmp_path)
+    held_out = write_rows(tmp_path / "held.jsonl", [conversation(number) for number in range(100, 170)])
+    reports = []
+    for size in (1, 2):
+        asked = ["eval", place, "--data", held_out, "--max-new-tokens", 8, "--json"]
+        codes, said = run_ranks(size, lambda rank, asked=asked: processes.lora(*asked), tmp_path)
+        assert codes == [0] * size, said
+        reports.append(json.loads(said[0].splitlines()[-1]))
+
+    one, other = reports
+    assert one["samples"] == other["samples"]
+    assert len({sample["tuned"] for sample in one["samples"]}) > 1
+    assert other["figures"]["loss"]["tuned"]["value"] == pytest.approx(
+        one["figures"]["loss"]["tuned"]["value"], rel=1e-5
+    )

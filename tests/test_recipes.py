@@ -3,6 +3,8 @@
 import json
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +12,8 @@ import pytest
 import transformers
 from conftest import Invoke, build_tokenizer, conversation, write_rows
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS, DOC, PAPER = ROOT / "configs", ROOT / "docs" / "scaling.md", ROOT / "scripts" / "simulate_scaling.py"
 
 
 def llama(vocabulary: int, hidden: int, inner: int, blocks: int, heads: int, kv_heads: int) -> Any:
@@ -123,7 +126,7 @@ def test_every_recipe_is_here():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_takes_what_it_should_and_fits(name: str, invoke: Invoke, tmp_path: Path):
-    """Base, adapter and what is in flight to 2 %, activations to 20 %, and all of it on the device it is named for."""
+    """Base, adapter, in flight to 2 %, activations to 20 %, all on the device it is named for; and documented so."""
     recipe = RECIPES[name]
     folder = tmp_path / "model"
     recipe.shape.save_pretrained(folder)
@@ -140,11 +143,16 @@ def test_a_recipe_takes_what_it_should_and_fits(name: str, invoke: Invoke, tmp_p
     assert memory["activations"] == pytest.approx(recipe.activations, rel=0.2)
     parts = ("base", "adapter", "activations", "in_flight", "process")
     assert memory["total"] == sum(memory[part] for part in parts) < _USABLE * recipe.device
+    cells = next(line for line in DOC.read_text().splitlines() if line.startswith(f"| `{name}`")).split("|")[2:-1]
+    assert [int(cell.replace(",", "")) for cell in cells[:2]] == [recipe.processes, memory["tokens"]]
+    assert [float(cell) for cell in cells[2:]] == pytest.approx(
+        [memory[part] / 1e9 for part in (*parts, "total")], abs=0.1
+    )
 
 
 def test_the_paper_and_the_check_agree():
     """All that a GPU holds but the activations, divided, quantised and plain: as by hand above, to 2 %."""
-    paper = runpy.run_path(str(CONFIGS.parent / "scripts" / "simulate_scaling.py"))
+    paper = runpy.run_path(str(PAPER))
     shapes = {shape.name.split()[0]: shape for shape in paper["SHAPES"]}
     for size, name, mode, rank in (
         ("70", "gpus-8x80gb-70b-sharded", "sharded", 16),
@@ -162,10 +170,21 @@ def test_the_paper_and_the_check_agree():
 
 def test_the_paper_counts_operations_as_a_step_has_them():
     """8 B on one GPU: 4 operations a weight of the blocks, 6 of the adapter, causal attention, the head at targets."""
-    paper = runpy.run_path(str(CONFIGS.parent / "scripts" / "simulate_scaling.py"))
+    paper = runpy.run_path(str(PAPER))
     plan = paper["Plan"](paper["SHAPES"][4], "replicated", 1, batch=1024, length=512, rank=16)
     weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     adapter = 16 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     operations = 4 * weights + 6 * adapter + 3 * 32 * 2 * 512 * 4096 + 4 / 3 * 128256 * 4096
 
     assert plan.seconds == pytest.approx(operations * 1e6 / (0.4 * 989e12), rel=1e-3)
+
+
+def test_the_tables_of_the_paper_are_what_it_prints():
+    """Every line of the two tables stands in the document, by the command that is named there."""
+    arguments = ["--sizes", "1", "8", "32", "70", "405"]
+    printed = subprocess.check_output([sys.executable, str(PAPER), *arguments], text=True)
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+
+    assert len(lines) == 2 * (2 + 5 * 4)
+    assert f"simulate_scaling.py {' '.join(arguments)}" in " ".join(DOC.read_text().split())
+    assert set(lines) <= set(DOC.read_text().splitlines())

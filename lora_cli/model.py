@@ -123,7 +123,8 @@ def read_header(config: ModelConfig, weights: bool = True) -> ModelHeader:
             f"model.quantization at null, or name the unquantised model; found {config.quantization}.",
             state=NOTHING_LOADED,
         )
-    require_installed(config.quantization)
+    if weights:
+        require_installed(config.quantization)
     if not tokenizer.is_fast:
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json), which is needed.", state=NOTHING_LOADED)
     positions = getattr(parsed.get_text_config(), "max_position_embeddings", None)

@@ -129,7 +129,7 @@ DOORS = {
         "environment",
         "formats.onnx_graph",
         "model",
-    },  # environment only asks its version
+    },  # environment asks the version
     "pyarrow": {"corpus", "data_file"},
     "huggingface_hub": {"base_folder", "hub"},
     "datasets": {"sources"},

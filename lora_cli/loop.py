@@ -11,7 +11,7 @@ import torch
 from lora_cli import adapter, adapter_folder, card, checkpoint, lora, manifest, metrics, run_dir, storage
 from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Step, plan_epoch
-from lora_cli.blocks import compile_blocks, recompute_activations
+from lora_cli.blocks import as_loaded, compile_blocks, recompute_activations
 from lora_cli.checkpoint import Stopping, TrainState
 from lora_cli.config import RunConfig
 from lora_cli.dataset import Dataset, TrainingSet
@@ -61,6 +61,7 @@ class Loop:
         self.world = world
         keep_freed_memory()
         torch.set_flush_denormal(True)  # lora_B starts at zero: its first products are denormal, and slow on a CPU
+        as_loaded(model.module)
         lora.apply_lora(model.module, config.lora, config.seed)
         share_inputs(model)
         if config.train.compile:

@@ -209,6 +209,13 @@ def apply_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
         layer.reset(derive_seed(seed, "lora_A", path))
 
 
+def remove_lora(model: nn.Module) -> None:
+    """Take the adapter off, in place; what is left is the base."""
+    for path, layer in list(lora_layers(model)):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer.base)
+
+
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """Iterate over (path, adapted layer), in the model's order."""
     for path, module in model.named_modules():
@@ -256,10 +263,9 @@ def gain(model: nn.Module, value: float) -> Iterator[None]:
 @torch.no_grad()
 def merge_in_place(model: nn.Module) -> None:
     """Add every adapter's update to its base's weight, rounded to that weight's dtype, and unwrap the layers."""
-    for path, layer in list(lora_layers(model)):
+    for _, layer in lora_layers(model):
         assert not isinstance(layer.base, QuantisedLinear), "an update added to it would be lost"
         update = layer.lora_B @ layer.lora_A * (layer.scale * layer.gain)
         weight = layer.base.weight
         weight.copy_(weight.float() + (update.T if is_conv1d(layer.base) else update))
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer.base)
+    remove_lora(model)

@@ -95,6 +95,8 @@ FLOORS = [
     "step",
     "loop",
     "held_out",
+    "environment",
+    "session",
     "train",
     "compare",
     "scale",
@@ -122,11 +124,16 @@ FLOORS = [
 DOORS = {
     "yaml": {"strict_yaml"},
     "pydantic": {"config", "config_file", "json_file"},
-    "transformers": {"chat_template", "formats.onnx_graph", "model", "train"},  # train only asks its version
+    "transformers": {
+        "chat_template",
+        "environment",
+        "formats.onnx_graph",
+        "model",
+    },  # environment asks the version
     "pyarrow": {"corpus", "data_file"},
     "huggingface_hub": {"base_folder", "hub"},
     "datasets": {"sources"},
-    "safetensors": {"adapter", "adapter_folder", "checkpoint", "formats.mlx_adapter", "model", "train"},
+    "safetensors": {"adapter", "adapter_folder", "checkpoint", "environment", "formats.mlx_adapter", "model"},
     "rich": {"console", "figures", "follower"},
     "bitsandbytes": {"quantised"},
     "gguf": {"formats.gguf_file"},

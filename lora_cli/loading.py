@@ -17,7 +17,7 @@ from lora_cli import lora
 from lora_cli.quantised import BLOCK, Kind, QuantisedLinear
 from lora_cli.tensor_file import TensorInfo, read_rows
 
-_PIECE = 1 << 22  # bytes that are read at once
+_PIECE = 1 << 18  # bytes that are read at once
 
 
 class Piece(NamedTuple):
@@ -108,10 +108,11 @@ def fill(
     The linear layers of its blocks are quantised, where a kind is given: each while it is read.
     """
     together = {name: names for names in tied_names(module) for name in names}
-    quantised = {f"{path}.weight": path for path in layers_to_quantise(module)} if kind else {}
+    # Made before anything is read: what is freed between them would be lost to other sizes.
+    quantised = _make_room(module, kind, dtype, device) if kind else {}
     for name, some in groupby(pieces, key=lambda piece: piece.name):
-        if kind and name in quantised:
-            _quantise(module, quantised[name], kind, (piece.rows.to(device) for piece in some), dtype)
+        if name in quantised:
+            _quantise(*quantised[name], (piece.rows.to(device) for piece in some))
             continue
         whole = torch.empty(module.get_parameter(name).shape, dtype=dtype, device=device)
         for piece in some:
@@ -122,24 +123,34 @@ def fill(
             module.get_submodule(path)._parameters[last] = parameter
 
 
-def layers_to_quantise(module: nn.Module) -> list[str]:
-    """Return the paths of the linear layers in a model's blocks; embedding and head stay as they are."""
-    return lora.find_targets(module, "all-linear")
-
-
 def quantise_loaded(module: nn.Module, kind: Kind) -> None:
-    """Quantise a loaded model's layers in place, one after the other."""
-    for path in layers_to_quantise(module):
-        weight = module.get_parameter(f"{path}.weight")
-        _quantise(module, path, kind, [weight.detach()], weight.dtype)
+    """Quantise the linear layers of a loaded model's blocks in place, one after the other."""
+    for path in lora.find_targets(module, "all-linear"):
+        dense: Any = module.get_submodule(path)
+        weight = dense.weight.detach()
+        _quantise(*_replace(module, path, kind, weight.dtype, weight.device), [weight])
 
 
-def _quantise(module: nn.Module, path: str, kind: Kind, rows: Iterable[Tensor], dtype: torch.dtype) -> None:
-    """Replace a linear layer by one that is quantised, from its weight's rows as they are stored."""
+def _make_room(
+    module: nn.Module, kind: Kind, dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[QuantisedLinear, bool]]:
+    """Put quantised layers without numbers in the place of the linear ones; return them by their weights' names."""
+    paths = lora.find_targets(module, "all-linear")
+    return {f"{path}.weight": _replace(module, path, kind, dtype, device) for path in paths}
+
+
+def _replace(
+    module: nn.Module, path: str, kind: Kind, dtype: torch.dtype, device: torch.device
+) -> tuple[QuantisedLinear, bool]:
+    """Put a quantised layer in the place of a linear one; return it, and whether that one's weight is [in, out]."""
     layer: Any = module.get_submodule(path)
     inputs, outputs = lora.linear_shape(layer)
-    if lora.is_conv1d(layer):
-        rows = [torch.cat([some.clone() for some in rows]).T]
     parent, _, name = path.rpartition(".")
-    made = QuantisedLinear(kind, (outputs, inputs), rows, layer.bias, dtype)
+    made = QuantisedLinear(kind, (outputs, inputs), layer.bias, dtype, device)
     setattr(module.get_submodule(parent), name, made)
+    return made, lora.is_conv1d(layer)
+
+
+def _quantise(layer: QuantisedLinear, transposed: bool, rows: Iterable[Tensor]) -> None:
+    """Give a layer its weight, in pieces as they are stored."""
+    layer.quantise([torch.cat([some.clone() for some in rows]).T] if transposed else rows)

@@ -20,6 +20,7 @@ from lora_cli import base_folder, json_file, loading, remote_code
 from lora_cli.attention import PACKED, packed_attention
 from lora_cli.config import ModelConfig
 from lora_cli.config_checks import problem_of_remote_code
+from lora_cli.distributed import keep_freed_memory
 from lora_cli.errors import NOTHING_LOADED, ModelError, shown
 from lora_cli.examples import Tokenizer
 from lora_cli.layout import Layout, probe
@@ -151,6 +152,8 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_model(header: ModelHeader, config: ModelConfig, device: torch.device) -> LanguageModel:
     """Load the weights and choose how forward passes are laid out. Raises ModelError on any missing weight."""
     base_folder.require_whole(header.folder)
+    if config.quantization is not None:
+        keep_freed_memory()  # dense weights come and go
     dtype = choose_dtype(config.dtype, device)
     module = _load_in_pieces(header, config, dtype, device)
     if module is None:

@@ -28,20 +28,14 @@ _SCALES = 256  # of them, that share a scale of their own
 class QuantisedLinear(nn.Module):
     """x W^T + b, W [out, in] quantised; `weight` makes it anew in `dtype` whenever it is asked for."""
 
-    packed: nn.Parameter
-    scales: Tensor
-    scales_of_scales: Tensor
-    mean_scale: Tensor
+    scales: Tensor  # of every row (int8), of every BLOCK numbers in eight bits (nf4)
+    scales_of_scales: Tensor  # nf4
+    mean_scale: Tensor  # nf4
 
     def __init__(
-        self,
-        kind: Kind,
-        shape: tuple[int, int],
-        pieces: Iterable[Tensor],
-        bias: nn.Parameter | None,
-        dtype: torch.dtype,
+        self, kind: Kind, shape: tuple[int, int], bias: nn.Parameter | None, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Quantise a weight [out, in], in pieces [rows, in] of which all but the last have a multiple of BLOCK rows."""
+        """Make room for a weight [out, in], which `quantise` fills."""
         super().__init__()
         self.kind, self.dtype = kind, dtype
         self.out_features, self.in_features = shape
@@ -49,14 +43,43 @@ class QuantisedLinear(nn.Module):
         self.training = False
         match kind:
             case "nf4":
-                packed, buffers = _to_nf4(pieces)
+                blocks = -(-shape[0] * shape[1] // BLOCK)
+                packed = torch.empty(-(-shape[0] * shape[1] // 2), 1, dtype=torch.uint8, device=device)
+                self.register_buffer("scales", torch.empty(blocks, dtype=torch.uint8, device=device))
+                self.register_buffer("scales_of_scales", torch.empty(-(-blocks // _SCALES), device=device))
+                self.register_buffer("mean_scale", torch.empty((), device=device))
             case "int8":
-                packed, buffers = _to_int8(pieces)
+                packed = torch.empty(shape, dtype=torch.int8, device=device)
+                self.register_buffer("scales", torch.empty(shape[0], device=device))
             case _:
                 assert_never(kind)
         self.packed = nn.Parameter(packed, requires_grad=False)
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer)
+
+    @torch.no_grad()
+    def quantise(self, pieces: Iterable[Tensor]) -> "QuantisedLinear":
+        """Take the weight in pieces [rows, in], of which all but the last have a multiple of BLOCK rows."""
+        begin, scales = 0, list[Tensor]()
+        for piece in pieces:
+            wide = piece.float()
+            if self.kind == "int8":
+                scales.append(wide.abs().amax(1).div_(127).clamp_min_(torch.finfo(torch.float32).tiny))
+                some = (wide / scales[-1][:, None]).round_()
+            else:
+                some, state = bitsandbytes().functional.quantize_4bit(
+                    wide.contiguous(), None, None, BLOCK, False, "nf4"
+                )
+                scales.append(state.absmax)
+            self.packed[begin : begin + len(some)] = some
+            begin += len(some)
+        every = torch.cat(scales)
+        if self.kind == "int8":
+            self.scales.copy_(every)
+            return self
+        self.mean_scale.copy_(every.mean())
+        some, state = bitsandbytes().functional.quantize_blockwise(every - self.mean_scale, blocksize=_SCALES)
+        self.scales.copy_(some)
+        self.scales_of_scales.copy_(state.absmax)
+        return self
 
     @property
     def weight(self) -> Tensor:
@@ -79,36 +102,10 @@ class QuantisedLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-def _to_int8(pieces: Iterable[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    packed, scales = [], []
-    for piece in pieces:
-        scale = piece.float().abs().amax(1).div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
-        packed.append((piece / scale[:, None]).round_().to(torch.int8))
-        scales.append(scale)
-    return _together(packed), {"scales": torch.cat(scales)}
-
-
-def _to_nf4(pieces: Iterable[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    functional = bitsandbytes().functional
-    packed, scales = [], []
-    for piece in pieces:
-        some, state = functional.quantize_4bit(piece.float().contiguous(), blocksize=BLOCK, quant_type="nf4")
-        packed.append(some)
-        scales.append(state.absmax)
-    every = torch.cat(scales)
-    mean = every.mean()
-    quantised, state = functional.quantize_blockwise(every - mean, blocksize=_SCALES)
-    return _together(packed), {"scales": quantised, "scales_of_scales": state.absmax, "mean_scale": mean}
-
-
-def _together(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
 def round_trip(kind: Kind, weight: Tensor) -> Tensor:
     """Return what quantisation leaves of a weight [out, in], in float32."""
-    out, inner = weight.shape
-    return QuantisedLinear(kind, (out, inner), [weight], None, torch.float32).weight
+    rows, columns = weight.shape
+    return QuantisedLinear(kind, (rows, columns), None, torch.float32, weight.device).quantise([weight]).weight
 
 
 def require_installed(kind: Kind | None) -> None:

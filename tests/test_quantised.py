@@ -45,7 +45,7 @@ def layers(module: nn.Module) -> dict[str, QuantisedLinear]:
 def test_what_four_bits_leave(shape: tuple[int, int], dtype: torch.dtype):
     """Of rows of any length: each number is one of 16 times the largest of its 64, itself in eight bits."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    layer = QuantisedLinear("nf4", shape, [weight], None, dtype)
+    layer = QuantisedLinear("nf4", shape, None, dtype, CPU).quantise([weight])
     levels = quantised.bitsandbytes().functional.get_4bit_type("nf4", device="cpu")
     blocks = nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
     largest = blocks.abs().amax(1, keepdim=True)
@@ -63,7 +63,7 @@ def test_what_eight_bits_leave():
     """Every number is the nearest of the 255 of its row; a row of zeros stays one."""
     weight = torch.randn(70, 24, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 70)[:, None]
     weight[5] = 0.0
-    layer = QuantisedLinear("int8", (70, 24), [weight[:64], weight[64:]], None, torch.float32)
+    layer = QuantisedLinear("int8", (70, 24), None, torch.float32, CPU).quantise([weight[:64], weight[64:]])
 
     assert ((layer.weight - weight).abs() <= 0.5001 * weight.abs().amax(1, keepdim=True) / 127).all()
     assert (layer.weight[5] == 0).all()

@@ -197,6 +197,9 @@ def merge(
     output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
     dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16: what is written.")] = "keep",
     rounding: Annotated[str, typer.Option(help="nearest, or stochastic: small updates are not lost.")] = "nearest",
+    onto: Annotated[
+        str, typer.Option(help="stored, or dequantised: of a base that was trained quantised, which weights.")
+    ] = "stored",
     weights: Annotated[
         str | None, typer.Option(metavar="W...", help="Of several adapters: 0.7 0.3; else 1 each.", show_default=False)
     ] = None,
@@ -221,6 +224,7 @@ def merge(
     form = merged_folder.Form(
         arguments.one_of("--dtype", dtype, merged_folder.Dtype),
         arguments.one_of("--rounding", rounding, merged_folder.Rounding),
+        arguments.one_of("--onto", onto, merged_folder.Onto),
     )
     together = merging.Together(numbers, arguments.one_of("--method", method, update.Method), density)
     if push is not None:
@@ -234,7 +238,7 @@ def merge(
     if json:
         console.print_json({**as_json(report), "pushed": pushed})
         return
-    console.show_merge(report)
+    figures.show_merge(report)
     if pushed is not None:
         console.print_text(f"Pushed to {pushed}.")
 

@@ -1,4 +1,4 @@
-"""Draws comparisons of base and adapter: figures with their intervals, forgetting, the curve of a scan."""
+"""Draws comparisons: base and adapter with intervals, forgetting, the curve of a scan, a merge and what it is of."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,9 +7,11 @@ from rich.table import Table
 
 from lora_cli.console import out
 from lora_cli.records import Forgetting, with_interval
-from lora_cli.reports import EvalReport, ScaleReport, ScanPoint, ScanReport
+from lora_cli.reports import CombineReport, EvalReport, MergedLayer, MergeReport, ScaleReport, ScanPoint, ScanReport
 
 _PERCENT = ("token_accuracy", "exact_match", "label_accuracy", "json_valid", "json_fields", "rouge_l", "bleu", "chrf")
+_ROUNDED = {"nearest": "to nearest", "stochastic": "by chance"}
+_LITTLE = 0.95  # of an update left after rounding
 
 
 def show_eval(report: EvalReport) -> None:
@@ -97,3 +99,70 @@ def show_scale(report: ScaleReport) -> None:
             f"Loss on the held-out rows {report.point.loss.value:.4f} ({change.value:+.4f}); ", end="", markup=False
         )
         out.print(f"{forgetting_in_words(report.point.forgetting)}.", markup=False, soft_wrap=True)
+
+
+# --- merge ---
+
+
+def show_merge(report: MergeReport | CombineReport) -> None:
+    """Show what was merged, what rounding left of it, and how it compares; or the adapter that was made of several."""
+    if isinstance(report, CombineReport):
+        out.print(
+            f"Wrote one adapter of {report.adapted_tensors} layers, rank {report.rank}, to {report.output}; it holds "
+            f"at least {report.kept:.2%} of each layer's update.",
+            markup=False,
+            soft_wrap=True,
+        )
+        return
+    agreement = report.agreement
+    lines = [
+        f"Merged {report.adapted_tensors} tensors ({report.dtype}, rounded {_ROUNDED[report.rounding]}) into "
+        f"{report.output}.",
+        _updates(report.layers),
+        f"Read back and compared with base + adapter at {agreement.positions:,} positions: largest logit difference "
+        f"{agreement.largest_logit_difference:.2g} (allowed {report.bound:.2g}), KL {agreement.mean_kl:.2g}, "
+        f"same first choice {agreement.top1_agreement:.2%}.",
+    ]
+    if report.forced:
+        lines.append("This is more than is allowed: it was kept because of --force.")
+    for line in [*lines, *_quantised(report)]:
+        out.print(line, markup=False, soft_wrap=True)
+    if report.speeds is not None:
+        table = Table("tokens/s", "prompt", "of base", "answer", "of base", box=None)
+        for name, speed in report.speeds.items():
+            figures = (speed.prompt, speed.prompt_of_base, speed.answer, speed.answer_of_base)
+            table.add_row(name, *(with_interval(f, spec) for f, spec in zip(figures, [".0f", ".3f"] * 2, strict=True)))
+        out.print(table)
+
+
+def _quantised(report: MergeReport) -> Iterator[str]:
+    """Say of a base that was trained quantised what the update was added to, and how far either way is from that."""
+    if report.quantization is None:
+        return
+    yield f"In training the base was quantised ({report.quantization}); merged are its {report.onto} weights."
+    if report.from_trained is None:
+        yield "How far that is from what was trained was not measured: this model cannot be run layer by layer."
+    for onto, each in (report.from_trained or {}).items():
+        loss = (
+            f", loss {each.loss:.4f} (trained {each.trained_loss:.4f}, {each.targets} tokens)" if each.targets else ""
+        )
+        yield (
+            f"Merged onto {onto} weights, from what was trained ({each.positions:,} positions): largest logit "
+            f"difference {each.largest_logit_difference:.2g}, KL {each.mean_kl:.2g}, same first choice "
+            f"{each.top1_agreement:.2%}{loss}."
+        )
+
+
+def _updates(layers: Sequence[MergedLayer]) -> str:
+    sizes = sorted(layer.relative for layer in layers)
+    kept = sorted((layer.kept, layer.name) for layer in layers if layer.kept is not None)
+    line = f"Updates are {sizes[0]:.2g} to {sizes[-1]:.2g} of their weights (median {sizes[len(sizes) // 2]:.2g})"
+    if not kept:
+        return f"{line}."
+    worst, name = kept[0]
+    line += (
+        f"; after rounding {kept[len(kept) // 2][0]:.1%} of an update is left (median), least {worst:.1%} of {name}."
+    )
+    if worst < _LITTLE:
+        line += " --dtype float32 or --rounding stochastic keeps more."
+    return line

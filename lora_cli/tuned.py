@@ -73,6 +73,11 @@ def find(path: Path, base: str | None = None) -> Result:
     return Result(read, section, header, found, run, config)
 
 
+def on_stored(result: Result) -> Result:
+    """Return a result on its base as that is stored, for what knows nothing of how it was quantised in training."""
+    return replace(result, base=result.base.model_copy(update={"quantization": None}))
+
+
 def load(result: Result, device: torch.device, dtype: str | None = None) -> LanguageModel:
     """Load the base and attach the adapter. `dtype` replaces the configured one."""
     section = result.base if dtype is None else result.base.model_copy(update={"dtype": dtype})

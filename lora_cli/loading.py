@@ -19,7 +19,7 @@ from lora_cli.quantised import BLOCK, Kind, QuantisedLinear
 from lora_cli.sharding import as_part, own_rows
 from lora_cli.tensor_file import TensorInfo, read_rows
 
-_PIECE = 1 << 22  # bytes that are read at once
+_PIECE = 1 << 18  # bytes that are read at once
 
 
 class Piece(NamedTuple):
@@ -120,6 +120,8 @@ def fill(module: nn.Module, pieces: Iterable[Piece], dtype: torch.dtype, device:
     """
     together = {name: names for names in tied_names(module) for name in names}
     layers = {f"{path}.weight": part for path, part in module.named_modules() if isinstance(part, QuantisedLinear)}
+    for layer in layers.values():  # before anything is read: what is freed between them would be lost to other sizes
+        layer.make_room(device)
     for name, some in groupby(pieces, key=lambda piece: piece.name):
         if name in layers:
             layers[name].quantise(piece.rows.to(device) for piece in some)
@@ -140,13 +142,13 @@ def fill(module: nn.Module, pieces: Iterable[Piece], dtype: torch.dtype, device:
 
 
 def plan_to_quantise(module: nn.Module, kind: Kind) -> None:
-    """Replace the linear layers of a model's blocks by empty ones that are to be quantised; not embedding and head."""
+    """Put quantised layers without numbers in the place of the linear ones of a model's blocks."""
     for path in lora.find_targets(module, "all-linear"):
         layer: Any = module.get_submodule(path)
         inputs, outputs = lora.linear_shape(layer)
         parent, _, name = path.rpartition(".")
-        empty = QuantisedLinear(kind, (outputs, inputs), layer.bias, layer.weight.dtype, lora.is_conv1d(layer))
-        setattr(module.get_submodule(parent), name, empty)
+        planned = QuantisedLinear(kind, (outputs, inputs), layer.bias, layer.weight.dtype, lora.is_conv1d(layer))
+        setattr(module.get_submodule(parent), name, planned)
 
 
 def quantise_loaded(module: nn.Module, kind: Kind) -> None:
@@ -155,4 +157,6 @@ def quantise_loaded(module: nn.Module, kind: Kind) -> None:
     plan_to_quantise(module, kind)
     while weights:
         path, weight = weights.popitem()
-        module.get_submodule(path).quantise([weight.detach()])
+        layer = module.get_submodule(path)
+        layer.make_room(weight.device)
+        layer.quantise([weight.detach()])

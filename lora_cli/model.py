@@ -20,7 +20,7 @@ from lora_cli import base_folder, json_file, loading, remote_code, sharding
 from lora_cli.attention import PACKED, packed_attention
 from lora_cli.config import ModelConfig
 from lora_cli.config_checks import problem_of_remote_code
-from lora_cli.distributed import World
+from lora_cli.distributed import World, keep_freed_memory
 from lora_cli.errors import NOTHING_LOADED, ModelError, shown
 from lora_cli.examples import Tokenizer
 from lora_cli.layout import Layout, decoder_blocks, probe
@@ -161,6 +161,8 @@ def load_model(
     They are divided over the ranks of `sharded`.
     """
     base_folder.require_whole(header.folder)
+    if config.quantization is not None:
+        keep_freed_memory()  # dense weights come and go
     dtype = choose_dtype(config.dtype, device)
     module = _load_in_pieces(header, config, dtype, device, sharded)
     if module is None:

@@ -11,7 +11,6 @@ every device.
 import contextlib
 import importlib
 import logging
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, assert_never
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_cli.errors import SurroundingsError
-from lora_cli.sharding import as_part, own_rows
+from lora_cli.sharding import as_part, own_part, own_rows
 
 Kind = Literal["nf4", "int8"]
 BLOCK = 64  # numbers that share a scale (nf4)
@@ -31,9 +30,9 @@ class QuantisedLinear(nn.Module):
     """x W^T + b, W [out, in] quantised; `weight` makes it anew in `dtype` whenever it is asked for."""
 
     packed: nn.Parameter
-    scales: Tensor
-    scales_of_scales: Tensor
-    mean_scale: Tensor
+    scales: Tensor  # of every row (int8), of every BLOCK numbers in eight bits (nf4)
+    scales_of_scales: Tensor  # nf4
+    mean_scale: Tensor  # nf4
 
     def __init__(
         self,
@@ -43,34 +42,68 @@ class QuantisedLinear(nn.Module):
         dtype: torch.dtype,
         transposed: bool = False,
     ) -> None:
-        """Make a layer without numbers. `transposed`: those that come are of a weight [in, out], as GPT-2 stores it."""
+        """Plan a layer: `make_room` and `quantise` give it numbers.
+
+        `transposed`: those come as a weight [in, out], as GPT-2 stores it.
+        """
         super().__init__()
         self.kind, self.dtype, self.transposed = kind, dtype, transposed
         self.out_features, self.in_features = shape
         self.bias = bias
         self.training = False
-        match kind:
-            case "nf4":
-                packed = torch.empty((math.prod(shape) + 1) // 2, 1, dtype=torch.uint8, device="meta")
-            case "int8":
-                packed = torch.empty(shape, dtype=torch.int8, device="meta")
-            case _:
-                assert_never(kind)
+        with torch.device("meta"):
+            match kind:
+                case "nf4":
+                    blocks = -(-shape[0] * shape[1] // BLOCK)
+                    packed = torch.empty(-(-shape[0] * shape[1] // 2), 1, dtype=torch.uint8)
+                    self.register_buffer("scales", torch.empty(blocks, dtype=torch.uint8))
+                    self.register_buffer("scales_of_scales", torch.empty(-(-blocks // _SCALES)))
+                    self.register_buffer("mean_scale", torch.empty(()))
+                case "int8":
+                    packed = torch.empty(shape, dtype=torch.int8)
+                    self.register_buffer("scales", torch.empty(shape[0]))
+                case _:
+                    assert_never(kind)
         self.packed = nn.Parameter(packed, requires_grad=False)
 
-    def quantise(self, pieces: Iterable[Tensor]) -> None:
-        """Take the numbers of a weight, in pieces [rows, columns]; all but the last have a multiple of BLOCK rows.
+    def make_room(self, device: torch.device) -> None:
+        """Take the memory that the layer needs on a device, for this rank's part where it is divided."""
+        first, after = own_rows(self.packed)
+        own = torch.empty(after - first, *self.packed.shape[1:], dtype=self.packed.dtype, device=device)
+        self.packed = nn.Parameter(as_part(self.packed, own), requires_grad=False)
+        for name, buffer in self.named_buffers():
+            self.register_buffer(name, torch.empty_like(buffer, device=device))
 
-        Where the layer is divided over ranks, this rank's part of them is kept.
-        """
+    @torch.no_grad()
+    def quantise(self, pieces: Iterable[Tensor]) -> "QuantisedLinear":
+        """Take the weight in pieces [rows, columns], of which all but the last have a multiple of BLOCK rows."""
         if self.transposed:
             pieces = [torch.cat([piece.clone() for piece in pieces]).T]
-        packed, buffers = _to_nf4(pieces) if self.kind == "nf4" else _to_int8(pieces)
-        first, after = own_rows(self.packed)
-        own = packed if after - first == len(packed) else packed[first:after].clone()
-        self.packed = nn.Parameter(as_part(self.packed, own), requires_grad=False)
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer)
+        (first, after), own = own_rows(self.packed), own_part(self.packed)
+        place, scales = 0, list[Tensor]()
+        for piece in pieces:
+            wide = piece.float()
+            if self.kind == "int8":
+                scales.append(wide.abs().amax(1).div_(127).clamp_min_(torch.finfo(torch.float32).tiny))
+                some = (wide / scales[-1][:, None]).round_()
+            else:
+                some, state = bitsandbytes().functional.quantize_4bit(
+                    wide.contiguous(), None, None, BLOCK, False, "nf4"
+                )
+                scales.append(state.absmax)
+            begin, end = max(first, place), min(after, place + len(some))
+            if begin < end:
+                own[begin - first : end - first] = some[begin - place : end - place]
+            place += len(some)
+        every = torch.cat(scales)
+        if self.kind == "int8":
+            self.scales.copy_(every)
+            return self
+        self.mean_scale.copy_(every.mean())
+        some, state = bitsandbytes().functional.quantize_blockwise(every - self.mean_scale, blocksize=_SCALES)
+        self.scales.copy_(some)
+        self.scales_of_scales.copy_(state.absmax)
+        return self
 
     @property
     def weight(self) -> Tensor:
@@ -93,38 +126,12 @@ class QuantisedLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-def _to_int8(pieces: Iterable[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    packed, scales = [], []
-    for piece in pieces:
-        scale = piece.float().abs().amax(1).div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
-        packed.append((piece / scale[:, None]).round_().to(torch.int8))
-        scales.append(scale)
-    return _together(packed), {"scales": torch.cat(scales)}
-
-
-def _to_nf4(pieces: Iterable[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    functional = bitsandbytes().functional
-    packed, scales = [], []
-    for piece in pieces:
-        some, state = functional.quantize_4bit(piece.float().contiguous(), blocksize=BLOCK, quant_type="nf4")
-        packed.append(some)
-        scales.append(state.absmax)
-    every = torch.cat(scales)
-    mean = every.mean()
-    quantised, state = functional.quantize_blockwise(every - mean, blocksize=_SCALES)
-    return _together(packed), {"scales": quantised, "scales_of_scales": state.absmax, "mean_scale": mean}
-
-
-def _together(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
 def round_trip(kind: Kind, weight: Tensor) -> Tensor:
     """Return what quantisation leaves of a weight [out, in], in float32."""
-    out, inner = weight.shape
-    layer = QuantisedLinear(kind, (out, inner), None, torch.float32)
-    layer.quantise([weight])
-    return layer.weight
+    rows, columns = weight.shape
+    layer = QuantisedLinear(kind, (rows, columns), None, torch.float32)
+    layer.make_room(weight.device)
+    return layer.quantise([weight]).weight
 
 
 def require_installed(kind: Kind | None) -> None:

@@ -74,6 +74,11 @@ def find(path: Path, base: str | None = None) -> Result:
     return Result(read, section, header, found, run, config)
 
 
+def on_stored(result: Result) -> Result:
+    """Return a result on its base as that is stored, for what knows nothing of how it was quantised in training."""
+    return replace(result, base=result.base.model_copy(update={"quantization": None}))
+
+
 def load(result: Result, device: torch.device, dtype: str | None = None, sharded: World | None = None) -> LanguageModel:
     """Load the base, divided over the ranks of `sharded`, and attach the adapter.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import DROPOUT, Invoke, conversation, facts, one_batch, save_base, write_config, write_rows
 from test_loading import read_in_pieces
 from torch import nn
@@ -16,6 +17,8 @@ from lora_cli import adapter, config_file, forward, fused, lora, metrics, model,
 from lora_cli.config import LoraConfig, ModelConfig
 from lora_cli.examples import Example
 from lora_cli.interrupt import StopRequest
+from lora_cli.merge import merge
+from lora_cli.merged_folder import Form
 from lora_cli.model import LanguageModel
 from lora_cli.quantised import Kind, QuantisedLinear
 from lora_cli.records import Evaluated
@@ -37,6 +40,13 @@ def layers(module: nn.Module) -> dict[str, QuantisedLinear]:
     return {path: layer for path, layer in module.named_modules() if isinstance(layer, QuantisedLinear)}
 
 
+def quantised_of(kind: Kind, weight: torch.Tensor, dtype: torch.dtype) -> QuantisedLinear:
+    """A layer that was given a weight in pieces."""
+    layer = QuantisedLinear(kind, (len(weight), weight.shape[1]), None, dtype)
+    layer.make_room(CPU)
+    return layer.quantise(weight.split(64))
+
+
 # --- numbers ---
 
 
@@ -45,8 +55,7 @@ def layers(module: nn.Module) -> dict[str, QuantisedLinear]:
 def test_what_four_bits_leave(shape: tuple[int, int], dtype: torch.dtype):
     """Of rows of any length: each number is one of 16 times the largest of its 64, itself in eight bits."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    layer = QuantisedLinear("nf4", shape, None, dtype)
-    layer.quantise([weight])
+    layer = quantised_of("nf4", weight, dtype)
     levels = quantised.bitsandbytes().functional.get_4bit_type("nf4", device="cpu")
     blocks = nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
     largest = blocks.abs().amax(1, keepdim=True)
@@ -64,8 +73,7 @@ def test_what_eight_bits_leave():
     """Every number is the nearest of the 255 of its row; a row of zeros stays one."""
     weight = torch.randn(70, 24, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 70)[:, None]
     weight[5] = 0.0
-    layer = QuantisedLinear("int8", (70, 24), None, torch.float32)
-    layer.quantise([weight[:64], weight[64:]])
+    layer = quantised_of("int8", weight, torch.float32)
 
     assert ((layer.weight - weight).abs() <= 0.5001 * weight.abs().amax(1, keepdim=True) / 127).all()
     assert (layer.weight[5] == 0).all()
@@ -241,3 +249,74 @@ def test_experts_are_said_to_stay_as_they_are(make_config: Callable[..., Path], 
 
     assert code == 0
     assert "model.quantization int8: the experts of this model (4 stacked weights) stay as they are" in out + errors
+
+
+# --- what comes of it ---
+
+
+def shifted(run: RunDir, folder: Path) -> Any:
+    """A merged folder's logits on held-out tokens, and what was trained has there."""
+    ids = torch.arange(5, 45)[None]
+    merged = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loaded = tuned.load(tuned.find(run.path), CPU)
+    loaded.module.set_attn_implementation(loaded.own_attention)
+    with torch.no_grad():
+        return merged(input_ids=ids).logits, loaded.module(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("onto", ["stored", "dequantised"])
+def test_a_quantised_run_is_merged_onto_either_base(trained: tuple[Kind, Path, RunDir], onto: Any, tmp_path: Path):
+    """What is written is the stored or the dequantised base + update; how far both are from the trained is said."""
+    kind, _, run = trained
+    report = merge([run.path], tmp_path / "merged", form=Form(onto=onto))
+    record = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert report.from_trained is not None
+    stored, dequantised = report.from_trained["stored"], report.from_trained["dequantised"]
+    written, wanted = shifted(run, tmp_path / "merged")
+
+    assert report.agreement.largest_logit_difference < 1e-4 * report.agreement.largest_logit
+    assert torch.allclose(written, wanted, atol=1e-4) == (onto == "dequantised")
+    assert dequantised.largest_logit_difference < 1e-4
+    assert stored.largest_logit_difference > (0.1 if kind == "nf4" else 1e-2)
+    assert dequantised.loss == pytest.approx(dequantised.trained_loss, abs=1e-4)
+    assert stored.targets > 20
+    assert stored.trained_loss == dequantised.trained_loss != stored.loss
+    assert (record["onto"], record["quantization"]) == (onto, kind)
+    assert record["from_trained"]["stored"]["mean_kl"] == stored.mean_kl > dequantised.mean_kl
+
+
+def test_a_conv1d_base_is_merged_dequantised(model_folder: Callable[[str], str], rows_file: str, tmp_path: Path):
+    """GPT-2 stores its weights the other way round; layers that are not adapted are dequantised too."""
+    overrides = {"model.quantization": "nf4", "lora.target_modules": ["c_attn"], "train.max_steps": 4}
+    run = run_of(tmp_path, model_folder("gpt2"), rows_file, **overrides)
+    report = merge([run.path], tmp_path / "merged", form=Form(onto="dequantised"))
+    written, wanted = shifted(run, tmp_path / "merged")
+
+    assert report.adapted_tensors == 2
+    assert torch.allclose(written, wanted, atol=1e-4)
+
+
+def test_a_merge_says_how_far_it_is_from_what_was_trained(
+    trained: tuple[Kind, Path, RunDir], tmp_path: Path, invoke: Invoke
+):
+    """Both ways are shown beside each other, with their losses; an export says what it is made with."""
+    kind, _, run = trained
+    code, out, _ = invoke("merge", run.path, "--output", tmp_path / "merged", "--onto", "dequantised")
+    exported = invoke("export", run.path, "--format", "gguf-lora", "--output", tmp_path / "adapter.gguf")
+
+    assert code == 0
+    assert f"In training the base was quantised ({kind}); merged are its dequantised weights." in out
+    assert out.count("from what was trained") == 2
+    assert out.count("(trained ") == 2
+    assert exported[0] == 0
+    assert f"the base was quantised ({kind}); this is with its weights as they are stored" in exported[2]
+
+
+def test_a_run_that_is_not_quantised_has_nothing_to_dequantise(undisturbed: Path, tmp_path: Path, invoke: Invoke):
+    """It is refused, with the way out, and nothing is written."""
+    code, _, errors = invoke("merge", undisturbed, "--output", tmp_path / "merged", "--onto", "dequantised")
+
+    assert code == 2
+    assert "not quantised" in errors
+    assert "--onto stored takes any" in errors
+    assert not (tmp_path / "merged").exists()

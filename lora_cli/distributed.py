@@ -25,7 +25,7 @@ from lora_cli.errors import NOTHING_LOADED, InputError, SurroundingsError, shown
 
 Item = TypeVar("Item")
 
-_MEET = timedelta(minutes=30)
+_MEET = timedelta(minutes=10)
 _ANSWER = timedelta(days=7)  # the main rank may prepare or write for long; heartbeats tell who is gone
 
 
@@ -239,7 +239,9 @@ def joined(wanted: str, in_step: bool = False) -> Iterator[World]:
     with contextlib.ExitStack() as stack:
         stack.callback(_part)
         try:
-            store, rank, size = next(rendezvous("env://", timeout=_MEET))
+            attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {started.size}"
+            found, rank, size = next(rendezvous("env://", timeout=_MEET))
+            store = dist.PrefixStore(attempt, found)  # torchrun keeps it, with the addresses of processes that ended
             stack.enter_context(heartbeat.beating(store.clone(), started))
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_ANSWER)
         except (RuntimeError, ValueError) as error:

@@ -27,7 +27,7 @@ def beating(store: Any, started: Launch) -> Iterator[None]:
 
     A block that raises only falls silent, which leaves the others the time to end in their own way.
     """
-    heart = _Heart(dist.PrefixStore(f"heartbeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), started)
+    heart = _Heart(dist.PrefixStore("heartbeat", store), started)
     threads = [threading.Thread(target=act, daemon=True) for act in (heart.talk, heart.watch)]
     for thread in threads:
         thread.start()

@@ -27,6 +27,7 @@ PARTS = {  # the count of each that docs/reliability.md reports
     "crash": 0,  # SIGKILL at every operation of storage; 0 is all there are
     "agreement": 0,  # ways to run a config, all of which have the same numbers
     "kills": 100,  # SIGKILL of whole processes at random times
+    "ranks": 20,  # SIGKILL and SIGSTOP of one of two processes of a run
     "power": 2000,  # states that a power cut leaves
     "faults": 300,  # operations that the system refuses
     "rot": 5000,  # flipped bits; a tenth as many cut files

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torture import agreement
 from torture.agreement import Way
 
-from lora_cli import batches, config_file, distributed, ending, heartbeat, lora, model, run_dir, step
+from lora_cli import batches, config_file, distributed, ending, heartbeat, lora, model, prepare, run_dir, step
 from lora_cli.batches import ALONE, Mixture, Part
 from lora_cli.config import LoraConfig, ModelConfig
 from lora_cli.examples import Example
@@ -249,6 +249,26 @@ def test_a_halted_process_ends_the_others(
     finally:
         os.kill(ranks[halted], signal.SIGKILL)
         os.waitpid(ranks[halted], 0)
+
+
+def test_a_halted_main_process_is_not_waited_for(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """While it prepares the data the others only wait; they end as well."""
+    monkeypatch.setattr(heartbeat, "BEAT", 0.1)
+    config = make_config(**SETTINGS)
+
+    def work(rank: int) -> None:
+        if rank == 0:
+            disturb(prepare, "prepare", 1, send(signal.SIGSTOP))
+        processes.lora("train", config)
+
+    main, other = start_ranks(2, work, tmp_path)
+    try:
+        assert end(other, seconds=20) == 3
+        assert "where the 2 processes of this run meet, has not answered" in (tmp_path / "rank-1").read_text()
+    finally:
+        os.kill(main, signal.SIGKILL)
+        os.waitpid(main, 0)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_processes_that_see_other_files_do_not_train_together(make_config: Make, tmp_path: Path):

@@ -28,28 +28,28 @@ _ORPHAN_SECONDS = 10.0
 
 def run(seed: int, count: int, folder: Path) -> dict[str, Any]:
     """Disturb `count` runs; return how often each phase was hit, and every run that did not end as it should."""
-    config = _write(folder)
+    config = write(folder)
     undisturbed: dict[int, Any] = {}
     hit, failures = Counter[str](), list[str]()
     for trial in range(count):
         ranks = 2 if trial % _RANKED == _RANKED - 1 else 1
         if ranks not in undisturbed:
             whole = folder / f"whole-{ranks}"
-            _finish(_command(config, ranks, whole))
-            undisturbed[ranks] = _ended(whole)
+            finish(_command(config, ranks, whole))
+            undisturbed[ranks] = ended(whole)
         place = folder / f"run-{trial}"
         try:
             _disturb(random.Random(f"{seed}:{trial}"), _command(config, ranks, place), place, ranks, hit)
-            if (ended := _ended(place)) != undisturbed[ranks]:
+            if (end := ended(place)) != undisturbed[ranks]:
                 names = ("metrics", "files", "run.json", "temporaries")
-                parts = [name for name, a, b in zip(names, ended, undisturbed[ranks], strict=True) if a != b]
+                parts = [name for name, a, b in zip(names, end, undisturbed[ranks], strict=True) if a != b]
                 failures.append(f"run {trial} ({ranks} ranks): another end in {', '.join(parts)}")
         except (AssertionError, subprocess.SubprocessError, TimeoutError) as error:
             failures.append(f"run {trial} ({ranks} ranks): {type(error).__name__}: {str(error)[-300:]}")
     return {"tried": count, "kills": dict(sorted(hit.items())), "failures": failures}
 
 
-def _write(folder: Path) -> Path:
+def write(folder: Path) -> Path:
     """A run of twelve steps in about a second: dropout, validation, general text, and saves between validations."""
     rows = write_rows(folder / "rows.jsonl", [conversation(number) for number in range(32)])
     values = {
@@ -71,7 +71,7 @@ def _command(config: Path, ranks: int, place: Path) -> list[str]:
     return [sys.executable, *launcher, "-m", "lora_cli", "train", str(config), f"output_dir={place}"]
 
 
-def _finish(command: Sequence[str]) -> None:
+def finish(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE)
     assert done.returncode == 0, done.stderr
 
@@ -88,10 +88,10 @@ def _disturb(chance: random.Random, command: Sequence[str], place: Path, ranks: 
             hit[f"{phase}, {name}"] += 1
         process.wait(timeout=_PATIENCE)
         end = time.monotonic() + _ORPHAN_SECONDS
-        while _processes_of(place):
-            assert time.monotonic() < end, f"still alive after {phase}, {name}: {_processes_of(place)}"
+        while processes_of(place):
+            assert time.monotonic() < end, f"still alive after {phase}, {name}: {processes_of(place)}"
             time.sleep(0.02)
-    _finish(command)
+    finish(command)
 
 
 def _await(chance: random.Random, phase: str, place: Path, process: subprocess.Popen[bytes]) -> None:
@@ -133,12 +133,12 @@ def _victim(chance: random.Random, started: int, ranks: int) -> tuple[int, str]:
     """Whom to kill: the process; of several one of the ranks, or torchrun itself."""
     if ranks == 1:
         return started, "alone"
-    children = sorted(pid for pid, parent, _ in _processes() if parent == started)
+    children = sorted(pid for pid, parent, _ in processes() if parent == started)
     victims = [(started, "torchrun"), *zip(children, (f"rank {rank}" for rank in itertools.count()), strict=False)]
     return chance.choice(victims)
 
 
-def _processes() -> list[tuple[int, int, str]]:
+def processes() -> list[tuple[int, int, str]]:
     """(process, parent, command line) of all that live."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -152,11 +152,11 @@ def _processes() -> list[tuple[int, int, str]]:
     return found
 
 
-def _processes_of(place: Path) -> list[int]:
-    return [pid for pid, _, line in _processes() if line.rstrip().endswith(f"output_dir={place}")]
+def processes_of(place: Path) -> list[int]:
+    return [pid for pid, _, line in processes() if line.rstrip().endswith(f"output_dir={place}")]
 
 
-def _ended(place: Path) -> tuple[Any, ...]:
+def ended(place: Path) -> tuple[Any, ...]:
     """What must be the same: metrics, adapter, newest checkpoint, run.json, and what is left half-written: nothing."""
     left = sorted(path.name for path in place.rglob("*") if storage.is_temporary(path))
     return *facts(place), read_status(RunDir(place)), left

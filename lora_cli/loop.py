@@ -208,7 +208,8 @@ class Loop:
         began = time.perf_counter()
         stopping, patience = self.state.stopping, self.config.train.early_stopping.patience
         assert self.validation is not None, "asked for by the caller"
-        result, forgetting = self.validation.measure(self.tokens)
+        measure = self.validation.measure if self.state.step else self.validation.measure_base
+        result, forgetting = measure(self.tokens)
         loss, targets = result.mean("loss"), int(result.targets.sum())
         if not math.isfinite(loss):
             raise self._stopped(self.state.step, f"the validation loss is {loss}")

@@ -32,11 +32,14 @@ class Session:
     stop: StopRequest
     world: World
 
-    def run(self, config: RunConfig, run: RunDir, changes: Sequence[Change] = ()) -> Iterator[Event]:
+    def run(
+        self, config: RunConfig, run: RunDir, changes: Sequence[Change] = (), rate: float | None = None
+    ) -> Iterator[Event]:
         """Train in a directory that is held, from where it stands; yield what happens and write it down.
 
-        `changes` are what differs from how the run was begun. The config may differ from that of other runs of the
-        session in how the adapter is made and trained, not in base and data.
+        `changes` are what differs from how the run was begun, `rate` is the learning rate where the config has none.
+        The config may differ from that of other runs of the session in how the adapter is made and trained, not in base
+        and data.
         """
         with interrupt.patience():
             if self.world.is_main:
@@ -44,7 +47,7 @@ class Session:
                 if (warning := run_dir.warning(run)) is not None:
                     yield Notice(warning)
             self.world.from_main()
-            loop = self._loop(config, run)
+            loop = self._loop(config if rate is None else with_rate(config, rate), run)
             for foreign in run_dir.foreign_folders(run) if self.world.is_main else ():
                 yield Notice(f"{foreign}: is no checkpoint of this program, and is passed over.")
             yield from loop.restore()
@@ -89,6 +92,11 @@ class Session:
             total_parameters=trainable + sum(p.numel() for p in self.prepared.skeleton.parameters()),
             forward=str(self.model.layout),
         )
+
+
+def with_rate(config: RunConfig, rate: float) -> RunConfig:
+    """Return a config with a learning rate in the place of its own."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": rate})})
 
 
 def open_session(

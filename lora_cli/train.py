@@ -66,6 +66,7 @@ def _train(
 ) -> Iterator[Event]:
     """Train in a directory that is held."""
     from lora_cli import environment
+    from lora_cli.probe import choose_rate
     from lora_cli.session import open_session, untrained_ends
 
     here = environment.describe(config, run, prepared, changes, world)
@@ -80,7 +81,8 @@ def _train(
     session = open_session(config, prepared, here, stop, world)
     for text in untrained_ends(session):
         yield Notice(text)
-    yield from session.run(config, run, [*changes, *others])
+    rate = (yield from choose_rate(session, config, run)) if config.train.learning_rate == "auto" else None
+    yield from session.run(config, run, [*changes, *others], rate)
 
 
 def _require_room(config: RunConfig, run: RunDir, prepared: "Prepared") -> None:

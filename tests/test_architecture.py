@@ -97,6 +97,7 @@ FLOORS = [
     "held_out",
     "environment",
     "session",
+    "probe",
     "train",
     "compare",
     "scale",

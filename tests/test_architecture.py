@@ -136,7 +136,7 @@ DOORS = {
     "huggingface_hub": {"base_folder", "hub"},
     "datasets": {"sources"},
     "safetensors": {"adapter", "adapter_folder", "checkpoint", "environment", "formats.mlx_adapter", "model"},
-    "rich": {"console", "figures", "follower"},
+    "rich": {"console", "figures", "follower", "outlook"},
     "bitsandbytes": {"quantised"},
     "gguf": {"formats.gguf_file"},
     "typer": {"cli"},

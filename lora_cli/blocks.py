@@ -1,4 +1,4 @@
-"""What is done to the decoder's blocks before training: recomputing their activations, compiling them."""
+"""What is done to the decoder's blocks before training, and undone: recomputing their activations, compiling them."""
 
 import functools
 import os
@@ -10,8 +10,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lora_cli import lora
 from lora_cli.errors import SurroundingsError
 from lora_cli.layout import decoder_blocks
+
+
+def as_loaded(module: nn.Module) -> None:
+    """Take off what an earlier run did to a model: its adapter, and other ways to run its parts."""
+    lora.remove_lora(module)
+    for part in module.modules():
+        part.__dict__.pop("forward", None)  # over which its class's shows again
+        part._compiled_call_impl = None
 
 
 def recompute_activations(module: nn.Module) -> None:

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from lora_cli import __version__, arguments, config_file, console, ending, figures, follower, interrupt, launch, storage
+from lora_cli import (
+    __version__,
+    arguments,
+    config_file,
+    console,
+    ending,
+    figures,
+    follower,
+    interrupt,
+    launch,
+    outlook,
+    storage,
+)
 from lora_cli.errors import ConfigError, InputError
 from lora_cli.records import Finished, as_json
 
@@ -87,7 +99,7 @@ def check(
     if json:
         console.print_json(as_json(report))
     else:
-        figures.show_check(report, whole=row is not None)
+        outlook.show_check(report, whole=row is not None)
 
 
 @app.command()
@@ -214,6 +226,9 @@ def merge(
     output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
     dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16: what is written.")] = "keep",
     rounding: Annotated[str, typer.Option(help="nearest, or stochastic: small updates are not lost.")] = "nearest",
+    onto: Annotated[
+        str, typer.Option(help="stored, or dequantised: of a base that was trained quantised, which weights.")
+    ] = "stored",
     weights: Annotated[
         str | None, typer.Option(metavar="W...", help="Of several adapters: 0.7 0.3; else 1 each.", show_default=False)
     ] = None,
@@ -238,6 +253,7 @@ def merge(
     form = merged_folder.Form(
         arguments.one_of("--dtype", dtype, merged_folder.Dtype),
         arguments.one_of("--rounding", rounding, merged_folder.Rounding),
+        arguments.one_of("--onto", onto, merged_folder.Onto),
     )
     together = merging.Together(numbers, arguments.one_of("--method", method, update.Method), density)
     if push is not None:
@@ -251,7 +267,7 @@ def merge(
     if json:
         console.print_json({**as_json(report), "pushed": pushed})
         return
-    console.show_merge(report)
+    figures.show_merge(report)
     if pushed is not None:
         console.print_text(f"Pushed to {pushed}.")
 

@@ -58,7 +58,8 @@ def compare(path: Path, asked: Asked) -> EvalReport:
         raise InputError(f"--metric: there is no {unknown[0]}; known are {', '.join(METRICS)}.")
     scoring.require_pattern(asked.extract)
     result = tuned.find(path, asked.base)
-    with joined(result.base.device) as world:
+    sharded = result.config is not None and result.config.train.shard
+    with joined(result.base.device, sharded) as world:
         return _compare(result, asked, world)
 
 
@@ -73,7 +74,7 @@ def _compare(result: Result, asked: Asked, world: World) -> EvalReport:
     if asked.scan and not general:
         raise InputError("--scan: needs general text, and the run measures none (eval.general: false); give --general.")
     options = options_of(held_out) if LABEL in asked.metrics else []
-    loaded = tuned.load(result, world.device)
+    loaded = tuned.load(result, world.device, sharded=world if world.in_step else None)
     tokens = tokens_worth_it(loaded.device)
 
     base, adapted = measure(loaded, held_out, tokens, BASE_AND_ADAPTER, world)

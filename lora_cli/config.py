@@ -219,6 +219,9 @@ class TrainConfig(Section):
     learning_rate: Override[Annotated[Float, Field(gt=0)] | Literal["auto"]] = Field(
         3e-4, description="the peak, reached after warm-up; or auto"
     )
+    loraplus_ratio: Override[Annotated[Float, Field(gt=0)]] = Field(
+        1.0, description="learning rate of lora_B over that of lora_A (LoRA+), 16 for example; 1 is plain LoRA"
+    )
     schedule: Override[Literal["cosine", "linear", "constant"]] = Field(
         "cosine", description="cosine | linear | constant"
     )

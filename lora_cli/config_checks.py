@@ -9,7 +9,6 @@ from lora_cli.errors import shown
 
 # Keys of the contract whose other values this version cannot honour yet: refused, never ignored.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "model.quantization": (None,),
     "lora.method": ("lora", "rslora"),
 }
 
@@ -49,8 +48,8 @@ def check_config(config: RunConfig) -> dict[str, str]:
         problems["model.device"] = (
             "losses are summed in float64, which MPS does not have, and nothing was tried there; set auto or cpu"
         )
-    if config.train.learning_rate == "auto":
-        problems["train.learning_rate"] = "this version cannot choose the rate yet; give a number, for example 3e-4"
+    if config.train.learning_rate == "auto" and config.data.validation == 0:
+        problems["train.learning_rate"] = "auto chooses by validation loss, and data.validation is 0; give a number"
     if config.eval.forgetting_budget is not None and False in (config.eval.general, config.data.validation != 0):
         missing = "eval.general is false" if config.eval.general is False else "data.validation is 0"
         problems["eval.forgetting_budget"] = f"nothing is measured that it could be held against: {missing}"

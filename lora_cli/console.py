@@ -4,22 +4,18 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import IO, Any, cast
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lora_cli.errors import UserError
 from lora_cli.records import Finished, with_interval
 from lora_cli.redact import redact
 from lora_cli.reports import (
-    CombineReport,
     ExportReport,
     GgufReport,
-    MergedLayer,
-    MergeReport,
 )
 
 for number, name in ((1, "stdout"), (2, "stderr")):
@@ -56,8 +52,6 @@ class _Messages:
 _WIDTH = None if sys.stdout.isatty() else 140  # lines of a file need not be folded as early as a terminal's
 out = Console(highlight=False, emoji=False, width=_WIDTH)
 err = Console(file=cast(IO[str], _Messages()), stderr=True, highlight=False, emoji=False)
-_ROUNDED = {"nearest": "to nearest", "stochastic": "by chance"}
-_LITTLE = 0.95  # of an update left after rounding
 
 
 def print_json(values: Mapping[str, Any]) -> None:
@@ -130,55 +124,6 @@ def show_finished(event: Finished, run: str, already: bool) -> None:
     lines.append(f"Next: lora eval {run}   or   lora merge {run} --output {run.rstrip('/')}-merged")
     for line in lines:
         out.print(line, markup=False, soft_wrap=True)
-
-
-# --- merge ---
-
-
-def show_merge(report: MergeReport | CombineReport) -> None:
-    """Show what was merged, what rounding left of it, and how it compares; or the adapter that was made of several."""
-    if isinstance(report, CombineReport):
-        out.print(
-            f"Wrote one adapter of {report.adapted_tensors} layers, rank {report.rank}, to {report.output}; it holds "
-            f"at least {report.kept:.2%} of each layer's update.",
-            markup=False,
-            soft_wrap=True,
-        )
-        return
-    agreement = report.agreement
-    lines = [
-        f"Merged {report.adapted_tensors} tensors ({report.dtype}, rounded {_ROUNDED[report.rounding]}) into "
-        f"{report.output}.",
-        _updates(report.layers),
-        f"Read back and compared with base + adapter at {agreement.positions:,} positions: largest logit difference "
-        f"{agreement.largest_logit_difference:.2g} (allowed {report.bound:.2g}), KL {agreement.mean_kl:.2g}, "
-        f"same first choice {agreement.top1_agreement:.2%}.",
-    ]
-    if report.forced:
-        lines.append("This is more than is allowed: it was kept because of --force.")
-    for line in lines:
-        out.print(line, markup=False, soft_wrap=True)
-    if report.speeds is not None:
-        table = Table("tokens/s", "prompt", "of base", "answer", "of base", box=None)
-        for name, speed in report.speeds.items():
-            figures = (speed.prompt, speed.prompt_of_base, speed.answer, speed.answer_of_base)
-            table.add_row(name, *(with_interval(f, spec) for f, spec in zip(figures, [".0f", ".3f"] * 2, strict=True)))
-        out.print(table)
-
-
-def _updates(layers: Sequence[MergedLayer]) -> str:
-    sizes = sorted(layer.relative for layer in layers)
-    kept = sorted((layer.kept, layer.name) for layer in layers if layer.kept is not None)
-    line = f"Updates are {sizes[0]:.2g} to {sizes[-1]:.2g} of their weights (median {sizes[len(sizes) // 2]:.2g})"
-    if not kept:
-        return f"{line}."
-    worst, name = kept[0]
-    line += (
-        f"; after rounding {kept[len(kept) // 2][0]:.1%} of an update is left (median), least {worst:.1%} of {name}."
-    )
-    if worst < _LITTLE:
-        line += " --dtype float32 or --rounding stochastic keeps more."
-    return line
 
 
 # --- export ---

@@ -1,8 +1,9 @@
 """`lora export`: what other runtimes load. One function a format."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import Literal, TypeVar, assert_never
 
 from lora_cli import adapter, adapter_folder, card, launch, room, run_dir, sources, storage, tuned
 from lora_cli.formats import gguf_export, mlx_adapter, ollama, onnx_graph
@@ -11,6 +12,7 @@ from lora_cli.reports import ExportReport, GgufReport
 from lora_cli.tuned import Result
 
 Format = Literal["peft", "gguf", "gguf-lora", "ollama", "mlx", "onnx"]
+AnyReport = TypeVar("AnyReport", ExportReport, GgufReport)
 FILES: Sequence[Format] = ("gguf", "gguf-lora")  # the others are folders
 
 
@@ -26,20 +28,37 @@ def export(
     room.require_new(output)
     match format:
         case "peft":
-            notes = export_peft(path, output)
+            return ExportReport(format, output, export_peft(path, output))
         case "gguf":
-            return gguf_export.export_model(tuned.find(path, base), output, kind)
+            return _with_note(gguf_export.export_model(result := _find(path, base), output, kind), result)
         case "gguf-lora":
-            return gguf_export.export_adapter(tuned.find(path, base), output)
+            return _with_note(gguf_export.export_adapter(result := _find(path, base), output), result)
         case "ollama":
-            return ollama.export(tuned.find(path, base), output, kind)
+            return _with_note(ollama.export(result := _find(path, base), output, kind), result)
         case "mlx":
-            notes = export_mlx(tuned.find(path, base), output)
+            notes = export_mlx(result := _find(path, base), output)
         case "onnx":
-            notes = export_onnx(tuned.find(path, base), output)
+            notes = export_onnx(result := _find(path, base), output)
         case _:
             assert_never(format)
-    return ExportReport(format, output, notes)
+    return _with_note(ExportReport(format, output, notes), result)
+
+
+def _find(path: Path, base: str | None) -> Result:
+    """Find what RUN names, on its base as that is stored."""
+    return tuned.on_stored(tuned.find(path, base))
+
+
+def _with_note(report: AnyReport, result: Result) -> AnyReport:
+    """Say of a run with a quantised base that what is exported is for another one."""
+    kind = result.config.model.quantization if result.config else None
+    if kind is None:
+        return report
+    note = (
+        f"In training the base was quantised ({kind}); this is with its weights as they are stored. `lora merge` says "
+        "how far that is from what was trained, and can write what quantisation leaves (--onto dequantised)."
+    )
+    return replace(report, notes=[*report.notes, note])
 
 
 def export_peft(path: Path, output: Path) -> Sequence[str]:

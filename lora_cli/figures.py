@@ -1,157 +1,17 @@
-"""Draws what a run would do, and comparisons of base and adapter: intervals, forgetting, the curve of a scan."""
+"""Draws comparisons: base and adapter with intervals, forgetting, the curve of a scan, a merge and what it is of."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.markup import escape
-from rich.table import Column, Table
-from rich.text import Text
+from rich.table import Table
 
-from lora_cli.console import duration, gigabytes, out
-from lora_cli.records import DataCounts, Forgetting, with_interval
-from lora_cli.reports import (
-    CheckReport,
-    EvalReport,
-    Marked,
-    MemoryEstimate,
-    RuntimeReport,
-    ScaleReport,
-    ScanPoint,
-    ScanReport,
-)
+from lora_cli.console import out
+from lora_cli.records import Forgetting, with_interval
+from lora_cli.reports import CombineReport, EvalReport, MergedLayer, MergeReport, ScaleReport, ScanPoint, ScanReport
 
 _PERCENT = ("token_accuracy", "exact_match", "label_accuracy", "json_valid", "json_fields", "rouge_l", "bleu", "chrf")
-_SHOWN_CHARACTERS = 2000  # of a row in a preview
-
-
-# --- check ---
-
-
-def show_check(report: CheckReport, whole: bool) -> None:
-    """Show what a run would do; rows are cut in the middle where they are long, unless `whole`."""
-    sets = {"train": report.train, "validation": report.validation, "test": report.test, "replay": report.replay}
-    present = {name: counts for name, counts in sets.items() if counts is not None}
-    out.print(_data_table(present))
-    lines = [f"lengths: {_bars(report.train)}", *(line for n, c in present.items() for line in _source_lines(n, c))]
-    if report.overlap is not None:
-        shared, of = report.overlap.prompts, report.overlap.of
-        lines.append(f"overlap: {shared} of {of} validation rows have a prompt that is trained on")
-    taken = "the time is not known" if report.seconds is None else f"about {duration(report.seconds)} here"
-    lines.append(
-        f"steps: {report.steps_per_epoch:,} an epoch of {report.examples_per_epoch:,} examples, "
-        f"{report.total_steps:,} in all, {taken}"
-    )
-    for line in lines:
-        out.print(line, markup=False, soft_wrap=True)
-    adapted = ", ".join(f"{name} x{count}" for name, count in report.modules.items())
-    share = report.trainable_parameters / report.total_parameters
-    out.print(f"adapted: {adapted}", markup=False, soft_wrap=True)
-    out.print(
-        f"trained: {report.trainable_parameters:,} of {report.total_parameters:,} parameters ({share:.2%})",
-        markup=False,
-    )
-    _show_memory(report.memory)
-    for line in _runtime_lines(report.runtimes):
-        out.print(line, markup=False, soft_wrap=True)
-    for notice in report.notices:
-        out.print(f"note: {notice}", markup=False, soft_wrap=True)
-    for shown in report.previews:
-        out.print(f"\n{shown.row}, the trained part marked:", markup=False, soft_wrap=True)
-        out.print(_marked(shown.pieces, None if whole else _SHOWN_CHARACTERS), soft_wrap=True)
-
-
-def _show_memory(memory: MemoryEstimate) -> None:
-    """Show what lies in memory, and whether it fits."""
-    each = "" if memory.processes == 1 else f" each of {memory.processes} processes takes"
-    place = "a GPU" if memory.device == "cuda" else "the CPU"
-    out.print(f"memory{each} on {place}, about, at {memory.tokens:,} tokens a forward:", markup=False)
-    parts = {
-        "base": memory.base,
-        "adapter + optimizer": memory.adapter,
-        "activations": memory.activations,
-        "in flight": memory.in_flight,
-        "the process itself": memory.process,
-        "total": memory.total,
-        "free": memory.free,
-    }
-    table = Table("", Column(justify="right"), box=None, show_header=False)
-    for name, count in parts.items():
-        table.add_row(f" {name}", "not known" if count is None else gigabytes(count))
-    out.print(table)
-    if memory.fits is False:
-        ways = "train.activation_checkpointing, fewer train.micro_batch_tokens or data.max_length, model.quantization"
-        text = f"does not fit: less is taken with {ways}; or, on several devices, with train.shard."
-        out.print(Text("memory: ", style="bold red") + Text(text), soft_wrap=True)
-
-
-def _data_table(sets: Mapping[str, DataCounts]) -> Table:
-    table = Table("", *sets, box=None)
-    figures: dict[str, Callable[[DataCounts], str]] = {
-        "rows": lambda c: f"{c.rows:,}",
-        "examples": lambda c: f"{c.examples:,}",
-        "tokens": lambda c: f"{c.tokens:,}",
-        "trained tokens": lambda c: f"{c.targets:,} ({c.targets / c.tokens:.0%})",
-        "length at 50 %": lambda c: f"{c.length_percentiles[0]:,}",
-        "  90 / 99 / 100 %": lambda c: " / ".join(f"{p:,}" for p in c.length_percentiles[1:]),
-        "trained at 50 %": lambda c: f"{c.target_percentiles[0]:,}",
-        " 90 / 99 / 100 %": lambda c: " / ".join(f"{p:,}" for p in c.target_percentiles[1:]),
-        "dropped / cut": lambda c: f"{c.dropped:,} / {c.truncated:,}",
-        "duplicates": lambda c: f"{c.duplicates:,}",
-    }
-    for name, figure in figures.items():
-        table.add_row(name, *map(figure, sets.values()))
-    return table
-
-
-def _source_lines(name: str, counts: DataCounts) -> Iterator[str]:
-    for source in counts.sources:
-        form = f" ({source.format})" if source.format else ""
-        unread = f"; columns not read: {', '.join(source.unread)}" if source.unread else ""
-        yield f"{name}: {source.name}{form}: {source.rows:,} rows, {source.examples:,} examples{unread}"
-    if counts.too_long:
-        more = " ..." if counts.dropped + counts.truncated > len(counts.too_long) else ""
-        yield (
-            f"{name}: {counts.dropped:,} sequences dropped, {counts.truncated:,} cut, {counts.lost_targets:,} answer "
-            f"tokens lost: {' '.join(counts.too_long)}{more}"
-        )
-
-
-def _runtime_lines(runtimes: Sequence[RuntimeReport]) -> Iterator[str]:
-    """Say where the adapter will load, one line a runtime."""
-    words = {True: "yes", False: "no", None: "not known"}
-    yield "where the adapter will load (merged, it does wherever its base does):"
-    for each in runtimes:
-        yield f"  {each.name:<10} {words[each.loads]}: {each.note}"
-
-
-def _bars(counts: DataCounts) -> str:
-    """Return a histogram of lengths as one line."""
-    most = max(counts.length_histogram)
-    marks = " ▁▂▃▄▅▆▇█"
-    bars = "".join(marks[-(-count * (len(marks) - 1) // most)] for count in counts.length_histogram)
-    return f"0 |{bars}| {counts.length_percentiles[-1]:,} tokens"
-
-
-def _marked(pieces: Sequence[Marked], most: int | None) -> Text:
-    """Return a row's text with the trained part marked; of a long one the first three quarters and the end."""
-    text = Text()
-    length = sum(len(piece.text) for piece in pieces)
-    cut = (0, 0) if most is None or length <= most else (most * 3 // 4, length - most // 4)
-    begin = 0
-    for piece in pieces:
-        end = begin + len(piece.text)
-        shown = piece.text
-        if begin < cut[1] and end > cut[0]:
-            head, tail = shown[: max(0, cut[0] - begin)], shown[max(0, cut[1] - begin) :]
-            gap = f"\n... {cut[1] - cut[0]:,} characters ...\n" if begin <= cut[0] < end else ""
-            shown = head + gap + tail
-        begin = end
-        if shown:
-            marked = shown if out.is_terminal or not piece.trained else f"[[{shown}]]"
-            text.append(marked, style="bold green" if piece.trained else "dim")
-    return text
-
-
-# --- eval, scale ---
+_ROUNDED = {"nearest": "to nearest", "stochastic": "by chance"}
+_LITTLE = 0.95  # of an update left after rounding
 
 
 def show_eval(report: EvalReport) -> None:
@@ -239,3 +99,70 @@ def show_scale(report: ScaleReport) -> None:
             f"Loss on the held-out rows {report.point.loss.value:.4f} ({change.value:+.4f}); ", end="", markup=False
         )
         out.print(f"{forgetting_in_words(report.point.forgetting)}.", markup=False, soft_wrap=True)
+
+
+# --- merge ---
+
+
+def show_merge(report: MergeReport | CombineReport) -> None:
+    """Show what was merged, what rounding left of it, and how it compares; or the adapter that was made of several."""
+    if isinstance(report, CombineReport):
+        out.print(
+            f"Wrote one adapter of {report.adapted_tensors} layers, rank {report.rank}, to {report.output}; it holds "
+            f"at least {report.kept:.2%} of each layer's update.",
+            markup=False,
+            soft_wrap=True,
+        )
+        return
+    agreement = report.agreement
+    lines = [
+        f"Merged {report.adapted_tensors} tensors ({report.dtype}, rounded {_ROUNDED[report.rounding]}) into "
+        f"{report.output}.",
+        _updates(report.layers),
+        f"Read back and compared with base + adapter at {agreement.positions:,} positions: largest logit difference "
+        f"{agreement.largest_logit_difference:.2g} (allowed {report.bound:.2g}), KL {agreement.mean_kl:.2g}, "
+        f"same first choice {agreement.top1_agreement:.2%}.",
+    ]
+    if report.forced:
+        lines.append("This is more than is allowed: it was kept because of --force.")
+    for line in [*lines, *_quantised(report)]:
+        out.print(line, markup=False, soft_wrap=True)
+    if report.speeds is not None:
+        table = Table("tokens/s", "prompt", "of base", "answer", "of base", box=None)
+        for name, speed in report.speeds.items():
+            figures = (speed.prompt, speed.prompt_of_base, speed.answer, speed.answer_of_base)
+            table.add_row(name, *(with_interval(f, spec) for f, spec in zip(figures, [".0f", ".3f"] * 2, strict=True)))
+        out.print(table)
+
+
+def _quantised(report: MergeReport) -> Iterator[str]:
+    """Say of a base that was trained quantised what the update was added to, and how far either way is from that."""
+    if report.quantization is None:
+        return
+    yield f"In training the base was quantised ({report.quantization}); merged are its {report.onto} weights."
+    if report.from_trained is None:
+        yield "How far that is from what was trained was not measured: this model cannot be run layer by layer."
+    for onto, each in (report.from_trained or {}).items():
+        loss = (
+            f", loss {each.loss:.4f} (trained {each.trained_loss:.4f}, {each.targets} tokens)" if each.targets else ""
+        )
+        yield (
+            f"Merged onto {onto} weights, from what was trained ({each.positions:,} positions): largest logit "
+            f"difference {each.largest_logit_difference:.2g}, KL {each.mean_kl:.2g}, same first choice "
+            f"{each.top1_agreement:.2%}{loss}."
+        )
+
+
+def _updates(layers: Sequence[MergedLayer]) -> str:
+    sizes = sorted(layer.relative for layer in layers)
+    kept = sorted((layer.kept, layer.name) for layer in layers if layer.kept is not None)
+    line = f"Updates are {sizes[0]:.2g} to {sizes[-1]:.2g} of their weights (median {sizes[len(sizes) // 2]:.2g})"
+    if not kept:
+        return f"{line}."
+    worst, name = kept[0]
+    line += (
+        f"; after rounding {kept[len(kept) // 2][0]:.1%} of an update is left (median), least {worst:.1%} of {name}."
+    )
+    if worst < _LITTLE:
+        line += " --dtype float32 or --rounding stochastic keeps more."
+    return line

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from lora_cli.console import duration, err
 from lora_cli.figures import forgetting_in_words
-from lora_cli.records import Evaluated, Event, Finished, Notice, Preparing, Saved, Started, StepDone
+from lora_cli.records import Evaluated, Event, Finished, Notice, Preparing, Probed, Saved, Started, StepDone
 from lora_cli.redact import redact
 
 Result = TypeVar("Result")
@@ -55,6 +55,9 @@ class Follower:
                 self._preparing(event)
             case Notice():
                 self._say(event.text)
+            case Probed():
+                came_to = "training stopped" if event.loss is None else f"validation loss {event.loss:.4f}"
+                self._say(f"learning rate {event.rate:.2g}: {came_to} after {event.steps} steps")
             case Started():
                 self._start(event)
             case StepDone():

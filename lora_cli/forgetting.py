@@ -29,6 +29,13 @@ class Validation:
         self.general = general
         self.world = world
         self._base: Measured | None = None  # on the general text; it does not change
+        self._at_start: tuple[Measured, Forgetting | None] | None = None
+
+    def measure_base(self, tokens: int) -> tuple[Measured, Forgetting | None]:
+        """Measure a model whose adapter is fresh; later runs on the same base are told what was found."""
+        if self._at_start is None:
+            self._at_start = self.measure(tokens)
+        return self._at_start
 
     def measure(self, tokens: int) -> tuple[Measured, Forgetting | None]:
         """Measure the tuned model; `tokens` is one forward's budget."""

@@ -52,7 +52,7 @@ def generate(
     answers: dict[int, tuple[int, ...]] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     with generating(model), torch.random.fork_rng():
-        for begin in range(world.rank * BATCH, len(order), BATCH * world.size):
+        for begin, counts in world.share(range(0, len(order), BATCH)):
             torch.manual_seed(derive_seed(sampling.seed, "answers", begin))
             indices = order[begin : begin + BATCH]
             longest = max(len(prompts[i]) for i in indices)
@@ -68,8 +68,11 @@ def generate(
                 eos_token_id=list(ends) or None,
                 pad_token_id=pad,
                 use_cache=True,
+                synced_gpus=world.in_step,  # who is done goes on until all are
                 **choice,
             )
+            if not counts:
+                continue
             for row, index in enumerate(indices):
                 new = output[row, longest:].tolist()
                 stop = next((i for i, token in enumerate(new) if token in ends), len(new))

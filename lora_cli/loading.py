@@ -8,17 +8,18 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lora_cli import lora
 from lora_cli.distributed import World
+from lora_cli.quantised import BLOCK, Kind, QuantisedLinear
 from lora_cli.sharding import as_part, own_rows
 from lora_cli.tensor_file import TensorInfo, read_rows
 
-_PIECE = 1 << 22  # bytes that are read at once
-ROWS = 64  # of which pieces of matrices have a multiple, but for the last
+_PIECE = 1 << 18  # bytes that are read at once
 
 
 class Piece(NamedTuple):
@@ -86,14 +87,17 @@ def tied_names(module: nn.Module) -> list[list[str]]:
 
 
 def read_pieces(places: Mapping[str, TensorInfo], read: bool = True) -> Iterator[Piece]:
-    """Read tensors in pieces, each after the one before it in its file; without `read` only make room for them."""
+    """Read tensors in pieces, each after the one before it in its file; matrices in multiples of BLOCK rows.
+
+    Without `read` only room is made for them.
+    """
     room = bytearray()
     for name, info in sorted(places.items(), key=lambda place: (place[1].file, place[1].begin)):
         count = info.shape[0] if info.shape else 1
         row = info.size // max(1, count)
         step = max(1, _PIECE // max(1, row))
         if len(info.shape) == 2:
-            step = max(ROWS, step // ROWS * ROWS)
+            step = max(BLOCK, step // BLOCK * BLOCK)
         if len(room) < min(step, count) * row:
             room = bytearray(min(step, count) * row)
         for begin in range(0, max(1, count), step):
@@ -112,10 +116,16 @@ def hand_out(pieces: Iterable[Piece], world: World) -> Iterator[Piece]:
 def fill(module: nn.Module, pieces: Iterable[Piece], dtype: torch.dtype, device: torch.device) -> None:
     """Put what pieces hold into a module's parameters, of which each comes under one of its names.
 
-    Of a parameter that is divided over ranks, only this rank's rows.
+    A layer that is to be quantised is while its weight is read. What is divided over ranks keeps this rank's rows.
     """
     together = {name: names for names in tied_names(module) for name in names}
+    layers = {f"{path}.weight": part for path, part in module.named_modules() if isinstance(part, QuantisedLinear)}
+    for layer in layers.values():  # before anything is read: what is freed between them would be lost to other sizes
+        layer.make_room(device)
     for name, some in groupby(pieces, key=lambda piece: piece.name):
+        if name in layers:
+            layers[name].quantise(piece.rows.to(device) for piece in some)
+            continue
         empty = module.get_parameter(name)
         first, after = own_rows(empty)
         own = torch.empty((after - first, *empty.shape[1:]) if empty.ndim else (), dtype=dtype, device=device)
@@ -129,3 +139,24 @@ def fill(module: nn.Module, pieces: Iterable[Piece], dtype: torch.dtype, device:
         for each in together[name]:
             path, _, last = each.rpartition(".")
             module.get_submodule(path)._parameters[last] = parameter
+
+
+def plan_to_quantise(module: nn.Module, kind: Kind) -> None:
+    """Put quantised layers without numbers in the place of the linear ones of a model's blocks."""
+    for path in lora.find_targets(module, "all-linear"):
+        layer: Any = module.get_submodule(path)
+        inputs, outputs = lora.linear_shape(layer)
+        parent, _, name = path.rpartition(".")
+        planned = QuantisedLinear(kind, (outputs, inputs), layer.bias, layer.weight.dtype, lora.is_conv1d(layer))
+        setattr(module.get_submodule(parent), name, planned)
+
+
+def quantise_loaded(module: nn.Module, kind: Kind) -> None:
+    """Quantise a loaded model's layers in place, one after the other."""
+    weights = {path: module.get_parameter(f"{path}.weight") for path in lora.find_targets(module, "all-linear")}
+    plan_to_quantise(module, kind)
+    while weights:
+        path, weight = weights.popitem()
+        layer = module.get_submodule(path)
+        layer.make_room(weight.device)
+        layer.quantise([weight.detach()])

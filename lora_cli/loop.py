@@ -11,7 +11,7 @@ import torch
 from lora_cli import adapter, adapter_folder, card, checkpoint, lora, manifest, metrics, run_dir, storage
 from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Step, plan_epoch
-from lora_cli.blocks import compile_blocks, recompute_activations
+from lora_cli.blocks import as_loaded, compile_blocks, recompute_activations
 from lora_cli.checkpoint import Stopping, TrainState
 from lora_cli.config import RunConfig
 from lora_cli.dataset import Dataset, TrainingSet
@@ -23,7 +23,7 @@ from lora_cli.forward import share_inputs
 from lora_cli.fused import fuse
 from lora_cli.interrupt import StopRequest
 from lora_cli.model import LanguageModel
-from lora_cli.optim import build_optimizer, clip_gradients, lr_at
+from lora_cli.optim import build_optimizer, clip_gradients, lr_at, set_rate
 from lora_cli.records import Evaluated, Event, Finished, Notice, Saved, StepDone, Tested
 from lora_cli.run_dir import RunDir
 from lora_cli.step import WINDOW, Summed, add_gradients, flat_gradients, jump, worst_rows
@@ -61,6 +61,7 @@ class Loop:
         self.world = world
         keep_freed_memory()
         torch.set_flush_denormal(True)  # lora_B starts at zero: its first products are denormal, and slow on a CPU
+        as_loaded(model.module)
         lora.apply_lora(model.module, config.lora, config.seed)
         share_inputs(model)
         if config.train.compile:
@@ -69,9 +70,10 @@ class Loop:
             fuse(model.module)
         if config.train.activation_checkpointing:
             recompute_activations(model.module)
-        self.parameters = list(lora.trainable(model.module).values())
+        trainable = lora.trainable(model.module)
+        self.parameters = list(trainable.values())
         self.gradients = flat_gradients(self.parameters)
-        optimizer = build_optimizer(self.parameters, config.train)
+        optimizer = build_optimizer(trainable, config.train)
         self.state = TrainState(model.module, optimizer, 0, Stopping(), evaluated=validation is None)
         self.losses = deque[float](maxlen=WINDOW)  # of the steps before
 
@@ -130,8 +132,7 @@ class Loop:
             summed = self._add_gradients(number, examples, checked=True) or summed  # to find where it comes from
             raise self._stopped(number, f"the gradient norm is {norm}", summed)
         rate = lr_at(number, self.timetable.total_steps, self.config.train)
-        for group_of_parameters in self.state.optimizer.param_groups:
-            group_of_parameters["lr"] = rate
+        set_rate(self.state.optimizer, rate)
         self.state.optimizer.step()
         self.gradients.zero_()
         self.state.step = number
@@ -207,7 +208,8 @@ class Loop:
         began = time.perf_counter()
         stopping, patience = self.state.stopping, self.config.train.early_stopping.patience
         assert self.validation is not None, "asked for by the caller"
-        result, forgetting = self.validation.measure(self.tokens)
+        measure = self.validation.measure if self.state.step else self.validation.measure_base
+        result, forgetting = measure(self.tokens)
         loss, targets = result.mean("loss"), int(result.targets.sum())
         if not math.isfinite(loss):
             raise self._stopped(self.state.step, f"the validation loss is {loss}")

@@ -20,6 +20,7 @@ from lora_cli.config import LoraConfig
 from lora_cli.dropout import Dropout
 from lora_cli.errors import ModelError
 from lora_cli.projection import Projection, project
+from lora_cli.quantised import QuantisedLinear
 from lora_cli.randomness import derive_seed
 
 
@@ -152,7 +153,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {
         path: module
         for path, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not head
+        if (isinstance(module, nn.Linear | QuantisedLinear) or is_conv1d(module)) and module is not head
     }
 
 
@@ -208,6 +209,13 @@ def apply_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
         layer.reset(derive_seed(seed, "lora_A", path))
 
 
+def remove_lora(model: nn.Module) -> None:
+    """Take the adapter off, in place; what is left is the base."""
+    for path, layer in list(lora_layers(model)):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer.base)
+
+
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """Iterate over (path, adapted layer), in the model's order."""
     for path, module in model.named_modules():
@@ -255,9 +263,9 @@ def gain(model: nn.Module, value: float) -> Iterator[None]:
 @torch.no_grad()
 def merge_in_place(model: nn.Module) -> None:
     """Add every adapter's update to its base's weight, rounded to that weight's dtype, and unwrap the layers."""
-    for path, layer in list(lora_layers(model)):
+    for _, layer in lora_layers(model):
+        assert not isinstance(layer.base, QuantisedLinear), "an update added to it would be lost"
         update = layer.lora_B @ layer.lora_A * (layer.scale * layer.gain)
         weight = layer.base.weight
         weight.copy_(weight.float() + (update.T if is_conv1d(layer.base) else update))
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer.base)
+    remove_lora(model)

@@ -29,6 +29,7 @@ _MOST_TOKENS = {"cpu": 1024, "cuda": 8192}
 _FEWEST_TOKENS = 128
 _CHUNKS_WITH_KL = 7  # arrays of a chunk's logits that exist together; 1 without a KL
 _OPTIMIZER = 16  # bytes for each trained number: itself, its gradient, both moments
+_RUN = 6  # blocks, and twice as many: a whole period of what alternates between them in known models
 _GATHERED = 2  # blocks of a sharded base that are whole at a time: the one that runs, and the next
 # Bytes of a quantised weight. nf4: half a byte, and for 64 of them a scale of a byte, for 256 of which there is one of
 # four (QLoRA's double quantisation, arXiv 2305.14314). int8: a byte, and four for each row.
@@ -95,7 +96,8 @@ def base_memory(skeleton: nn.Module, config: RunConfig, processes: int) -> tuple
     divided = {id(p) for block in blocks for p in block.parameters() if p.ndim > 1}
     whole = sum(p.numel() * size for p in skeleton.parameters() if id(p) not in divided)
     gathered = _GATHERED * max(of_block, default=0.0) if shared > 1 else 0.0
-    multiplied = max((weight.numel() * size for weight in weights), default=0)
+    wide = 4 if config.model.quantization == "int8" and size < 4 else 0  # its product with the scales, in float32
+    multiplied = max((weight.numel() * (size + wide) for weight in weights), default=0)
     return int(whole + sum(of_block) / shared), int(gathered + multiplied)
 
 
@@ -124,10 +126,23 @@ def tokens_worth_it(device: torch.device) -> int:
 def kept_by_a_token(skeleton: nn.Module, config: RunConfig, length: int = 256) -> float:
     """Return the bytes that a forward keeps for its backward pass, for each token; of an adapted model on any device.
 
-    Nothing is recomputed in it. Where the model cannot run on the meta device it is a
-    rule of thumb: 40 vectors of the hidden size in each block.
+    Nothing is recomputed in it. Of many blocks only the first are run, and the others taken to keep as much as the last
+    of those. Where the model cannot run on the meta device it is a rule of thumb: 40 vectors of the hidden size in each
+    block.
     """
-    skeleton = copy.deepcopy(skeleton, {id(p): p for p in skeleton.parameters()})  # what is done to it here ends here
+    count = _block_count(skeleton)
+    if count > 2 * _RUN:
+        fewer, more = (_kept(skeleton, blocks, config, length) for blocks in (_RUN, 2 * _RUN))
+        if fewer is not None and more is not None:
+            return more + (count - 2 * _RUN) * (more - fewer) / _RUN
+    kept = _kept(skeleton, count, config, length)
+    return 40.0 * count * _vector(skeleton) if kept is None else kept
+
+
+def _kept(skeleton: nn.Module, blocks: int, config: RunConfig, length: int) -> float | None:
+    """Return the bytes that a model with only the first blocks keeps of a token; None where it does not run."""
+    skeleton = copy.deepcopy(skeleton, {id(p): p for p in skeleton.parameters()})
+    del decoder_blocks(skeleton)[1][blocks:]
     example = Example((0,) * length, (0,) * length, "tokens of no row")
     params = {parameter.untyped_storage()._cdata for parameter in skeleton.parameters()}
     own = str(skeleton.config._attn_implementation)
@@ -140,14 +155,14 @@ def kept_by_a_token(skeleton: nn.Module, config: RunConfig, length: int = 256) -
             kept[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
-        with contextlib.suppress(NotImplementedError, TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+        with contextlib.suppress(NotImplementedError, TypeError, ValueError, RuntimeError, LookupError, AttributeError):
             skeleton.set_attn_implementation(PACKED if packed else own)
             model = LanguageModel(skeleton, Layout(packed, not packed, HeadForm(), None), own)
             share_inputs(model)
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 target_loss(model, lay_out(model, ALONE, [example]))
             return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in params) / length
-    return 40.0 * _block_count(skeleton) * _vector(skeleton)
+    return None
 
 
 def _block_count(skeleton: nn.Module) -> int:

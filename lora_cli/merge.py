@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -11,12 +11,11 @@ from torch import nn
 from lora_cli import adapter, adapter_folder, card, launch, manifest, model, room, storage, tuned, verify
 from lora_cli.adapter_folder import Origin
 from lora_cli.errors import AdapterError, ModelError
-from lora_cli.merged_folder import RECORD, Form, require_space, write
+from lora_cli.merged_folder import RECORD, Form, open_weights, require_space, write
 from lora_cli.reports import Agreement, CombineReport, MergedLayer, MergeReport
 from lora_cli.speed import measure_speeds
 from lora_cli.tuned import Result
 from lora_cli.update import DENSITIES, Method, Update
-from lora_cli.weights import Weights
 
 # Largest logit difference allowed, as a share of the largest logit, by the dtype the weights are written in.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -52,11 +51,12 @@ def merge(
     room.require_new(output)
     results, update, skeleton = _open(paths, base, together)
     first = results[0]
-    weights = Weights(first.header.folder, skeleton, update)
+    _require_quantised(results, form)
+    weights = open_weights(first, skeleton, update, form.onto)
     require_space(weights, first.header.folder, output, form)
     with storage.new_directory(output) as folder, storage.explained(output):
         layers = write(weights, first, folder, form)
-        agreement = verify.compare(first, update, folder)
+        agreement = verify.compare(first, update, folder, form.onto)
         dtypes = {form.dtype_of(weights.infos[name]) for name in weights.adapted}
         # A merge that lost half of what the adapter does is refused, however small that is against the logits.
         bound = min(max(BOUNDS.get(dtype, 0.0) for dtype in dtypes) * agreement.largest_logit, agreement.effect / 2)
@@ -73,6 +73,9 @@ def merge(
             agreement=agreement,
             bound=bound,
             forced=over,
+            quantization=first.base.quantization,
+            onto=form.onto,
+            from_trained=verify.from_trained(first, update, form),
             speeds=measure_speeds(first, folder, whose) if speed else None,
         )
         storage.add_json(folder / RECORD, _record(results, update, report))
@@ -135,6 +138,17 @@ def _open(paths: Sequence[Path], base: str | None, together: Together) -> tuple[
     return results, update, skeleton
 
 
+def _require_quantised(results: Sequence[Result], form: Form) -> None:
+    """Raise AdapterError where an update cannot be added to what quantisation leaves of the base."""
+    kinds = {each.base.quantization for each in results}
+    if form.onto == "dequantised" and (None in kinds or len(kinds) > 1):
+        found = ", ".join(f"{each.adapter.folder}: {each.base.quantization or 'not quantised'}" for each in results)
+        raise AdapterError(
+            f"--onto dequantised: the base must have been quantised, in one way, when it was trained ({found}). "
+            "--onto stored takes any."
+        )
+
+
 def _require_unmerged(result: Result) -> None:
     """Raise AdapterError where the base holds this adapter already."""
     path = result.header.folder / RECORD
@@ -176,6 +190,9 @@ def _record(results: Sequence[Result], update: Update, report: MergeReport) -> d
         "method": update.method,
         "dtype": report.dtype,
         "rounding": report.rounding,
+        "quantization": report.quantization,
+        "onto": report.onto,
+        "from_trained": {onto: asdict(each) for onto, each in (report.from_trained or {}).items()},
         "largest_logit_difference": agreement.largest_logit_difference,
         "bound": report.bound,
         "mean_kl": agreement.mean_kl,

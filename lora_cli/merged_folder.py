@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_cli import card, manifest, model, room, storage
 from lora_cli.adapter_folder import save_templates
@@ -20,12 +20,14 @@ from lora_cli.base_folder import weight_files
 from lora_cli.errors import AdapterError
 from lora_cli.randomness import derive_seed
 from lora_cli.reports import MergedLayer
-from lora_cli.tensor_file import TensorInfo, read_infos, read_metadata, read_rows, write_tensors
+from lora_cli.tensor_file import TensorInfo, read_infos, read_metadata, write_tensors
 from lora_cli.tuned import Result
+from lora_cli.update import Update
 from lora_cli.weights import Weights
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 Rounding = Literal["nearest", "stochastic"]
+Onto = Literal["stored", "dequantised"]
 
 RECORD = "merge.json"  # in a merged folder: what it was made of
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ckpt"}
@@ -35,10 +37,14 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Form:
-    """How merged weights are written."""
+    """How merged weights are written, and what of a base that was trained quantised the update is added to.
+
+    That is its weights as they are stored, or as quantisation leaves them.
+    """
 
     dtype: Dtype = "keep"
     rounding: Rounding = "nearest"
+    onto: Onto = "stored"
 
     def dtype_of(self, info: TensorInfo) -> torch.dtype:
         """Return the dtype a tensor is written in; numbers that are no floats keep theirs."""
@@ -46,6 +52,29 @@ class Form:
             return info.dtype
         written: torch.dtype = getattr(torch, self.dtype)
         return written
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The tensors of a merged model, made as they are asked for."""
+
+    weights: Weights
+    form: Form
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Return those of the base: names, shapes and places are the same."""
+        return self.weights.infos
+
+    def rows(self, name: str, begin: int = 0, end: int | None = None, room: bytearray | None = None) -> Tensor:
+        """Return rows of a tensor as they are written."""
+        return _rounded(self.weights, self.form, name, begin, end, room)[2]
+
+
+def open_weights(result: Result, skeleton: nn.Module, update: Update | None, onto: Onto) -> Weights:
+    """Return a result's base, as it is stored or as quantisation leaves it, and an update."""
+    kind = result.base.quantization if onto == "dequantised" else None
+    return Weights(result.header.folder, skeleton, update, kind)
 
 
 def require_space(weights: Weights, base: Path, output: Path, form: Form) -> None:
@@ -83,15 +112,12 @@ def _merged(
     """Give a file's tensors in its order as they are to be written, and add what became of each update to `layers`."""
     for name, written in infos.items():
         stored = weights.infos[name]
-        if name not in weights.adapted and written.dtype == stored.dtype:
+        if name not in weights.adapted and name not in weights.quantised and written.dtype == stored.dtype:
             yield stored
             continue
         sums = torch.zeros(3, dtype=torch.float64)
         for begin, end in _pieces(stored.shape):
-            before = read_rows(stored, begin, end).float()
-            change = weights.change(name, begin, end) if name in weights.adapted else None
-            rounding, seed = (form.rounding, derive_seed(0, name, begin)) if change is not None else ("nearest", 0)
-            rounded = round_to(before if change is None else before + change, written.dtype, rounding, seed)
+            before, change, rounded = _rounded(weights, form, name, begin, end)
             _require_finite(name, rounded)
             yield rounded
             if change is not None:
@@ -100,6 +126,17 @@ def _merged(
                 sums += torch.stack([torch.vdot(a.flatten(), b.flatten()) for a, b in pairs])
         if name in weights.adapted:
             layers.append(_layer(name, *sums.tolist()))
+
+
+def _rounded(
+    weights: Weights, form: Form, name: str, begin: int, end: int | None, room: bytearray | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return rows of a tensor before, what is added to them (None where it is not adapted), and as they are written."""
+    before = weights.rows(name, begin, end, room).float()
+    change = weights.change(name, begin, end) if name in weights.adapted else None
+    rounding, seed = (form.rounding, derive_seed(0, name, begin)) if change is not None else ("nearest", 0)
+    added = before if change is None else before + change
+    return before, change, round_to(added, form.dtype_of(weights.infos[name]), rounding, seed)
 
 
 def _pieces(shape: Sequence[int]) -> Iterator[tuple[int, int]]:

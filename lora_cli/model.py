@@ -20,10 +20,11 @@ from lora_cli import base_folder, json_file, loading, remote_code, sharding
 from lora_cli.attention import PACKED, packed_attention
 from lora_cli.config import ModelConfig
 from lora_cli.config_checks import problem_of_remote_code
-from lora_cli.distributed import World
+from lora_cli.distributed import World, keep_freed_memory
 from lora_cli.errors import NOTHING_LOADED, ModelError, shown
 from lora_cli.examples import Tokenizer
 from lora_cli.layout import Layout, decoder_blocks, probe
+from lora_cli.quantised import require_installed
 from lora_cli.tensor_file import read_infos
 
 transformers.logging.set_verbosity_error()
@@ -116,6 +117,14 @@ def read_header(config: ModelConfig, weights: bool = True) -> ModelHeader:
         parsed = AutoConfig.from_pretrained(folder, **options)
     with _explained(f"{folder}: its tokenizer (tokenizer.json, tokenizer_config.json) cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if config.quantization is not None and getattr(parsed, "quantization_config", None):
+        raise ModelError(
+            f"{folder}: its weights are stored quantised already (quantization_config in config.json). Leave "
+            f"model.quantization at null, or name the unquantised model; found {config.quantization}.",
+            state=NOTHING_LOADED,
+        )
+    if weights:
+        require_installed(config.quantization)
     if not tokenizer.is_fast:
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json), which is needed.", state=NOTHING_LOADED)
     positions = getattr(parsed.get_text_config(), "max_position_embeddings", None)
@@ -152,10 +161,14 @@ def load_model(
     They are divided over the ranks of `sharded`.
     """
     base_folder.require_whole(header.folder)
+    if config.quantization is not None:
+        keep_freed_memory()  # dense weights come and go
     dtype = choose_dtype(config.dtype, device)
     module = _load_in_pieces(header, config, dtype, device, sharded)
     if module is None:
         module = _load_whole(header, config, dtype).to(device)
+        if config.quantization is not None:
+            loading.quantise_loaded(module, config.quantization)
         module.requires_grad_(False)
         if sharded is not None:
             _shard(module, sharded)
@@ -185,7 +198,8 @@ def _load_in_pieces(
         i.dtype.is_floating_point for i in infos.values()
     ):
         return None
-    if device.type == "cpu" and {info.dtype for info in infos.values()} == {dtype} and sharded is None:
+    mapped = device.type == "cpu" and config.quantization is None and sharded is None
+    if mapped and {info.dtype for info in infos.values()} == {dtype}:
         return None
     with loading.parameters_on_meta():
         own = copy.deepcopy(header.config)
@@ -198,6 +212,8 @@ def _load_in_pieces(
     if module.state_dict().keys() != {name for names in tied for name in names}:  # buffers are stored, too
         return None
     module.requires_grad_(False)
+    if config.quantization is not None:
+        loading.plan_to_quantise(module, config.quantization)
     wanted = {names[0]: places[names[0]] for names in tied}
     if sharded is None:
         pieces = loading.read_pieces(wanted)

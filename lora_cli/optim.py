@@ -1,7 +1,7 @@
 """The optimizer, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -9,9 +9,25 @@ from torch import Tensor
 from lora_cli.config import TrainConfig
 
 
-def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """Build AdamW (Loshchilov & Hutter 2019) over the adapter; `lr_at` gives the rate of each step."""
-    return torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
+def build_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """Build AdamW (Loshchilov & Hutter 2019) over the adapter's parameters by name; `set_rate` gives each its rate."""
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        ratio = config.loraplus_ratio if name.endswith(".lora_B") else 1.0
+        groups.setdefault(ratio, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": members, "ratio": ratio} for ratio, members in groups.items()],
+        lr=0.0,
+        betas=(0.9, 0.999),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the next update; lora_B has a multiple of it (LoRA+, Hayou et al. 2024, 2402.12354)."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["ratio"]
 
 
 def lr_at(step: int, total_steps: int, config: TrainConfig) -> float:

@@ -144,10 +144,14 @@ def _code_notices(header: ModelHeader, config: RunConfig) -> Iterator[str]:
 
 
 def _adapter_notices(skeleton: nn.Module, targets: Sequence[str], config: RunConfig) -> Iterator[str]:
-    if config.lora.target_modules == "all-linear":
-        stacked = [name for name, p in skeleton.named_parameters() if p.ndim == 3 and ".experts." in name]
-        if stacked:
-            yield f"The experts of this model ({len(stacked)} stacked weights) are not adapted, only its linear layers."
+    stacked = [name for name, p in skeleton.named_parameters() if p.ndim == 3 and ".experts." in name]
+    if stacked and config.lora.target_modules == "all-linear":
+        yield f"The experts of this model ({len(stacked)} stacked weights) are not adapted, only its linear layers."
+    if stacked and config.model.quantization is not None:
+        yield (
+            f"model.quantization {config.model.quantization}: the experts of this model ({len(stacked)} stacked "
+            "weights) stay as they are, only its linear layers are quantised."
+        )
     shapes = (lora.linear_shape(skeleton.get_submodule(path)) for path in targets)
     if config.lora.rank > (smallest := min(min(shape) for shape in shapes)):
         rank = config.lora.rank

@@ -185,6 +185,15 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Probed:
+    """A learning rate was tried: the validation loss after so many steps, null where training stopped before."""
+
+    rate: float
+    loss: float | None
+    steps: int
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something the user should know, in one sentence."""
 
@@ -201,7 +210,7 @@ class Preparing:
     seconds: float
 
 
-Event = Preparing | Started | StepDone | Evaluated | Saved | Finished | Notice
+Event = Preparing | Probed | Started | StepDone | Evaluated | Saved | Finished | Notice
 
 
 def event_name(record: object) -> str:

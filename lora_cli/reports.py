@@ -175,6 +175,22 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class FromTrained:
+    """A merged model against the quantised base + adapter that was trained, at `positions` of real text.
+
+    The losses are on `targets` of them, held-out rows' (0: there are none).
+    """
+
+    positions: int
+    largest_logit_difference: float
+    mean_kl: float
+    top1_agreement: float
+    targets: int
+    loss: float | None
+    trained_loss: float | None
+
+
+@dataclass(frozen=True)
 class Speed:
     """Tokens a second of one model, and as a share of the base's, with 95 % intervals over rounds."""
 
@@ -196,6 +212,9 @@ class MergeReport:
     agreement: Agreement
     bound: float  # of the largest logit difference
     forced: bool  # over the bound, and kept as asked
+    quantization: str | None  # of the base that was trained
+    onto: str  # of that base, what the update is added to: stored or dequantised
+    from_trained: Mapping[str, FromTrained] | None  # by both, of a quantised base that can be read layer by layer
     speeds: Mapping[str, Speed] | None  # of base, base + adapter, merged
 
 

@@ -22,7 +22,7 @@ _SEEN = {
 }
 _TOKENS = "data, tokenizer, template or general text (the tokens that come of them)"
 # What bit equality depends on beside them.
-_VERSIONS = ("lora", "torch", "transformers", "device", "cpu", "threads", "processes")
+_VERSIONS = ("lora", "torch", "transformers", "bitsandbytes", "device", "cpu", "threads", "processes")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def other_versions(run: RunDir, environment: Mapping[str, Any]) -> list[Change]:
     return [
         Change(key, before[key], environment[key], OnResume.NOTED)
         for key in _VERSIONS
-        if key in before and before[key] != environment[key]
+        if key in before and before[key] != environment.get(key)
     ]
 
 

@@ -62,6 +62,15 @@ class RunDir:
     def adapter(self) -> Path:
         return self.path / "adapter"
 
+    @property
+    def probes(self) -> Path:
+        """Trials of learning rates, gone when `probe` says what came of them."""
+        return self.path / "probes"
+
+    @property
+    def probe(self) -> Path:
+        return self.path / "probe.json"
+
 
 def of(config: RunConfig) -> RunDir:
     """Return the run directory that a config names. Raises ConfigError where that is no path."""

@@ -53,6 +53,11 @@ def own_rows(parameter: Tensor) -> tuple[int, int]:
     return begin, min(count, begin + each)
 
 
+def own_part(parameter: Tensor) -> Tensor:
+    """Return the rows of a parameter that this rank keeps."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 def as_part(parameter: Tensor, own: Tensor) -> Tensor:
     """Return this rank's rows as its part of a parameter; as they are where that is not divided."""
     if not isinstance(parameter, DTensor):

@@ -32,7 +32,7 @@ def measure_speeds(result: Result, merged: Path, tuned_by: str) -> Mapping[str, 
     shared = {id(parameter): parameter for parameter in base.module.parameters()}
     with_adapter = LanguageModel(copy.deepcopy(base.module, shared), base.layout, base.own_attention)
     adapter.attach(with_adapter.module, result.adapter)
-    section = result.base.model_copy(update={"path": str(merged), "revision": None})
+    section = result.base.model_copy(update={"path": str(merged), "revision": None, "quantization": None})
     models = {
         "base": base,
         f"base + {tuned_by}": with_adapter,

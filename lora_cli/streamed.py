@@ -4,8 +4,8 @@ So that a model of any size can be run for a few tokens in the memory of its lar
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,18 +14,26 @@ from torch import Tensor, nn
 from lora_cli import lora
 from lora_cli.loading import find_places, parameters_on_meta
 from lora_cli.model import ModelHeader, build_skeleton
-from lora_cli.tensor_file import TensorInfo, read_rows, read_tensor
+from lora_cli.tensor_file import TensorInfo
 from lora_cli.update import Update
-from lora_cli.weights import Weights
 
 _PIECE = 1 << 20  # numbers of a weight that are read and multiplied at once
+
+
+class Source(Protocol):
+    """Where tensors come from, some rows at a time: a model's files, or what would be written of them."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+
+    def rows(self, name: str, begin: int = 0, end: int | None = None, room: bytearray | None = None) -> Tensor: ...
 
 
 class CannotStream(Exception):
     """This model runs only when it is loaded."""
 
 
-def open_model(header: ModelHeader, weights: Weights, trust_remote_code: bool = False) -> nn.Module:
+def open_model(header: ModelHeader, source: Source, trust_remote_code: bool = False) -> nn.Module:
     """Return a model that reads its weights as it runs.
 
     Raises CannotStream where a parameter is not in the files under its own name, as where experts are stored one by one
@@ -33,23 +41,24 @@ def open_model(header: ModelHeader, weights: Weights, trust_remote_code: bool = 
     """
     with parameters_on_meta():
         module = build_skeleton(header, trust_remote_code, device="cpu")
-    if (places := find_places(module, weights.infos)) is None:
+    if (places := find_places(module, source.infos)) is None:
         raise CannotStream("its files have other names")
-    room = _Room()
+    names = {info: name for name, info in source.infos.items()}
+    room = _Room(source)
     for path, layer in module.named_modules():
         own = {
-            name: places[f"{path}.{name}" if path else name]
+            name: names[places[f"{path}.{name}" if path else name]]
             for name, there in layer._parameters.items()
             if there is not None
         }
         if type(layer) is nn.Linear:
             layer.forward = _LinearOnDisk(room, **own)
         elif isinstance(layer, nn.Embedding):
-            layer.register_forward_pre_hook(_rows_before(own["weight"]))
+            layer.register_forward_pre_hook(_rows_before(source, own["weight"]))
         elif isinstance(layer, nn.Linear) or lora.is_conv1d(layer):
-            layer.register_forward_pre_hook(_all_before(own))
+            layer.register_forward_pre_hook(_all_before(source, own))
         else:  # norms, convolutions and the like are small
-            _all_before(own)(layer)
+            _all_before(source, own)(layer)
             continue
         layer.register_forward_hook(_forget)
         _forget(layer)
@@ -109,51 +118,53 @@ def _hooked(module: nn.Module, update: Update, add: Callable[[str, Tensor, Tenso
 class _Room:
     """Where pieces of matrices are read and widened: made once, because a heap that gives and takes them grows."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: Source) -> None:
+        self.source = source
         self._raw = bytearray()
         self._wide = torch.empty(0)
 
-    def read(self, info: TensorInfo, begin: int, end: int) -> Tensor:
+    def read(self, name: str, begin: int, end: int) -> Tensor:
         """Return rows [end - begin, columns] in float32, until the next are read."""
-        count = (end - begin) * info.shape[1]
+        count = (end - begin) * self.source.infos[name].shape[1]
         if count > len(self._wide):
             with torch.inference_mode(False):  # or it could be used in that mode only
                 self._raw, self._wide = bytearray(8 * count), torch.empty(count)
         wide = self._wide[:count].view(end - begin, -1)
-        return wide.copy_(read_rows(info, begin, end, self._raw))
+        return wide.copy_(self.source.rows(name, begin, end, self._raw))
 
 
 class _LinearOnDisk:
     """x W^T + b [..., out] for x [..., in], W read some rows at a time."""
 
-    def __init__(self, room: _Room, weight: TensorInfo, bias: TensorInfo | None = None) -> None:
+    def __init__(self, room: _Room, weight: str, bias: str | None = None) -> None:
         self.room, self.weight, self.bias = room, weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows, columns = self.weight.shape
+        source = self.room.source
+        rows, columns = source.infos[self.weight].shape
         step = max(1, _PIECE // columns)
         output = x.new_empty(*x.shape[:-1], rows)
         for begin in range(0, rows, step):
             end = min(rows, begin + step)
             output[..., begin:end] = F.linear(x, self.room.read(self.weight, begin, end))
-        return output if self.bias is None else output + read_tensor(self.bias).float()
+        return output if self.bias is None else output + source.rows(self.bias).float()
 
 
-def _all_before(own: dict[str, TensorInfo]) -> Any:
+def _all_before(source: Source, own: dict[str, str]) -> Any:
     def read(layer: nn.Module, *_: Any) -> None:
-        for name, info in own.items():
-            layer._parameters[name] = nn.Parameter(read_tensor(info).float(), requires_grad=False)
+        for name, stored in own.items():
+            layer._parameters[name] = nn.Parameter(source.rows(stored).float(), requires_grad=False)
 
     return read
 
 
-def _rows_before(weight: TensorInfo) -> Any:
+def _rows_before(source: Source, weight: str) -> Any:
     """Read the rows of the tokens that are there; the others are memory that nothing touches."""
 
     def read(layer: nn.Module, inputs: Any) -> None:
-        table = torch.empty(weight.shape, dtype=torch.float32)
+        table = torch.empty(source.infos[weight].shape, dtype=torch.float32)
         for row in inputs[0].unique().tolist():
-            table[row] = read_rows(weight, row, row + 1)[0]
+            table[row] = source.rows(weight, row, row + 1)[0]
         layer._parameters["weight"] = nn.Parameter(table, requires_grad=False)
 
     return read

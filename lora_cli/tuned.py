@@ -8,6 +8,7 @@ import torch
 from lora_cli import adapter, base_folder, config_file, model, run_dir
 from lora_cli.adapter import Adapter
 from lora_cli.config import DataConfig, ModelConfig, RunConfig
+from lora_cli.distributed import World
 from lora_cli.errors import AdapterError, ModelError, SurroundingsError
 from lora_cli.model import LanguageModel, ModelHeader
 from lora_cli.run_dir import RunDir
@@ -73,9 +74,17 @@ def find(path: Path, base: str | None = None) -> Result:
     return Result(read, section, header, found, run, config)
 
 
-def load(result: Result, device: torch.device, dtype: str | None = None) -> LanguageModel:
-    """Load the base and attach the adapter. `dtype` replaces the configured one."""
+def on_stored(result: Result) -> Result:
+    """Return a result on its base as that is stored, for what knows nothing of how it was quantised in training."""
+    return replace(result, base=result.base.model_copy(update={"quantization": None}))
+
+
+def load(result: Result, device: torch.device, dtype: str | None = None, sharded: World | None = None) -> LanguageModel:
+    """Load the base, divided over the ranks of `sharded`, and attach the adapter.
+
+    `dtype` replaces the configured one.
+    """
     section = result.base if dtype is None else result.base.model_copy(update={"dtype": dtype})
-    loaded = model.load_model(result.header, section, device)
+    loaded = model.load_model(result.header, section, device, sharded)
     adapter.attach(loaded.module, result.adapter)
     return loaded

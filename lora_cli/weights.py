@@ -9,14 +9,20 @@ from lora_cli import lora
 from lora_cli.base_folder import require_whole, weight_files
 from lora_cli.errors import AdapterError
 from lora_cli.loading import name_in
-from lora_cli.tensor_file import TensorInfo, read_infos, read_tensor
+from lora_cli.quantised import Kind, round_trip
+from lora_cli.tensor_file import TensorInfo, read_infos, read_rows, read_tensor
 from lora_cli.update import Update
 
 
 class Weights:
-    """A base model's tensors by their names in its files; `adapted` gives the layer's path of those that change."""
+    """A base model's tensors by their names in its files; `adapted` gives the layer's path of those that change.
 
-    def __init__(self, folder: Path, skeleton: nn.Module, update: Update | None = None) -> None:
+    `quantised` gives that of those which are not taken as they are stored, but as quantisation leaves them.
+    """
+
+    def __init__(
+        self, folder: Path, skeleton: nn.Module, update: Update | None = None, quantization: Kind | None = None
+    ) -> None:
         """Read the headers of a model's files, and find the tensor of every layer that is changed.
 
         Raises ModelError where a file is not whole; AdapterError where a changed layer has no tensor, or one of another
@@ -26,11 +32,15 @@ class Weights:
         self.infos: Mapping[str, TensorInfo] = {
             name: info for file in weight_files(folder) for name, info in read_infos(file).items()
         }
-        self.update = update
+        self.update, self.quantization = update, quantization
         self.adapted: dict[str, str] = {}
         self._whole: tuple[str, Tensor] | None = None  # the last update that is not made row by row
         self._prefix = getattr(skeleton, "base_model_prefix", "")
-        self._transposed: set[str] = set()
+        self._left: tuple[str, Tensor] | None = None  # the last tensor that was quantised
+        linear = lora.linear_modules(skeleton)
+        self._transposed = {path for path, layer in linear.items() if lora.is_conv1d(layer)}
+        paths = lora.find_targets(skeleton, "all-linear") if quantization else []
+        self.quantised = {name: path for path in paths if (name := self.name_of(f"{path}.weight"))}
         problems = []
         for path in update.paths if update else ():
             name = self.name_of(f"{path}.weight")
@@ -39,8 +49,7 @@ class Weights:
                 continue
             self.adapted[name] = path
             expected, found = update.shape(path) if update else (), self.infos[name].shape
-            if lora.is_conv1d(skeleton.get_submodule(path)):
-                self._transposed.add(path)
+            if path in self._transposed:
                 expected = expected[::-1]
             if found != expected:
                 problems.append(f"{path}: the adapter's is {expected}, and {name} in the base's files is {found}.")
@@ -63,7 +72,19 @@ class Weights:
         matrix = self._whole[1]
         return (matrix.T if path in self._transposed else matrix)[begin:end]
 
+    def rows(self, name: str, begin: int = 0, end: int | None = None, room: bytearray | None = None) -> Tensor:
+        """Return rows of a tensor of the base, all of a scalar; read into `room`, where that is given."""
+        info = self.infos[name]
+        if self.quantization is None or name not in self.quantised:
+            return read_rows(info, begin, (info.shape[0] if info.shape else 1) if end is None else end, room)
+        if self._left is None or self._left[0] != name:
+            self._left = None  # one at a time
+            weight, transposed = read_tensor(info), self.quantised[name] in self._transposed
+            left = round_trip(self.quantization, weight.T if transposed else weight)
+            self._left = name, left.T if transposed else left
+        return self._left[1][begin:end]
+
     def read(self, name: str) -> Tensor:
-        """Read one tensor: as it is stored, or W + scale * B A in float32 where it is adapted."""
-        tensor = read_tensor(self.infos[name])
+        """Read one tensor: that of the base, or W + scale * B A in float32 where it is adapted."""
+        tensor = self.rows(name)
         return tensor.float() + self.change(name) if name in self.adapted else tensor

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Invoke, build_tokenizer
+from conftest import Invoke, build_tokenizer, save_base
 
 from lora_cli import distributed, launch, lora, memory, model
 from lora_cli.config import RunConfig
@@ -133,3 +133,32 @@ def test_counting_leaves_a_model_as_it_was(model_folder: Callable[[str], str]):
     assert [(path, type(each), set(vars(each))) for path, each in skeleton.named_modules()] == before
     assert [layer.shared for _, layer in lora.lora_layers(skeleton)] == shared
     assert skeleton.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_many_blocks_keep_what_a_few_say(compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of twenty blocks twelve are run, and the count is that of all."""
+    folder = save_base("llama", tmp_path / "deep", num_hidden_layers=20)
+    section = {"model": str(folder), "data": {"train": "x"}, "train": {"compile": compiled}, "output_dir": "x"}
+    config = RunConfig.model_validate(section)
+    skeleton = model.build_skeleton(model.read_header(config.model))
+    lora.wrap(skeleton, dict.fromkeys(lora.find_targets(skeleton, "all-linear"), (4, 1.0)))
+    quick = memory.kept_by_a_token(skeleton, config)
+    monkeypatch.setattr(memory, "_RUN", 10)
+
+    assert quick == pytest.approx(memory.kept_by_a_token(skeleton, config), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "nf4"])
+def test_the_base_takes_what_is_estimated(kind: str | None, tmp_path: Path):
+    """The bytes of a loaded base, quantised or not, to a hundredth; and the largest matrix it is made whole of."""
+    folder = save_base("llama", tmp_path / "base", hidden_size=256, intermediate_size=512)
+    section = {"path": str(folder), "quantization": kind, "dtype": "bfloat16"}
+    config = RunConfig.model_validate({"model": section, "data": {"train": "x"}, "output_dir": "x"})
+    header = model.read_header(config.model)
+    loaded = model.load_model(header, config.model, CPU).module
+    taken = {id(t): t.nbytes for t in (*loaded.parameters(), *loaded.buffers()) if t.numel() != 32}  # no rotary tables
+    base, in_flight = memory.base_memory(model.build_skeleton(header).to(torch.bfloat16), config, processes=1)
+
+    assert base == pytest.approx(sum(taken.values()), rel=0.01)
+    assert in_flight == {None: 0, "int8": 6, "nf4": 2}[kind] * 256 * 512

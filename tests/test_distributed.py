@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import processes
 import pytest
@@ -76,11 +76,14 @@ def test_one_set_of_numbers_for_every_way_to_run_it(way: Way, model_folder: Call
     assert agreement.difference(found, agreement.golden(way.dropout)) < agreement.CLOSE
 
 
-def test_each_process_keeps_its_part_of_the_base(model_folder: Callable[[str], str], tmp_path: Path):
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_each_process_keeps_its_part_of_the_base(
+    kind: Literal["nf4"] | None, model_folder: Callable[[str], str], tmp_path: Path
+):
     """Matrices of blocks are divided, before a forward and after it; how a forward is laid out stays the same."""
 
     def work(rank: int) -> None:
-        config = ModelConfig(path=model_folder("llama"))
+        config = ModelConfig(path=model_folder("llama"), quantization=kind)
         header = model.read_header(config)
         with distributed.joined("cpu", in_step=True) as world:
             alone, divided = (model.load_model(header, config, world.device, each) for each in (None, world))
@@ -106,6 +109,19 @@ def test_each_process_keeps_its_part_of_the_base(model_folder: Callable[[str], s
 
     codes, said = run_ranks(2, work, tmp_path)
     assert codes == [0, 0], said
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_is_divided_too(kind: str, make_config: Make, tmp_path: Path):
+    """Two processes, each with its part of what is packed, measure what one does with all of it."""
+    settings = SETTINGS | {"model.quantization": kind, "train.max_steps": 6, "train.micro_batch_tokens": 40}
+    runs = []
+    for size in (1, 2):
+        config = make_config(**settings | {"train.shard": size > 1, "output_dir": f"{tmp_path}/{size}"})
+        runs.append(agreement.measured(RunDir(finished(size, config, tmp_path))))
+
+    assert len(runs[0]) > 6
+    assert agreement.difference(*runs) < agreement.CLOSE
 
 
 def stopped_after(number: int, config: Path) -> None:
@@ -313,3 +329,23 @@ def test_torchrun_stops_and_goes_on(make_config: Make, whole: Path, tmp_path: Pa
     assert said.count("Continue with: lora train") == 1
     assert status["status"] == "stopped"
     assert facts(finished(2, config, tmp_path)) == facts(whole)
+
+
+def test_a_divided_base_is_evaluated_in_step(make_config: Make, tmp_path: Path):
+    """Two processes that each have a part of it give the figures, and the answers, of one that has it whole."""
+    config = make_config(**SETTINGS | {"train.shard": True, "train.max_steps": 4})
+    place = finished(2, config, tmp_path)
+    held_out = write_rows(tmp_path / "held.jsonl", [conversation(number) for number in range(100, 170)])
+    reports = []
+    for size in (1, 2):
+        asked = ["eval", place, "--data", held_out, "--max-new-tokens", 8, "--json"]
+        codes, said = run_ranks(size, lambda rank, asked=asked: processes.lora(*asked), tmp_path)
+        assert codes == [0] * size, said
+        reports.append(json.loads(said[0].splitlines()[-1]))
+
+    one, other = reports
+    assert one["samples"] == other["samples"]
+    assert len({sample["tuned"] for sample in one["samples"]}) > 1
+    assert other["figures"]["loss"]["tuned"]["value"] == pytest.approx(
+        one["figures"]["loss"]["tuned"]["value"], rel=1e-5
+    )

@@ -54,6 +54,7 @@ OTHERS: dict[str, Any] = {
     "train.max_steps": 5,
     "train.batch_size": 2,
     "train.learning_rate": 0.02,
+    "train.loraplus_ratio": 4.0,
     "train.schedule": "linear",
     "train.warmup_ratio": 0.1,
     "train.weight_decay": 0.1,

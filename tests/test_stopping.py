@@ -27,6 +27,7 @@ from lora_cli import (
     parallel,
     run_dir,
     step,
+    tensor_file,
     weights,
 )
 from lora_cli.errors import Interrupted
@@ -199,14 +200,15 @@ VERBS = {
 }
 
 
-READ, SCORE, CHOOSE = (weights, "read_tensor"), (evaluate, "target_scores"), (generate, "end_tokens")
+ROWS, READ = (tensor_file, "read_tensor"), (weights, "read_tensor")
+SCORE, CHOOSE = (evaluate, "target_scores"), (generate, "end_tokens")
 
 
 @pytest.mark.parametrize(
     ("verb", "where", "call"),
     [
-        ("merge", READ, 5),
-        ("merge", READ, 40),
+        ("merge", ROWS, 5),
+        ("merge", ROWS, 40),
         ("gguf", READ, 5),
         ("ollama", READ, 5),
         ("eval", SCORE, 1),

@@ -1,0 +1,144 @@
+"""One base in memory and the tokens it is trained on, for one run or for many, each with an adapter of its own."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lora_cli import adapter, adapter_folder, interrupt, lora, metrics, model, resume, run_dir
+from lora_cli.config import ModelConfig, RunConfig
+from lora_cli.distributed import World, memory_error
+from lora_cli.errors import Interrupted, UserError
+from lora_cli.forgetting import Validation
+from lora_cli.interrupt import StopRequest
+from lora_cli.loop import Loop
+from lora_cli.model import LanguageModel
+from lora_cli.prepare import Prepared
+from lora_cli.records import Evaluated, Event, Finished, Notice, Started, StepDone, as_json
+from lora_cli.resume import Change
+from lora_cli.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Session:
+    """What runs on one base share."""
+
+    prepared: Prepared
+    model: LanguageModel
+    validation: Validation | None
+    base: ModelConfig
+    environment: Mapping[str, Any]
+    stop: StopRequest
+    world: World
+
+    def run(
+        self, config: RunConfig, run: RunDir, changes: Sequence[Change] = (), rate: float | None = None
+    ) -> Iterator[Event]:
+        """Train in a directory that is held, from where it stands; yield what happens and write it down.
+
+        `changes` are what differs from how the run was begun, `rate` is the learning rate where the config has none.
+        The config may differ from that of other runs of the session in how the adapter is made and trained, not in base
+        and data.
+        """
+        with interrupt.patience():
+            if self.world.is_main:
+                resume.create(run, config, self.environment)
+                if (warning := run_dir.warning(run)) is not None:
+                    yield Notice(warning)
+            self.world.from_main()
+            loop = self._loop(config if rate is None else with_rate(config, rate), run)
+            for foreign in run_dir.foreign_folders(run) if self.world.is_main else ():
+                yield Notice(f"{foreign}: is no checkpoint of this program, and is passed over.")
+            yield from loop.restore()
+            self.world.require_same({"step": str(loop.state.step)})
+            if any(change.key == "eval.forgetting_budget" for change in changes):
+                loop.state.stopping.judge_anew(config.eval.forgetting_budget)
+            if self.world.is_main:
+                best_step = loop.state.stopping.best_step or loop.state.step
+                for text in resume.write_down(run, config, changes, loop.state.step, best_step):
+                    yield Notice(text)
+            yield self._started(loop)
+            yield from _written_down(loop, run, self.world)
+
+    def _loop(self, config: RunConfig, run: RunDir) -> Loop:
+        prepared = self.prepared
+        templates = prepared.template.files(*adapter.TEMPLATES) if prepared.template and prepared.templated else {}
+        fingerprint = str(self.environment["base_fingerprint"])
+        origin = adapter_folder.Origin(self.base.path, self.base.revision, fingerprint, templates)
+        tokens = int(self.environment["micro_batch_tokens"])
+        return Loop(
+            config,
+            run,
+            self.model,
+            prepared.train,
+            self.validation,
+            prepared.test,
+            origin,
+            self.stop,
+            tokens,
+            self.world,
+        )
+
+    def _started(self, loop: Loop) -> Started:
+        trainable = sum(p.numel() for p in lora.trainable(self.model.module).values())
+        return Started(
+            step=loop.state.step,
+            total_steps=loop.timetable.total_steps,
+            steps_per_epoch=loop.timetable.steps_per_epoch,
+            train=self.prepared.train_counts,
+            validation=self.prepared.validation_counts,
+            trainable_parameters=trainable,
+            total_parameters=trainable + sum(p.numel() for p in self.prepared.skeleton.parameters()),
+            forward=str(self.model.layout),
+        )
+
+
+def with_rate(config: RunConfig, rate: float) -> RunConfig:
+    """Return a config with a learning rate in the place of its own."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": rate})})
+
+
+def open_session(
+    config: RunConfig, prepared: Prepared, environment: Mapping[str, Any], stop: StopRequest, world: World
+) -> Session:
+    """Load the base that a config names."""
+    loaded = model.load_model(prepared.header, config.model, world.device, world if world.in_step else None)
+    validation = None
+    if prepared.validation is not None:
+        validation = Validation(loaded, prepared.validation, prepared.general, world)
+    return Session(prepared, loaded, validation, config.model, environment, stop, world)
+
+
+def untrained_ends(session: Session) -> Iterator[str]:
+    """Iterate over what to tell the user of tokens that answers end with, and that the base was never trained on."""
+    for end in sorted(session.prepared.ends):
+        if problem := model.untrained_end(session.model, session.prepared.header.tokenizer, end):
+            yield problem
+
+
+def _written_down(loop: Loop, run: RunDir, world: World) -> Iterator[Event]:
+    """Pass a loop's events on; on the main process write the run's measurements and its state."""
+    if world.is_main:
+        run_dir.write_status(run, "running", step=loop.state.step, pid=os.getpid())
+    finished = False
+    try:
+        for event in loop:
+            if isinstance(event, StepDone | Evaluated) and world.is_main:
+                metrics.append(run, event)
+            if isinstance(event, Finished) and world.is_main:
+                facts = {key: value for key, value in as_json(event).items() if key != "adapter"}
+                run_dir.write_status(run, "finished", **facts)
+                finished = True
+            yield event
+    except BaseException as caught:
+        error = memory_error(caught) or caught
+        if not finished and world.is_main:
+            state = "stopped" if isinstance(error, Interrupted | GeneratorExit) else "failed"
+            reason = error.problems[0] if isinstance(error, UserError) else type(error).__name__
+            progress = asdict(loop.state.stopping)
+            with contextlib.suppress(UserError):  # on a full disk, what is said is why the run stopped
+                run_dir.write_status(run, state, step=loop.state.step, reason=reason, **progress)
+        if error is caught:
+            raise
+        raise error from caught

@@ -85,6 +85,8 @@ def _hand_on(signals: list[int], agent: Any) -> None:
         if len(signals) > 1 or not started:
             os._exit(128 + number)
 
+    if sys.platform != "win32":
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # Ctrl-Z: halted, it would keep no store for the processes
     for number in interrupt.SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, handle)

@@ -58,25 +58,34 @@ def _command(config: Path, place: Path) -> list[str]:
 def _disturb(chance: random.Random, config: Path, place: Path, times: int) -> list[tuple[str, float]]:
     """Disturb a run and let it end; return what was done to a process, and the seconds that the other stayed."""
     found = []
-    process = subprocess.Popen(_command(config, place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    seen: set[int] = set()
-    for _ in range(times):
-        ranks = _await_ranks(process, place, seen)
-        time.sleep(chance.uniform(0.0, _SPREAD))
-        victim, sent = chance.randrange(2), chance.choice(list(_WHAT))
-        if not ranks or not all(map(_lives, ranks)):  # the run has ended
-            break
-        began = time.monotonic()
-        os.kill(ranks[victim], sent)
-        while _lives(ranks[1 - victim]) and time.monotonic() - began < _PATIENCE:
-            time.sleep(0.01)
-        found.append((_WHAT[sent], time.monotonic() - began))
-        if sent == signal.SIGSTOP:
-            os.kill(ranks[victim], signal.SIGKILL)
-        seen |= set(ranks)
-    assert process.wait(timeout=_PATIENCE) == 0, f"torchrun ended with {process.returncode}"
+    with subprocess.Popen(_command(config, place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            seen: set[int] = set()
+            for _ in range(times):
+                ranks = _await_ranks(process, place, seen)
+                time.sleep(chance.uniform(0.0, _SPREAD))
+                if not ranks or not all(map(_lives, ranks)):  # the run has ended
+                    break
+                found.append(_disturb_one(chance, ranks))
+                seen |= set(ranks)
+            assert process.wait(timeout=_PATIENCE) == 0, f"torchrun ended with {process.returncode}"
+        finally:
+            process.kill()  # and with it what it started
     assert not kills.processes_of(place), "a process lives on"
     return found
+
+
+def _disturb_one(chance: random.Random, ranks: list[int]) -> tuple[str, float]:
+    """Kill or halt one of two processes and wait for the end of the other; return which, and the seconds it took."""
+    victim, sent = chance.randrange(2), chance.choice(list(_WHAT))
+    began = time.monotonic()
+    os.kill(ranks[victim], sent)
+    while _lives(ranks[1 - victim]) and time.monotonic() - began < _PATIENCE:
+        time.sleep(0.01)
+    took = time.monotonic() - began
+    if sent == signal.SIGSTOP:
+        os.kill(ranks[victim], signal.SIGKILL)
+    return _WHAT[sent], took
 
 
 def _await_ranks(process: "subprocess.Popen[bytes]", place: Path, seen: set[int]) -> list[int]:

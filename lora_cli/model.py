@@ -24,7 +24,6 @@ from lora_cli.distributed import World, keep_freed_memory
 from lora_cli.errors import NOTHING_LOADED, ModelError, shown
 from lora_cli.examples import Tokenizer
 from lora_cli.layout import Layout, decoder_blocks, probe
-from lora_cli.quantised import require_installed
 from lora_cli.tensor_file import read_infos
 
 transformers.logging.set_verbosity_error()
@@ -123,8 +122,6 @@ def read_header(config: ModelConfig, weights: bool = True) -> ModelHeader:
             f"model.quantization at null, or name the unquantised model; found {config.quantization}.",
             state=NOTHING_LOADED,
         )
-    if weights:
-        require_installed(config.quantization)
     if not tokenizer.is_fast:
         raise ModelError(f"{folder}: has no fast tokenizer (tokenizer.json), which is needed.", state=NOTHING_LOADED)
     positions = getattr(parsed.get_text_config(), "max_position_embeddings", None)

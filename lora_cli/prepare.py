@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from lora_cli import data, dataset, lora, model, remote_code
+from lora_cli import data, dataset, lora, model, quantised, remote_code
 from lora_cli.chat_template import ChatTemplate, begins_with_bos
 from lora_cli.config import RunConfig
 from lora_cli.data_reader import DataReader, News
@@ -80,6 +80,8 @@ def prepare(config: RunConfig, weights: bool = True) -> Generator[News, None, Pr
 
     `data.require_readable` has looked at the data before, without torch. Raises what is wrong with any of them.
     """
+    if weights:
+        quantised.require_installed(config.model.quantization)
     header = model.read_header(config.model, weights)
     skeleton = model.build_skeleton(header, config.model.trust_remote_code)
     targets = lora.find_targets(skeleton, config.lora.target_modules)

@@ -28,7 +28,6 @@ from lora_cli import (
     run_dir,
     step,
     tensor_file,
-    weights,
 )
 from lora_cli.errors import Interrupted
 from lora_cli.loss import LossSum
@@ -200,15 +199,14 @@ VERBS = {
 }
 
 
-ROWS, READ = (tensor_file, "read_tensor"), (weights, "read_tensor")
-SCORE, CHOOSE = (evaluate, "target_scores"), (generate, "end_tokens")
+READ, SCORE, CHOOSE = (tensor_file, "read_tensor"), (evaluate, "target_scores"), (generate, "end_tokens")
 
 
 @pytest.mark.parametrize(
     ("verb", "where", "call"),
     [
-        ("merge", ROWS, 5),
-        ("merge", ROWS, 40),
+        ("merge", READ, 5),
+        ("merge", READ, 40),
         ("gguf", READ, 5),
         ("ollama", READ, 5),
         ("eval", SCORE, 1),

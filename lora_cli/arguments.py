@@ -1,12 +1,37 @@
-"""Arguments that Typer cannot read by itself."""
+"""What several commands are asked, and arguments that Typer cannot read by itself."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
+
+import typer
 
 from lora_cli.errors import NOTHING_READ, InputError
 from lora_cli.redact import redact
+
+Config = Annotated[Path, typer.Argument(help="The YAML config.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override dotted keys, for example lora.rank=8.")
+]
+Run = Annotated[Path, typer.Argument(help="A run directory, a checkpoint, or any PEFT adapter.", show_default=False)]
+Base = Annotated[str | None, typer.Option(help="The base model's place, when it moved.", show_default=False)]
+HeldOutRows = Annotated[
+    str | None, typer.Option(help="Held-out rows; without it the run's test or validation rows.", show_default=False)
+]
+General = Annotated[
+    str | None,
+    typer.Option(help="General text for forgetting, or false; else the run's.", show_default=False),
+]
+Push = Annotated[
+    str | None,
+    typer.Option(metavar="REPO", help="Also upload it to a new private hub repository.", show_default=False),
+]
+Processes = Annotated[int, typer.Option("--nproc", min=1, help="Share the work out to so many processes here.")]
+Restarts = Annotated[
+    int, typer.Option(min=0, help="With --nproc: start again so often after a process was lost or a disk was full.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
 def require_no_secret(arguments: Sequence[str]) -> None:

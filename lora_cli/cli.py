@@ -19,6 +19,7 @@ from lora_cli import (
     outlook,
     storage,
 )
+from lora_cli.arguments import Base, Config, General, HeldOutRows, Json, Overrides, Processes, Push, Restarts, Run
 from lora_cli.errors import ConfigError, InputError
 from lora_cli.records import Finished, as_json
 
@@ -29,29 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Config = Annotated[Path, typer.Argument(help="The YAML config.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override dotted keys, for example lora.rank=8.")
-]
-Run = Annotated[Path, typer.Argument(help="A run directory, a checkpoint, or any PEFT adapter.", show_default=False)]
-Base = Annotated[str | None, typer.Option(help="The base model's place, when it moved.", show_default=False)]
-HeldOutRows = Annotated[
-    str | None, typer.Option(help="Held-out rows; without it the run's test or validation rows.", show_default=False)
-]
-General = Annotated[
-    str | None,
-    typer.Option(help="General text for forgetting, or false; else the run's.", show_default=False),
-]
-Push = Annotated[
-    str | None,
-    typer.Option(metavar="REPO", help="Also upload it to a new private hub repository.", show_default=False),
-]
-Processes = Annotated[int, typer.Option("--nproc", min=1, help="Share the work out to so many processes here.")]
-Restarts = Annotated[
-    int, typer.Option(min=0, help="With --nproc: start again so often after a process was lost or a disk was full.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
 @app.command()

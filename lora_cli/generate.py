@@ -7,8 +7,9 @@ import torch
 
 from lora_cli import lora
 from lora_cli.distributed import ALONE, World
+from lora_cli.ends import end_tokens
 from lora_cli.examples import Tokenizer
-from lora_cli.model import LanguageModel, end_tokens, generating
+from lora_cli.model import LanguageModel, generating
 from lora_cli.randomness import derive_seed
 
 BATCH = 32

@@ -12,6 +12,7 @@ from lora_cli.chat_template import ChatTemplate, begins_with_bos
 from lora_cli.config import RunConfig
 from lora_cli.data_reader import DataReader, News
 from lora_cli.dataset import Dataset, TrainingSet
+from lora_cli.ends import configured_ends
 from lora_cli.examples import IGNORED, Example
 from lora_cli.general import read_general
 from lora_cli.model import ModelHeader
@@ -224,7 +225,7 @@ def _ends(train: Dataset) -> frozenset[int]:
 
 def _end_notices(ends: frozenset[int], header: ModelHeader) -> Iterator[str]:
     """Say where answers end with a token at which generation does not stop."""
-    stops = model.configured_ends(header)
+    stops = configured_ends(header)
     for token in sorted(ends - stops):
         name, known = (header.tokenizer.decode(ids) for ids in ([token], sorted(stops)))
         yield (

@@ -7,12 +7,13 @@ import numpy as np
 
 from lora_cli import examples
 from lora_cli.distributed import ALONE, World
+from lora_cli.ends import end_tokens
 from lora_cli.errors import DataError
 from lora_cli.evaluate import measure
 from lora_cli.examples import IGNORED, Example, Tokenizer
 from lora_cli.general import spread
 from lora_cli.generate import Sampling, generate
-from lora_cli.model import LanguageModel, end_tokens
+from lora_cli.model import LanguageModel
 
 MOST_OPTIONS = 200
 _AT_ONCE = 256  # sequences of options that are measured together

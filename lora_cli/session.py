@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lora_cli import adapter, adapter_folder, interrupt, lora, metrics, model, resume, run_dir
+from lora_cli import adapter, adapter_folder, ends, interrupt, lora, metrics, model, resume, run_dir
 from lora_cli.config import ModelConfig, RunConfig
 from lora_cli.distributed import World, memory_error
 from lora_cli.errors import Interrupted, UserError
@@ -113,7 +113,7 @@ def open_session(
 def untrained_ends(session: Session) -> Iterator[str]:
     """Iterate over what to tell the user of tokens that answers end with, and that the base was never trained on."""
     for end in sorted(session.prepared.ends):
-        if problem := model.untrained_end(session.model, session.prepared.header.tokenizer, end):
+        if problem := ends.untrained_end(session.model, session.prepared.header.tokenizer, end):
             yield problem
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from lora_cli import tuned
+from lora_cli.ends import end_tokens
 from lora_cli.generate import generate
 from lora_cli.held_out import held_out_rows
-from lora_cli.model import end_tokens, generating
+from lora_cli.model import generating
 from lora_cli.questions import questions_of
 
 BLOCKS, NEW_TOKENS = 5, 32

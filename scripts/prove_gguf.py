@@ -25,9 +25,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from llama_cpp import LlamaCpp  # noqa: E402
 
 from lora_cli import held_out, questions, tuned  # noqa: E402
+from lora_cli.ends import end_tokens  # noqa: E402
 from lora_cli.formats import gguf_export, gguf_file  # noqa: E402
 from lora_cli.generate import generate  # noqa: E402
-from lora_cli.model import LanguageModel, end_tokens, generating  # noqa: E402
+from lora_cli.model import LanguageModel, generating  # noqa: E402
 
 
 @dataclass(frozen=True)

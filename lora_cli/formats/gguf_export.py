@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_cli import model, room, storage
+from lora_cli import ends, model, room, storage
 from lora_cli.errors import AdapterError, ModelError
 from lora_cli.formats import gguf_architecture, gguf_file, gguf_vocabulary
 from lora_cli.formats.gguf_architecture import Architecture, Place
@@ -74,7 +74,7 @@ def model_plan(result: Result, kind: Kind, *, adapted: bool = True) -> tuple[Pla
     """
     config, tokenizer = result.header.config, result.header.tokenizer
     architecture, skeleton, weights = _read(result, adapted)
-    vocabulary = gguf_vocabulary.vocabulary(tokenizer, config.vocab_size, sorted(model.configured_ends(result.header)))
+    vocabulary = gguf_vocabulary.vocabulary(tokenizer, config.vocab_size, sorted(ends.configured_ends(result.header)))
     tensors = list(_tensors(result, architecture, skeleton, weights, kind))
     metadata: dict[str, Value] = {
         "general.type": "model",

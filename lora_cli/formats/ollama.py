@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_cli import chat_template, model, room, storage
+from lora_cli import chat_template, ends, room, storage
 from lora_cli.chat_template import ChatTemplate
 from lora_cli.conversation import Conversation, Message, RowError
 from lora_cli.errors import ModelError
@@ -65,7 +65,7 @@ class Frame:
 def export(result: Result, output: Path, kind: Kind) -> GgufReport:
     """Write a folder for `ollama create`. Raises ModelError where Ollama would write conversations otherwise."""
     plan, notes = gguf_export.model_plan(result, kind)
-    text, more = modelfile(result.header.tokenizer, sorted(model.configured_ends(result.header)))
+    text, more = modelfile(result.header.tokenizer, sorted(ends.configured_ends(result.header)))
     room.require_room(output, plan.size)
     with storage.new_directory(output) as folder:
         report = gguf_export.write(plan, folder / "model.gguf", "ollama", kind, [*notes, *more], shown=output)

@@ -27,7 +27,7 @@ from lora_cli import (
     parallel,
     run_dir,
     step,
-    weights,
+    tensor_file,
 )
 from lora_cli.errors import Interrupted
 from lora_cli.loss import LossSum
@@ -199,7 +199,7 @@ VERBS = {
 }
 
 
-READ, SCORE, CHOOSE = (weights, "read_tensor"), (evaluate, "target_scores"), (generate, "end_tokens")
+READ, SCORE, CHOOSE = (tensor_file, "read_tensor"), (evaluate, "target_scores"), (generate, "end_tokens")
 
 
 @pytest.mark.parametrize(

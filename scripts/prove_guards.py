@@ -61,7 +61,7 @@ EDITS = [
     (24, "fidelity", "if said in prompt:", 'if said in prompt or message.role == "system":'),
     (25, "chat_template", "messages = _merged(messages)", "pass"),
     (26, "spans", "require_parts(body, message)", "pass"),
-    (27, "train", "prepared.template.files(*adapter.TEMPLATES)", "{}"),
+    (27, "session", "prepared.template.files(*adapter.TEMPLATES)", "{}"),
     (28, "chat_template", "return _TODAY.sub(", "return source or _TODAY.sub("),
     (29, "prepare", "if not template.repeats:", "if False:"),
     (30, "data_reader", "if templated and self.template is None:", "if False:"),
@@ -137,7 +137,7 @@ EDITS = [
     (87, "attention", "x.split(segments.lengths, dim=2)", "x.split([sum(segments.lengths)], dim=2)"),
     (ALSO, "layout", "return agree(together[0], logits, module.dtype)", "return True"),
     (96, "fused", "return x.is_meta or agree(ours(x), theirs, x.dtype)", "return True"),
-    (88, "step", "(part.total / targets).backward()", "(part.total / part.targets / len(examples)).backward()"),
+    (88, "step", "counts / targets", "counts / part.targets / len(examples)"),
     (89, "loss", "self.targets + other.targets", "max(self.targets, other.targets)"),
     (90, "batches", 'derive_seed(seed, "order", epoch)', 'derive_seed(seed, "order", 0)'),
     # kept tokens, processes, resuming
@@ -151,7 +151,7 @@ EDITS = [
     (93, "corpus", "if reader.file.digest() != content:", "if False:"),
     (94, "parallel", "except BrokenProcessPool:", "except BrokenProcessPool:\n        return"),
     (95, "resume", "    if changed:\n", "    if False:\n"),
-    (97, "model", "if not twins:", "if True:"),
+    (97, "ends", "if not twins:", "if True:"),
     # evaluation and forgetting
     (
         98,
@@ -177,7 +177,7 @@ EDITS = [
     (108, "merge", "agreement.effect / 2)", 'float("inf"))'),
     (109, "merge", "adapter.WEIGHTS) in merged:", "adapter.WEIGHTS) in ():"),
     (110, "merge", 'if getattr(first.header.config, "quantization_config", None):', "if False:"),
-    (111, "weights", "if end != size:", "if False:"),
+    (111, "tensor_file", "if end != size:", "if False:"),
     (112, "merged_folder", "_require_finite(name, rounded)", "pass"),
     (113, "adapter", 'problems.append(f"{adapter.folder}: adapts {path}, {what}.")', "pass"),
     (114, "weights", 'problems.append(f"{path}: is adapted, and', 'str(f"{path}: is adapted, and'),
@@ -236,6 +236,31 @@ EDITS = [
     (150, "strict_yaml", "Dumper=_Dumper, sort_keys", "Dumper=yaml.SafeDumper, sort_keys"),
     (151, "adapter", "if said != rank:", "if False:"),
     (152, "examples", "(largest := max(ids, default=0)) >= self.vocabulary", "(largest := 0) > 0"),
+    # several processes, parts and few bits of a base
+    (153, "distributed", "if self.in_step and 0 < len(items)", "if False and 0 < len(items)"),
+    (154, "step", "(part.total * (counts / targets)).backward()", "(part.total / targets).backward()"),
+    (155, "heartbeat", "if silent > SILENT and count >= 0:", "if False:"),
+    (156, "heartbeat", "if self.unanswered > SILENT:", "if False:"),
+    (157, "launcher", "(rank, failure.exitcode) for rank", "(rank, 1) for rank"),
+    (158, "generate", "world.gather(list(answers.items()))", "[list(answers.items())]"),
+    (159, "memory", "return int(whole + sum(of_block) / shared)", "return int(whole + sum(of_block))"),
+    (160, "distributed", "return free // processes", "return free"),
+    (161, "attention", "parts = [number] if segment.prefix is None else [segment.prefix, number]", "parts = [number]"),
+    (
+        162,
+        "quantised",
+        "shape=torch.Size([2 * self.packed.numel()])",
+        "shape=torch.Size((self.out_features, self.in_features))",
+    ),
+    (163, "merged_folder", " and name not in weights.quantised and", " and"),
+    (
+        164,
+        "model",
+        'if config.quantization is not None and getattr(parsed, "quantization_config", None):',
+        "if False:",
+    ),
+    (165, "model", " or any(len({places[name] for name in names}) > 1 for names in tied)", ""),
+    (166, "probe", '"max_steps": steps, ', ""),
 ]
 
 

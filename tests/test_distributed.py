@@ -22,6 +22,7 @@ from torture.agreement import Way
 from lora_cli import batches, config_file, distributed, ending, heartbeat, lora, model, prepare, run_dir, step
 from lora_cli.batches import ALONE, Mixture, Part
 from lora_cli.config import LoraConfig, ModelConfig
+from lora_cli.distributed import World
 from lora_cli.examples import Example
 from lora_cli.forward import lay_out, target_loss
 from lora_cli.fused import fuse
@@ -74,6 +75,18 @@ def test_one_set_of_numbers_for_every_way_to_run_it(way: Way, model_folder: Call
 
     assert len(found) > 16
     assert agreement.difference(found, agreement.golden(way.dropout)) < agreement.CLOSE
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 6])
+def test_processes_that_go_in_step_are_given_as_many(count: int):
+    """Every item counts once, on one of them; else each has its share alone."""
+    for in_step in (True, False):
+        ranks = [World(torch.device("cpu"), rank, 3, in_step) for rank in range(3)]
+        shares = [list(rank.share(range(count))) for rank in ranks]
+
+        assert sorted(item for share in shares for item, counts in share if counts) == list(range(count))
+        assert len({len(share) for share in shares}) == 1 or not in_step
+        assert in_step or all(counts for share in shares for _, counts in share)
 
 
 @pytest.mark.parametrize("kind", [None, "nf4"])

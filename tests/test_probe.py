@@ -66,6 +66,8 @@ def test_a_stop_between_trials_loses_none(make_config: Callable[..., Path], tmp_
         stopped_after_two()
     trials = [run_dir.RunDir(place) for place in (tmp_path / "run" / "probes").iterdir()]
     assert sorted(run_dir.read_status(trial)["status"] for trial in trials) == ["finished", "finished", "stopped"]
+    ended = [run_dir.read_finished(trial) for trial in trials]
+    assert [finished.step for finished in ended if finished] == [10, 10]
     again = run(config)
 
     assert rates(again) == rates(whole)

@@ -41,7 +41,8 @@ def check(config: RunConfig, row: str | None = None, nproc: int = 1) -> Generato
     here = is_here(config.model.device)
     device = current_world(config.model.device).device if here else torch.device(config.model.device)
     longest, started = int(train.examples.lengths.max()), Launch(size=nproc, local_size=nproc)
-    memory = estimate_memory(prepared.header, config, longest, device, started)
+    mean = float(train.examples.lengths.mean())
+    memory = estimate_memory(prepared.header, config, longest, device, started, mean)
     seconds = None
     if here and nproc == 1:
         seconds = estimate_seconds(prepared, timetable, total + trainable, config, device, memory.tokens)

@@ -32,8 +32,9 @@ def describe(
     if tokens == "auto" or all(change.key != "train.micro_batch_tokens" for change in changes):
         tokens = run_dir.read_environment(run).get("micro_batch_tokens") or tokens
     if tokens == "auto":  # only then is the model looked at
-        longest = int(prepared.train.examples.lengths.max())
-        tokens = estimate_memory(prepared.header, config, longest, world.device, launch.current()).tokens
+        lengths = prepared.train.examples.lengths
+        longest, mean = int(lengths.max()), float(lengths.mean())
+        tokens = estimate_memory(prepared.header, config, longest, world.device, launch.current(), mean).tokens
     environment |= {"processes": world.size, "micro_batch_tokens": tokens}
     if config.model.quantization == "nf4":
         environment["bitsandbytes"] = bitsandbytes().__version__

@@ -27,6 +27,7 @@ _PROCESS = {"cpu": 440 << 20, "cuda": 1 << 30}
 _PASSING = {"cpu": 5.5, "cuda": 2.0}
 _MOST_TOKENS = {"cpu": 1024, "cuda": 8192}
 _FEWEST_TOKENS = 128
+_FORWARDS = 2  # of a step for each of several processes: of fewer, one process often has one more than the others
 _CHUNKS_WITH_KL = 7  # arrays of a chunk's logits that exist together; 1 without a KL
 _OPTIMIZER = 16  # bytes for each trained number: itself, its gradient, both moments
 _RUN = 6  # blocks, and twice as many: a whole period of what alternates between them in known models
@@ -38,12 +39,18 @@ _INT8, _INT8_ROW = 1, 4
 
 
 def estimate_memory(
-    header: ModelHeader, config: RunConfig, longest: int, device: torch.device, started: Launch | None = None
+    header: ModelHeader,
+    config: RunConfig,
+    longest: int,
+    device: torch.device,
+    started: Launch | None = None,
+    mean: float | None = None,
 ) -> MemoryEstimate:
     """Estimate the bytes that training takes on the device of each process, with the tokens that one forward sees.
 
-    These are those the config says, or (auto) as many as are worth it and fit into what is free. A sequence longer than
-    that, up to `longest`, is a forward by itself. Of a device that is not here nothing is known to be free.
+    These are those the config says, or (auto) as many as are worth it and fit into what is free; of several processes
+    each is to have some forwards of a step of sequences of a `mean` length. A sequence longer than that, up to
+    `longest`, is a forward by itself. Of a device that is not here nothing is known to be free.
     """
     started = started or Launch()
     skeleton = _skeleton(header, config, choose_dtype(config.model.dtype, device))
@@ -67,6 +74,9 @@ def estimate_memory(
     if config.train.micro_batch_tokens != "auto":
         return estimate(config.train.micro_batch_tokens)
     count = tokens_worth_it(device)
+    if started.size > 1 and mean is not None:
+        of_each = config.train.batch_size * mean / started.size
+        count = max(_FEWEST_TOKENS, min(count, round(of_each / _FORWARDS)))
     while count > _FEWEST_TOKENS and estimate(count).fits is False:
         count //= 2
     return estimate(count)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Invoke, build_tokenizer, save_base
 
-from lora_cli import distributed, launch, lora, memory, model
+from lora_cli import config_file, distributed, launch, lora, memory, model
 from lora_cli.config import RunConfig
 from lora_cli.distributed import choose_device, free_memory
 from lora_cli.errors import SurroundingsError
@@ -58,6 +58,16 @@ def test_a_gpu_that_is_not_there_is_named(
     assert f"model.device: cuda, but torch {torch.__version__} sees no GPU here" in said
     assert "CUDA_VISIBLE_DEVICES is '7'" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("processes", "tokens"), [(1, 1024), (2, 400), (4, 200), (64, 128)])
+def test_each_process_has_forwards_of_a_step(processes: int, tokens: int, make_config: Make):
+    """Of 16 sequences of 100 tokens each of several processes has two forwards, none of fewer than 128 tokens."""
+    config = config_file.load(make_config(**{"train.batch_size": 16, "train.micro_batch_tokens": "auto"}))
+    header = model.read_header(config.model)
+    started = launch.Launch(size=processes, local_size=processes)
+
+    assert memory.estimate_memory(header, config, 100, CPU, started, 100.0).tokens == tokens
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_cli import lora
 from lora_cli.distributed import World
 from lora_cli.quantised import BLOCK, Kind, QuantisedLinear
-from lora_cli.sharding import as_part, own_rows
+from lora_cli.sharding import as_part, keep_own, own_rows
 from lora_cli.tensor_file import TensorInfo, read_rows
 
 _PIECE = 1 << 18  # bytes that are read at once
@@ -130,11 +130,10 @@ def fill(module: nn.Module, pieces: Iterable[Piece], dtype: torch.dtype, device:
         first, after = own_rows(empty)
         own = torch.empty((after - first, *empty.shape[1:]) if empty.ndim else (), dtype=dtype, device=device)
         for piece in some:
-            begin, end = max(first, piece.begin), min(after, piece.end)
-            if not own.ndim:
+            if own.ndim:
+                keep_own(own, first, piece.begin, piece.rows)
+            else:
                 own.copy_(piece.rows)
-            elif begin < end:
-                own[begin - first : end - first].copy_(piece.rows[begin - piece.begin : end - piece.begin])
         parameter = nn.Parameter(as_part(empty, own), requires_grad=False)
         for each in together[name]:
             path, _, last = each.rpartition(".")

@@ -237,7 +237,8 @@ def set_dropout(model: nn.Module, seed: int | None) -> None:
     model.eval()
     for path, layer in lora_layers(model):
         layer.training = seed is not None
-        layer.seed = derive_seed(seed or 0, path)
+        if seed is not None and layer.dropout:
+            layer.seed = derive_seed(seed, path)
 
 
 def set_keys(model: nn.Module, *keys: Tensor) -> None:

@@ -56,7 +56,7 @@ def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[E
         )
         chosen = center
     else:
-        alone = replace(session, validation=_validation_alone(session))
+        alone = _alone(session)
         for rate in _rates(center, losses):
             losses[rate] = _try(alone, _shortened(config, run, rate, steps))
             yield _probed(rate, losses[rate], steps)
@@ -70,9 +70,11 @@ def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[E
     return chosen
 
 
-def _validation_alone(session: Session) -> Validation:
+def _alone(session: Session) -> Session:
+    """Return the session with nothing to measure but validation: no general text, no test rows."""
     assert session.prepared.validation is not None, "config_checks asks for it"
-    return Validation(session.model, session.prepared.validation, None, session.world)
+    validation = Validation(session.model, session.prepared.validation, None, session.world)
+    return replace(session, validation=validation, prepared=replace(session.prepared, test=None))
 
 
 def _shortened(config: RunConfig, run: RunDir, rate: float, steps: int) -> RunConfig:

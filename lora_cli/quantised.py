@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_cli.errors import SurroundingsError
-from lora_cli.sharding import as_part, own_part, own_rows
+from lora_cli.sharding import as_part, keep_own, own_part, own_rows
 
 Kind = Literal["nf4", "int8"]
 BLOCK = 64  # numbers that share a scale (nf4)
@@ -79,7 +79,7 @@ class QuantisedLinear(nn.Module):
         """Take the weight in pieces [rows, columns], of which all but the last have a multiple of BLOCK rows."""
         if self.transposed:
             pieces = [torch.cat([piece.clone() for piece in pieces]).T]
-        (first, after), own = own_rows(self.packed), own_part(self.packed)
+        (first, _), own = own_rows(self.packed), own_part(self.packed)
         place, scales = 0, list[Tensor]()
         for piece in pieces:
             wide = piece.float()
@@ -91,9 +91,7 @@ class QuantisedLinear(nn.Module):
                     wide.contiguous(), None, None, BLOCK, False, "nf4"
                 )
                 scales.append(state.absmax)
-            begin, end = max(first, place), min(after, place + len(some))
-            if begin < end:
-                own[begin - first : end - first] = some[begin - place : end - place]
+            keep_own(own, first, place, some)
             place += len(some)
         every = torch.cat(scales)
         if self.kind == "int8":

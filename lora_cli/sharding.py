@@ -58,6 +58,13 @@ def own_part(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def keep_own(own: Tensor, first: int, begin: int, rows: Tensor) -> None:
+    """Put rows of a parameter, the first of which is its row `begin`, into this rank's part, whose first is `first`."""
+    start, end = max(first, begin), min(first + len(own), begin + len(rows))
+    if start < end:
+        own[start - first : end - first] = rows[start - begin : end - begin]
+
+
 def as_part(parameter: Tensor, own: Tensor) -> Tensor:
     """Return this rank's rows as its part of a parameter; as they are where that is not divided."""
     if not isinstance(parameter, DTensor):

@@ -3,48 +3,12 @@
 The description of each field is the comment `lora init` writes and the text editors show from the JSON Schema.
 """
 
-import datetime
-import string
-from collections.abc import Iterator
-from enum import Enum
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
-
-class OnResume(Enum):
-    """What becomes of a run that goes on with another value of a key; each key says which."""
-
-    FREE = "nothing that is computed changes"
-    NOTED = "sums may be rounded in another way: said, and written down"
-    OVERRIDE = "the rest is trained in another way: only with --override, and written down"
-    FIXED = "it would be another run: only in another output_dir"
-
-
-T = TypeVar("T")
-Free = Annotated[T, OnResume.FREE]
-Noted = Annotated[T, OnResume.NOTED]
-Override = Annotated[T, OnResume.OVERRIDE]
-Fixed = Annotated[T, OnResume.FIXED]
-
-
-def _reject_empty(value: str) -> str:
-    if not value.strip():
-        raise ValueError("must not be empty")
-    return value
-
-
-# Strict: "8" is no number, true is no number, 1.5 is no whole number; nan and inf are refused.
-Int = Annotated[int, Field(strict=True)]
-Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Bool = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, AfterValidator(_reject_empty)]
-
-
-class Section(BaseModel):
-    """A frozen part of the config that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from lora_cli.data_config import DataConfig, path_to_section
+from lora_cli.schema import Bool, Fixed, Float, Free, Int, Noted, Override, Section, Text
 
 
 class ModelConfig(Section):
@@ -78,129 +42,6 @@ class LoraConfig(Section):
         "all-linear",
         description="all-linear, or a list of names as they stand in the model (q_proj, down_proj, ...)",
     )
-
-
-def _path_to_section(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-def _iso_date(value: str) -> str:
-    try:
-        return datetime.date.fromisoformat(value).isoformat()
-    except ValueError:
-        raise ValueError("a date such as 2026-01-01") from None
-
-
-def _columns_only(template: str) -> str:
-    """Refuse a prompt template that is more than text with {column} in it."""
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"is no template ({error}); write {{{{ for a brace that stands for itself") from None
-    names = [(name, spec or how) for _, name, spec, how in parts if name is not None]
-    if wrong := [name for name, more in names if not name or more]:
-        raise ValueError(f"may hold only plain {{column}} names, not {{{wrong[0]}}}")
-    if not names:
-        raise ValueError("names no {column}, so every prompt would be the same")
-    return template
-
-
-class ReplayConfig(Section):
-    """General data mixed in against forgetting."""
-
-    path: Text
-    ratio: Float = Field(0.05, gt=0, lt=1)
-
-
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference"]
-# The keys that rows of some format have, which data.fields may find in other columns.
-FORMAT_KEYS = frozenset(
-    ("messages", "conversations", "instruction", "input", "output", "system", "tools", "prompt", "completion", "text")
-)
-Fields = dict[str, Text]  # a format's key -> the column it stands in
-PromptTemplate = Annotated[Text, AfterValidator(_columns_only)]
-
-
-class SourceConfig(Section):
-    """One of several sources of training rows."""
-
-    path: Text
-    weight: Annotated[Float, Field(gt=0)] = 1.0
-    format: Format | None = None  # null: as data.format
-    subset: Text | None = None  # of a hub data set that has several (its "config name")
-    split: Text | None = None  # of a hub data set; null: train
-    fields: Fields | None = None  # null: as data.fields
-    prompt_template: PromptTemplate | None = None  # null: as data.prompt_template
-
-
-HeldOut = Literal["test", "validation"]
-HELD_OUT: tuple[HeldOut, ...] = get_args(HeldOut)  # in the order in which they are split off
-
-
-class DataConfig(Section):
-    """What is learned and what is held out."""
-
-    train: Fixed[
-        Text | Annotated[tuple[Annotated[SourceConfig, BeforeValidator(_path_to_section)], ...], Field(min_length=1)]
-    ] = Field(
-        description="a file (jsonl, json, csv, parquet; .gz, .zst), folder, glob, hub id, or a list of {path, weight}"
-    )
-    validation: Fixed[Int | Float | Text] = Field(
-        0.1, description="a share of train, a number of rows, a file or a hub split; 0 turns validation off"
-    )
-    test: Fixed[Int | Float | Text | None] = Field(
-        None, description="rows kept for the final report alone, as validation: share, number, file or hub split"
-    )
-    split_by: Fixed[Text] = Field(
-        "prompt",
-        description="prompt | row | a field: rows that share it stay on one side of the split",
-    )
-    allow_overlap: Free[Bool] = Field(False, description="accept validation rows whose prompt is also trained on")
-    format: Fixed[Format] = Field(
-        "auto", description="auto | messages | sharegpt | alpaca | prompt-completion | text | preference"
-    )
-    fields: Fixed[Fields | None] = Field(
-        None, description="other names of columns, as {prompt: question, completion: answer}"
-    )
-    prompt_template: Fixed[PromptTemplate | None] = Field(
-        None, description='makes the prompt out of columns, as "Question: {question}\\nAnswer:"'
-    )
-    chat_template: Fixed[Text | None] = Field(
-        None, description="null: the model's own | a Jinja file | chatml | zephyr | alpaca"
-    )
-    template_date: Fixed[Annotated[Text, AfterValidator(_iso_date)]] = Field(
-        "2026-01-01", description="the day a chat template is told, where it writes today's"
-    )
-    merge_system: Fixed[Bool] = Field(
-        False, description="put a system message in front of the first user message, for templates without that role"
-    )
-    allow_control_tokens: Fixed[Bool | None] = Field(
-        None, description="false: control tokens inside content are text | true: they are control tokens | null: asks"
-    )
-    max_length: Fixed[Int] = Field(2048, ge=2, description="tokens")
-    too_long: Fixed[Literal["error", "drop", "truncate"]] = Field(
-        "error", description="error | drop | truncate: never cuts an answer silently"
-    )
-    replay: Fixed[ReplayConfig | None] = Field(
-        None, description="{path: general.jsonl, ratio: 0.05}: general data mixed in against forgetting"
-    )
-
-    @property
-    def sources(self) -> tuple[SourceConfig, ...]:
-        """The sources of training rows, with what they leave out filled in."""
-        named = (SourceConfig(path=self.train),) if isinstance(self.train, str) else self.train
-        return tuple(self.source(one) for one in named)
-
-    def source(self, one: SourceConfig) -> SourceConfig:
-        """Return a source with the settings of the whole data section where it has none of its own."""
-        inherited = ("format", "fields", "prompt_template")
-        return one.model_copy(update={name: getattr(one, name) or getattr(self, name) for name in inherited})
-
-    @property
-    def group_field(self) -> str | None:
-        """The field whose values are kept on one side when rows are split off."""
-        split_off = any(wanted and not isinstance(wanted, str) for wanted in (self.validation, self.test))
-        return self.split_by if split_off and self.split_by not in ("prompt", "row") else None
 
 
 class EarlyStoppingConfig(Section):
@@ -289,26 +130,47 @@ class SaveConfig(Section):
     keep: Free[Int] = Field(2, ge=1, description="newest valid checkpoints kept, beside the best")
 
 
+class Range(Section):
+    """Values between which lora tune searches; whole numbers for keys that take only those."""
+
+    low: Int | Float
+    high: Int | Float
+    log: Bool = False  # even in the logarithm
+
+
+Choices = Annotated[tuple[Any, ...], Field(min_length=2)]
+
+
+class TuneConfig(Section):
+    """What lora tune searches."""
+
+    trials: Free[Int] = Field(20, ge=1, description="runs that are tried")
+    budget: Free[Float] = Field(
+        0.33, gt=0, le=1, description="share of a run's steps that each trial gets; the best is then trained whole"
+    )
+    space: Free[Annotated[dict[Text, Range | Choices], Field(min_length=1)] | None] = Field(
+        None, description="{key: {low: 1e-4, high: 1e-2, log: true}, key: [8, 32]}; null: learning rate and rank"
+    )
+    objective: Free[Literal["loss", "loss-and-forgetting"]] = Field(
+        "loss", description="loss: of validation, within eval.forgetting_budget | loss-and-forgetting: both, no pruning"
+    )
+    prune: Free[Bool] = Field(True, description="give up trials that are behind at a ninth and a third of their steps")
+    storage: Free[Text | None] = Field(
+        None, description="where the study lies: a journal file, or a database's URL; null: a journal in output_dir"
+    )
+
+
 class RunConfig(Section):
     """One training run."""
 
-    model: Annotated[ModelConfig, BeforeValidator(_path_to_section)]
+    model: Annotated[ModelConfig, BeforeValidator(path_to_section)]
     lora: LoraConfig = LoraConfig()
     data: DataConfig
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     save: SaveConfig = SaveConfig()
+    tune: TuneConfig = TuneConfig()
     seed: Fixed[Int] = Field(
         0, ge=0, lt=2**63, description="data order, adapter initialisation and dropout follow from it"
     )
     output_dir: Free[Text] = Field(description="where the run is written")
-
-
-def flat(config: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Iterate over (dotted key, value) of every leaf."""
-    for name in type(config).model_fields:
-        value = getattr(config, name)
-        if isinstance(value, Section):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

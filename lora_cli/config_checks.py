@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lora_cli.config import FORMAT_KEYS, ModelConfig, RunConfig, flat
+from lora_cli import space
+from lora_cli.config import ModelConfig, RunConfig
+from lora_cli.data_config import FORMAT_KEYS
 from lora_cli.errors import shown
+from lora_cli.schema import flat
 
 # Keys of the contract whose other values this version cannot honour yet: refused, never ignored.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -53,6 +56,8 @@ def check_config(config: RunConfig) -> dict[str, str]:
     if config.eval.forgetting_budget is not None and False in (config.eval.general, config.data.validation != 0):
         missing = "eval.general is false" if config.eval.general is False else "data.validation is 0"
         problems["eval.forgetting_budget"] = f"nothing is measured that it could be held against: {missing}"
+    if wrong := list(space.problems_of(config)):
+        problems["tune.space"] = "; ".join(wrong)
     if config.train.kl_without_target and not config.train.kl_to_base:
         problems["train.kl_without_target"] = "has no effect while train.kl_to_base is 0; give that a weight"
     if "preference" in {config.data.format, *(source.format for source in config.data.sources)}:

@@ -9,10 +9,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from lora_cli.config import ModelConfig, RunConfig, Section
+from lora_cli.config import ModelConfig, RunConfig
 from lora_cli.config_checks import check_config
 from lora_cli.errors import NOTHING_READ, ConfigError, SurroundingsError, shown
 from lora_cli.redact import redact
+from lora_cli.schema import Section
 from lora_cli.strict_yaml import Document, Key, dump_inline, parse, read_value
 from lora_cli.strict_yaml import dump as dump_yaml
 

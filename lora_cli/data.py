@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_cli.config import HELD_OUT, DataConfig, HeldOut, SourceConfig
 from lora_cli.conversation import Conversation, Message, Row, RowError, keys_of, parse_conversation, text_of
+from lora_cli.data_config import HELD_OUT, DataConfig, HeldOut, SourceConfig
 from lora_cli.data_file import Block, Broken, DataFile
 from lora_cli.errors import NOTHING_LOADED, DataError, shown
 from lora_cli.sources import find_files, is_hub_id, is_plain_text, read_plain_text

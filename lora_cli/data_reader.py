@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from lora_cli import data, dataset
 from lora_cli.chat_template import CHOICES, choose
-from lora_cli.config import HELD_OUT, DataConfig, HeldOut, SourceConfig
 from lora_cli.corpus import Corpus, make
+from lora_cli.data_config import HELD_OUT, DataConfig, HeldOut, SourceConfig
 from lora_cli.dataset import Dataset
 from lora_cli.errors import NOTHING_LOADED, DataError, ModelError
 from lora_cli.examples import Encoder

@@ -9,8 +9,8 @@ from typing import overload
 import numpy as np
 
 from lora_cli.batches import Mixture, Part
-from lora_cli.config import DataConfig, HeldOut
 from lora_cli.corpus import Corpus
+from lora_cli.data_config import DataConfig, HeldOut
 from lora_cli.data_file import DataFile
 from lora_cli.errors import NOTHING_LOADED, DataError
 from lora_cli.examples import IGNORED, Example, Flag

@@ -9,13 +9,14 @@ import torch
 import transformers
 
 from lora_cli import __version__, base_folder, launch, remote_code, run_dir
-from lora_cli.config import RunConfig, flat
+from lora_cli.config import RunConfig
 from lora_cli.distributed import World
 from lora_cli.memory import estimate_memory
 from lora_cli.prepare import Prepared
 from lora_cli.quantised import bitsandbytes
 from lora_cli.resume import Change
 from lora_cli.run_dir import RunDir
+from lora_cli.schema import flat
 
 
 def describe(

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from lora_cli import run_dir
-from lora_cli.config import DataConfig, EvalConfig, SourceConfig
+from lora_cli.config import EvalConfig
+from lora_cli.data_config import DataConfig, SourceConfig
 from lora_cli.data_reader import DataReader, held_out_of, run_to_end
 from lora_cli.dataset import Dataset
 from lora_cli.errors import DataError

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from lora_cli import config_file, manifest, run_dir, storage
-from lora_cli.config import OnResume, RunConfig, Section
+from lora_cli.config import RunConfig
 from lora_cli.errors import AdapterError, ConfigError, DataError
 from lora_cli.run_dir import FORMAT, RunDir
+from lora_cli.schema import OnResume, rules, value_of
 
 _ELSEWHERE = "To start anew, set another output_dir (output_dir=...)."
 # What a run saw, by its hash in environment.json.
@@ -38,25 +38,12 @@ class Change:
         return f"{self.key}: {self.before} there, {self.after} now"
 
 
-def rules(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, OnResume | None]]:
-    """Iterate over (dotted key, its rule) of the schema; a key without one is as FIXED."""
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from rules(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, next((rule for rule in field.metadata if isinstance(rule, OnResume)), None)
-
-
 def changes(old: RunConfig, new: RunConfig) -> list[Change]:
     """Return the keys whose values differ."""
-
-    def value(config: RunConfig, key: str) -> Any:
-        return reduce(getattr, key.split("."), config)
-
     return [
-        Change(key, value(old, key), value(new, key), rule or OnResume.FIXED)
-        for key, rule in rules()
-        if value(old, key) != value(new, key)
+        Change(key, value_of(old, key), value_of(new, key), rule or OnResume.FIXED)
+        for key, rule in rules(RunConfig)
+        if value_of(old, key) != value_of(new, key)
     ]
 
 

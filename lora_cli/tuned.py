@@ -7,7 +7,8 @@ import torch
 
 from lora_cli import adapter, base_folder, config_file, model, run_dir
 from lora_cli.adapter import Adapter
-from lora_cli.config import DataConfig, ModelConfig, RunConfig
+from lora_cli.config import ModelConfig, RunConfig
+from lora_cli.data_config import DataConfig
 from lora_cli.distributed import World
 from lora_cli.errors import AdapterError, ModelError, SurroundingsError
 from lora_cli.model import LanguageModel, ModelHeader

@@ -83,7 +83,8 @@ def scale(model: str, rows: int, folder: Path) -> None:
 
 def prepare_ours(model: str, data: str) -> tuple[float, int]:
     """Return the seconds and tokens of one preparation by lora, nothing kept before."""
-    from lora_cli.config import DataConfig, ModelConfig
+    from lora_cli.config import ModelConfig
+    from lora_cli.data_config import DataConfig
     from lora_cli.data_reader import DataReader, run_to_end
     from lora_cli.model import read_header
 

@@ -37,7 +37,8 @@ import transformers
 
 from lora_cli import lora
 from lora_cli.batches import Mixture, Part, plan_epoch
-from lora_cli.config import DataConfig, ModelConfig, RunConfig
+from lora_cli.config import ModelConfig, RunConfig
+from lora_cli.data_config import DataConfig
 from lora_cli.data_reader import DataReader, run_to_end
 from lora_cli.memory import estimate_memory
 from lora_cli.model import ModelHeader, read_header

@@ -35,7 +35,8 @@ from lora_cli import (
 )
 from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Batch, Group, collate
-from lora_cli.config import DataConfig, LoraConfig, ModelConfig
+from lora_cli.config import LoraConfig, ModelConfig
+from lora_cli.data_config import DataConfig
 from lora_cli.data_reader import DataReader, run_to_end
 from lora_cli.dataset import Dataset
 from lora_cli.examples import Example

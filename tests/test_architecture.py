@@ -21,7 +21,10 @@ FLOORS = [
     "reports",
     "runtimes",
     "randomness",
+    "schema",
+    "data_config",
     "config",
+    "space",
     "config_checks",
     "strict_yaml",
     "config_file",
@@ -126,7 +129,7 @@ FLOORS = [
 
 DOORS = {
     "yaml": {"strict_yaml"},
-    "pydantic": {"config", "config_file", "json_file"},
+    "pydantic": {"config", "config_file", "data_config", "json_file", "schema", "space"},
     "transformers": {
         "chat_template",
         "environment",

@@ -8,7 +8,7 @@ import pytest
 from conftest import build_examples, data_reader, read_rows, write_rows
 
 from lora_cli import data
-from lora_cli.config import DataConfig
+from lora_cli.data_config import DataConfig
 from lora_cli.data_file import DataFile
 from lora_cli.data_reader import run_to_end
 from lora_cli.errors import DataError

@@ -12,7 +12,7 @@ from conftest import build_examples, build_tokenizer, conversation, data_reader,
 
 from lora_cli import corpus, data, dataset, parallel
 from lora_cli.batches import Mixture, Part
-from lora_cli.config import DataConfig
+from lora_cli.data_config import DataConfig
 from lora_cli.data_reader import run_to_end
 
 

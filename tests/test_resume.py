@@ -15,11 +15,12 @@ from conftest import CHATML, Invoke, conversation, facts, save_base, write_rows
 from torture import faults
 
 from lora_cli import checkpoint, config_file, manifest, metrics, resume, run_dir, storage, strict_yaml
-from lora_cli.config import OnResume, RunConfig
+from lora_cli.config import RunConfig
 from lora_cli.errors import AdapterError, ConfigError, DataError, Interrupted
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Event, Finished, Notice, Started, StepDone
 from lora_cli.run_dir import RunDir
+from lora_cli.schema import OnResume, rules
 from lora_cli.train import ended, train
 
 # Every key, and a value that a run could be continued with.
@@ -78,6 +79,12 @@ OTHERS: dict[str, Any] = {
     "eval.forgetting_budget": 0.5,
     "save.per_epoch": 3,
     "save.keep": 5,
+    "tune.trials": 7,
+    "tune.budget": 0.5,
+    "tune.space": {"lora.rank": [2, 4]},
+    "tune.objective": "loss-and-forgetting",
+    "tune.prune": False,
+    "tune.storage": "study.log",
     "seed": 1,
     "output_dir": "moved",
 }
@@ -153,16 +160,16 @@ def run_of(config: Path) -> RunDir:
 
 def test_every_key_has_a_rule_and_a_row():
     """A key that is added to the schema says what becomes of a run that goes on with another value."""
-    rules = dict(resume.rules())
+    found = dict(rules(RunConfig))
 
-    assert [key for key, rule in rules.items() if rule is None] == []
-    assert sorted(rules) == sorted(OTHERS)
+    assert [key for key, rule in found.items() if rule is None] == []
+    assert sorted(found) == sorted(OTHERS)
 
 
 @pytest.mark.parametrize("key", OTHERS)
 def test_the_rule_of_a_key_decides(key: str, config: Path, tmp_path: Path):
     """Free and noted changes go on, others need --override, what is fixed names another output_dir as the way out."""
-    rule, run = dict(resume.rules())[key], run_of(config)
+    rule, run = dict(rules(RunConfig))[key], run_of(config)
     value = str(tmp_path / "moved") if key == "output_dir" else OTHERS[key]
     if key == "output_dir":
         shutil.move(run.path, value)

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_cli import chat_template, config_file, corpus, dataset, examples, limits, prepare
 from lora_cli.compare import Asked, compare
-from lora_cli.config import DataConfig
+from lora_cli.data_config import DataConfig
 from lora_cli.errors import ConfigError, DataError, ModelError, SurroundingsError
 from lora_cli.examples import Example
 from lora_cli.interrupt import StopRequest

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli import data
-from lora_cli.config import DataConfig
+from lora_cli.data_config import DataConfig
 from torture.mutations import VALUES, mutated_bytes, mutated_json
 
 ASKED, TOLD = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}

@@ -1,27 +1,9 @@
-"""The commands. Each is a short path, and what is slow to import is imported inside."""
-
-from dataclasses import replace
-from pathlib import Path
-from typing import Annotated
+"""The command line: which commands there are, and that what goes wrong ends as it should."""
 
 import typer
 
-from lora_cli import (
-    __version__,
-    arguments,
-    config_file,
-    console,
-    ending,
-    figures,
-    follower,
-    interrupt,
-    launch,
-    outlook,
-    storage,
-)
-from lora_cli.arguments import Base, Config, General, HeldOutRows, Json, Overrides, Processes, Push, Restarts, Run
-from lora_cli.errors import ConfigError, InputError
-from lora_cli.records import Finished, as_json
+from lora_cli import __version__, config_commands, console, ending, run_commands
+from lora_cli.arguments import Json
 
 app = typer.Typer(
     help="Fine-tune Hugging Face language models with LoRA, from one YAML file.",
@@ -32,264 +14,6 @@ app = typer.Typer(
 )
 
 
-@app.command()
-def init(
-    path: Annotated[Path, typer.Argument(help="The config to write.")] = Path("train.yaml"),
-    model: Annotated[str, typer.Option(help="Hub id or folder.")] = "HuggingFaceTB/SmolLM2-135M-Instruct",
-    data: Annotated[str, typer.Option(help="The training data.")] = "train.jsonl",
-    output_dir: Annotated[str, typer.Option(help="Where the run will be written.")] = "runs/first",
-    schema: Annotated[bool, typer.Option("--schema", help="Print the config's JSON Schema and write nothing.")] = False,
-    json: Json = False,
-) -> None:
-    """Write a commented config to start from."""
-    if schema:
-        console.print_json(config_file.json_schema())
-        return
-    if path.exists():
-        raise ConfigError(f"{path}: already exists; name another file, or delete it.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path}: the folder {path.parent} does not exist; make it first (mkdir -p {path.parent}).")
-    storage.write_file(path, config_file.commented(model, data, output_dir))
-    if json:
-        console.print_json({"config": str(path)})
-    else:
-        console.print_text(f"Wrote {path}. Next: lora check {path}")
-
-
-@app.command()
-def check(
-    config: Config,
-    overrides: Overrides = None,
-    row: Annotated[
-        str | None, typer.Option(help="Show this row, by its number or as file:number.", show_default=False)
-    ] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="The memory of each of so many processes.")] = 1,
-    json: Json = False,
-) -> None:
-    """Show what a run would do: data, mask preview, targets, memory. Trains nothing."""
-    run_config = config_file.load(config, overrides or [])
-    from lora_cli import data as rows
-
-    rows.require_readable(run_config.data, run_config.eval.general_source)
-    from lora_cli import check as checking
-
-    report = follower.follow_preparation(checking.check(run_config, row, nproc))
-    if json:
-        console.print_json(as_json(report))
-    else:
-        outlook.show_check(report, whole=row is not None)
-
-
-@app.command()
-def train(
-    config: Config,
-    overrides: Overrides = None,
-    override: Annotated[
-        bool, typer.Option("--override", help="Go on with a run although its rest is to be trained in another way.")
-    ] = False,
-    nproc: Processes = 1,
-    restarts: Restarts = 0,
-    json: Json = False,
-) -> None:
-    """Train; an interrupted run of the same config is continued."""
-    run_config = config_file.load(config, overrides or [])
-    is_main, is_to_start = launch.current().is_main, launch.is_to_start(nproc, restarts)
-    from lora_cli import train as training
-
-    ended = training.ended(run_config, override)
-    already = ended is not None
-    if ended is None and is_to_start:
-        from lora_cli import data, launcher
-
-        data.require_readable(run_config.data, run_config.eval.general_source)
-        launcher.launch(nproc, restarts)
-    if ended is None:
-        last = follower.Follower(silent=not is_main).follow(training.train(run_config, interrupt.requested(), override))
-        assert isinstance(last, Finished), "the loop ends with Finished or raises"
-        ended = last
-    if not is_main:
-        return
-    if json:
-        console.print_json(as_json(ended))
-    else:
-        console.show_finished(ended, run_config.output_dir, already)
-
-
-@app.command(name="eval")
-def evaluate(
-    run: Run,
-    data: HeldOutRows = None,
-    base: Base = None,
-    answers: Annotated[int, typer.Option(min=0, help="At most so many rows are answered by generation.")] = 200,
-    metric: Annotated[
-        list[str], typer.Option(help="exact-match | json | rouge-l | bleu | chrf | label; may be given several times.")
-    ] = ["exact-match"],  # noqa: B006 - typer copies it
-    extract: Annotated[
-        str | None,
-        typer.Option(help="Exact match compares only this: last-number, or a regular expression.", show_default=False),
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 answers greedily; else drawn with --seed.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of drawn answers.")] = 0,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of an answer; else as long as those expected.", show_default=False)
-    ] = None,
-    general: General = None,
-    scan: Annotated[bool, typer.Option("--scan", help="Also at other strengths of the adapter.")] = False,
-    tasks: Annotated[
-        str | None, typer.Option(help="lm-eval tasks: names or YAML files, with commas.", show_default=False)
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.", show_default=False)] = None,
-    nproc: Processes = 1,
-    json: Json = False,
-) -> None:
-    """Measure base and adapter side by side on held-out data."""
-    if launch.is_to_start(nproc):
-        from lora_cli import launcher
-
-        launcher.launch(nproc)
-    from lora_cli.compare import Asked, compare
-    from lora_cli.generate import Sampling
-
-    asked = Asked(
-        data=data,
-        base=base,
-        answers=answers,
-        metrics=metric,
-        extract=extract,
-        sampling=Sampling(temperature, seed),
-        max_new_tokens=max_new_tokens,
-        general=general,
-        tasks=[name for name in (tasks or "").split(",") if name],
-        limit=limit,
-        scan=scan,
-    )
-    report = compare(run, asked)
-    if not launch.is_main():
-        return
-    if json:
-        console.print_json(as_json(replace(report, samples=report.samples[:20])))
-    else:
-        figures.show_eval(report)
-
-
-@app.command()
-def scale(
-    run: Run,
-    output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
-    gain: Annotated[float | None, typer.Option(help="How strong: 1 as it is, 0.5 half.", show_default=False)] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(min=0, help="As strong as forgets at most this: nats on general text.", show_default=False),
-    ] = None,
-    data: HeldOutRows = None,
-    general: General = None,
-    base: Base = None,
-    json: Json = False,
-) -> None:
-    """Write the adapter at another strength, which any reader of PEFT adapters honours."""
-    from lora_cli import scale as scaling
-
-    report = scaling.scale(run, output, gain, budget, data, general, base)
-    if json:
-        console.print_json(as_json(report))
-    else:
-        figures.show_scale(report)
-
-
-@app.command()
-def merge(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Runs, checkpoints or PEFT adapters.", show_default=False)
-    ],
-    output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
-    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16: what is written.")] = "keep",
-    rounding: Annotated[str, typer.Option(help="nearest, or stochastic: small updates are not lost.")] = "nearest",
-    onto: Annotated[
-        str, typer.Option(help="stored, or dequantised: of a base that was trained quantised, which weights.")
-    ] = "stored",
-    weights: Annotated[
-        str | None, typer.Option(metavar="W...", help="Of several adapters: 0.7 0.3; else 1 each.", show_default=False)
-    ] = None,
-    method: Annotated[
-        str, typer.Option(help="linear (the exact sum), ties or dare: how several are added.")
-    ] = "linear",
-    density: Annotated[
-        float | None, typer.Option(help="Share of entries that ties (0.2) or dare (0.1) keeps.", show_default=False)
-    ] = None,
-    adapter: Annotated[bool, typer.Option("--adapter", help="Write one adapter, not a merged model.")] = False,
-    speed: Annotated[bool, typer.Option("--speed", help="Time base, base + adapter and merged model.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Write even what differs more than is allowed.")] = False,
-    base: Base = None,
-    push: Push = None,
-    json: Json = False,
-) -> None:
-    """Write base + adapter, or several adapters, as an ordinary Hugging Face model, verified."""
-    from lora_cli import hub, merged_folder, update
-    from lora_cli import merge as merging
-
-    paths, numbers = arguments.paths_and_weights(runs, weights)
-    form = merged_folder.Form(
-        arguments.one_of("--dtype", dtype, merged_folder.Dtype),
-        arguments.one_of("--rounding", rounding, merged_folder.Rounding),
-        arguments.one_of("--onto", onto, merged_folder.Onto),
-    )
-    together = merging.Together(numbers, arguments.one_of("--method", method, update.Method), density)
-    if push is not None:
-        hub.require_pushable(push)
-    report = (
-        merging.combine(paths, output, base, together)
-        if adapter
-        else merging.merge(paths, output, base, together, form, force, speed)
-    )
-    pushed = hub.push(output, push) if push is not None else None
-    if json:
-        console.print_json({**as_json(report), "pushed": pushed})
-        return
-    figures.show_merge(report)
-    if pushed is not None:
-        console.print_text(f"Pushed to {pushed}.")
-
-
-@app.command()
-def export(
-    run: Run,
-    output: Annotated[
-        Path, typer.Option(help="The folder to write; of gguf and gguf-lora the file.", show_default=False)
-    ],
-    format: Annotated[
-        str,
-        typer.Option(
-            help="The adapter: peft (PEFT, vLLM, transformers), mlx (mlx-lm), gguf-lora (llama.cpp). Base + adapter: "
-            "gguf (llama.cpp), ollama (with a Modelfile), onnx (a graph)."
-        ),
-    ] = "peft",
-    gguf_type: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0: how a GGUF file stores matrices.")] = "f16",
-    base: Base = None,
-    push: Push = None,
-    json: Json = False,
-) -> None:
-    """Write what other runtimes load."""
-    from lora_cli import export as exporting
-    from lora_cli import hub
-    from lora_cli.formats import gguf_file
-
-    chosen: exporting.Format = arguments.one_of("--format", format, exporting.Format)
-    kind: gguf_file.Kind = arguments.one_of("--gguf-type", gguf_type, gguf_file.Kind)
-    if push is not None:
-        if chosen in exporting.FILES:
-            raise InputError(f"--push: sends folders, and {chosen} is one file: hf upload {push} {output}")
-        hub.require_pushable(push)
-    report = exporting.export(run, chosen, output, kind, base)
-    pushed = hub.push(output, push) if push is not None else None
-    if json:
-        console.print_json({**as_json(report), "pushed": pushed})
-        return
-    console.show_export(report)
-    if pushed is not None:
-        console.print_text(f"Pushed to {pushed}.")
-
-
-@app.command()
 def version(json: Json = False) -> None:
     """Print the version."""
     from importlib import metadata
@@ -299,6 +23,17 @@ def version(json: Json = False) -> None:
         console.print_json(versions)
     else:
         console.print_text(", ".join(f"{name} {number}" for name, number in versions.items()))
+
+
+app.command()(config_commands.init)
+app.command()(config_commands.check)
+app.command()(config_commands.train)
+app.command()(config_commands.tune)
+app.command(name="eval")(run_commands.evaluate)
+app.command()(run_commands.scale)
+app.command()(run_commands.merge)
+app.command()(run_commands.export)
+app.command()(version)
 
 
 def main() -> None:

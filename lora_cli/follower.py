@@ -3,14 +3,14 @@
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from typing import TypeVar
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from lora_cli.console import duration, err
+from lora_cli.console import duration, err, short
 from lora_cli.figures import forgetting_in_words
-from lora_cli.records import Evaluated, Event, Finished, Notice, Preparing, Probed, Saved, Started, StepDone
+from lora_cli.records import Evaluated, Event, Finished, Notice, Preparing, Probed, Saved, Started, StepDone, TrialEnded
 from lora_cli.redact import redact
 
 Result = TypeVar("Result")
@@ -20,9 +20,10 @@ _QUIET_SECONDS = 5.0  # without a terminal, steps are reported no more often tha
 class Follower:
     """Draws the events of a run as they come."""
 
-    def __init__(self, silent: bool = False) -> None:
-        """`silent`: another process of the run draws the same events."""
+    def __init__(self, silent: bool = False, brief: bool = False) -> None:
+        """`silent`: another process of the run draws the same events. `brief`: there are many runs, each has a line."""
         self._silent = silent
+        self._brief = brief
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=24),
@@ -49,8 +50,22 @@ class Follower:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         return last
 
+    def result_of(self, events: Generator[Event, None, Result]) -> Result:
+        """Draw every event; return what came of them."""
+        result: list[Result] = []
+
+        def passed_on() -> Iterator[Event]:
+            result.append((yield from events))
+
+        self.follow(passed_on())
+        return result[0]
+
     def _draw(self, event: Event) -> None:
         match event:
+            case TrialEnded():
+                self._trial(event)
+            case Evaluated() | Saved() if self._brief:
+                pass
             case Preparing():
                 self._preparing(event)
             case Notice():
@@ -80,15 +95,27 @@ class Follower:
             left = event.seconds * (1 - event.done) / event.done if event.done else 0.0
             self._say(f"{event.source}: {event.rows:,} rows, {event.done:.0%}, {duration(left)} left")
 
+    def _trial(self, event: TrialEnded) -> None:
+        values = ", ".join(f"{key} {short(value)}" for key, value in event.values.items())
+        loss = "" if event.loss is None else f": validation loss {event.loss:.4f}"
+        state = "" if event.state == "finished" else f", {event.state} after {event.steps} of {event.of_steps} steps"
+        self._say(f"trial {event.number}: {values}{loss}{state}")
+
     def _start(self, event: Started) -> None:
+        if not self._brief or self._task is None:
+            self._say(self._size(event))
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._total = event.total_steps
+        self._task = self._progress.add_task("", total=event.total_steps, completed=event.step, facts="")
+
+    def _size(self, event: Started) -> str:
         share = event.trainable_parameters / event.total_parameters
         held_out = event.validation.examples if event.validation else 0
-        self._say(
+        return (
             f"{event.train.examples} examples ({event.train.targets:,} of {event.train.tokens:,} tokens trained), "
             f"{held_out} held out; {event.trainable_parameters:,} parameters trained ({share:.2%}); {event.forward}."
         )
-        self._total = event.total_steps
-        self._task = self._progress.add_task("", total=event.total_steps, completed=event.step, facts="")
 
     def _step(self, event: StepDone) -> None:
         self._seconds = [*self._seconds[-19:], event.seconds]
@@ -98,7 +125,9 @@ class Follower:
         if self._task is not None:
             self._progress.update(self._task, completed=event.step, facts=facts)
         now = time.monotonic()
-        if not err.is_terminal and (now - self._last_line > _QUIET_SECONDS or event.step in (1, self._total)):
+        if not err.is_terminal and (
+            now - self._last_line > _QUIET_SECONDS or (event.step in (1, self._total) and not self._brief)
+        ):
             self._last_line = now
             self._say(
                 f"step {event.step}/{self._total}  epoch {event.epoch:.2f}  {facts}  lr {event.learning_rate:.2e}"

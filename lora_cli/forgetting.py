@@ -31,6 +31,10 @@ class Validation:
         self._base: Measured | None = None  # on the general text; it does not change
         self._at_start: tuple[Measured, Forgetting | None] | None = None
 
+    def without_general(self) -> "Validation":
+        """Return the validation set alone, for what needs no measure of forgetting."""
+        return Validation(self.model, self.examples, None, self.world) if self.general else self
+
     def measure_base(self, tokens: int) -> tuple[Measured, Forgetting | None]:
         """Measure a model whose adapter is fresh; later runs on the same base are told what was found."""
         if self._at_start is None:

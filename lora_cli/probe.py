@@ -9,17 +9,16 @@ parabola through the best ones, over the logarithm of the rate.
 import contextlib
 import math
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from lora_cli import json_file, run_dir, storage
 from lora_cli.config import RunConfig
 from lora_cli.errors import TrainingStopped
-from lora_cli.forgetting import Validation
 from lora_cli.records import Event, Finished, Notice, Probed
 from lora_cli.resume import create
 from lora_cli.run_dir import RunDir
-from lora_cli.session import Session
+from lora_cli.session import Session, as_trial, for_trials, with_rate
 from lora_cli.timetable import Timetable
 
 SHARE = 0.12  # of the run's steps, for each trial
@@ -46,7 +45,7 @@ def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[E
     known = world.from_main(json_file.read_object(run.probe) if world.is_main and run.probe.exists() else None)
     if known:
         return float(known["chosen"])
-    center = start_rate(int(session.prepared.header.config.get_text_config().hidden_size))
+    center = start_rate(session.width)
     steps = round(SHARE * Timetable.of(session.prepared.train.mixture.drawn, config).total_steps)
     losses = dict[float, float]()
     if steps < _FEWEST:
@@ -56,7 +55,7 @@ def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[E
         )
         chosen = center
     else:
-        alone = _alone(session)
+        alone = for_trials(session)
         for rate in _rates(center, losses):
             losses[rate] = _try(alone, _shortened(config, run, rate, steps))
             yield _probed(rate, losses[rate], steps)
@@ -70,24 +69,15 @@ def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[E
     return chosen
 
 
-def _alone(session: Session) -> Session:
-    """Return the session with nothing to measure but validation: no general text, no test rows."""
-    assert session.prepared.validation is not None, "config_checks asks for it"
-    validation = Validation(session.model, session.prepared.validation, None, session.world)
-    return replace(session, validation=validation, prepared=replace(session.prepared, test=None))
-
-
 def _shortened(config: RunConfig, run: RunDir, rate: float, steps: int) -> RunConfig:
     """Return the config of a trial: measured once, at its end."""
+    trial = as_trial(with_rate(config, rate), RunDir(run.probes / f"{rate:.3g}"), steps)
     stopping = config.train.early_stopping.model_copy(update={"patience": None})
-    train = {"learning_rate": rate, "max_steps": steps, "early_stopping": stopping}
-    return config.model_copy(
+    return trial.model_copy(
         update={
-            "train": config.train.model_copy(update=train),
-            "data": config.data.model_copy(update={"test": None}),
+            "train": trial.train.model_copy(update={"early_stopping": stopping}),
             "eval": config.eval.model_copy(update={"per_epoch": 1, "general": False, "forgetting_budget": None}),
             "save": config.save.model_copy(update={"per_epoch": 1}),
-            "output_dir": str(run.probes / f"{rate:.3g}"),
         }
     )
 

@@ -194,6 +194,28 @@ class Probed:
 
 
 @dataclass(frozen=True)
+class TrialEnded:
+    """One run of a search. `values` are those that it tried, by dotted keys.
+
+    `state` is finished, pruned (given up, behind the others), or diverged (training stopped: not finite). `loss` is the
+    best validation loss, or the last one known of a trial that was given up; `excess` what it forgets over the budget.
+    `training` is the part of `seconds` that went into steps and validation.
+    """
+
+    number: int
+    values: Mapping[str, Any]
+    state: str
+    loss: float | None
+    forgetting: float | None
+    excess: float
+    steps: int
+    of_steps: int
+    tokens: int
+    seconds: float
+    training: float
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something the user should know, in one sentence."""
 
@@ -210,7 +232,7 @@ class Preparing:
     seconds: float
 
 
-Event = Preparing | Probed | Started | StepDone | Evaluated | Saved | Finished | Notice
+Event = Preparing | Probed | TrialEnded | Started | StepDone | Evaluated | Saved | Finished | Notice
 
 
 def event_name(record: object) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lora_cli.records import DataCounts, Estimate, Forgetting, Overlap
+from lora_cli.records import DataCounts, Estimate, Finished, Forgetting, Overlap, TrialEnded
 
 
 @dataclass(frozen=True)
@@ -250,3 +250,20 @@ class ExportReport:
     format: str
     output: Path
     notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What a search came to. `best` is the number of a trial; `front` those that no other beats in both objectives.
+
+    `running` trials are under way in other processes; only with none is the best trained whole (`final`) and written
+    as a config (`config`).
+    """
+
+    trials: Sequence[TrialEnded]
+    best: int | None
+    front: Sequence[int]
+    running: int
+    config: Path | None
+    final: Finished | None
+    saved: Path

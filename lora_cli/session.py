@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lora_cli import adapter, adapter_folder, ends, interrupt, lora, metrics, model, resume, run_dir
@@ -31,6 +31,11 @@ class Session:
     environment: Mapping[str, Any]
     stop: StopRequest
     world: World
+
+    @property
+    def width(self) -> int:
+        """The base's hidden size."""
+        return int(self.prepared.header.config.get_text_config().hidden_size)
 
     def run(
         self, config: RunConfig, run: RunDir, changes: Sequence[Change] = (), rate: float | None = None
@@ -97,6 +102,24 @@ class Session:
 def with_rate(config: RunConfig, rate: float) -> RunConfig:
     """Return a config with a learning rate in the place of its own."""
     return config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": rate})})
+
+
+def as_trial(config: RunConfig, place: RunDir, steps: int) -> RunConfig:
+    """Return the config of a trial of a run: so many steps, and test rows are for what is chosen in the end."""
+    return config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"max_steps": steps}),
+            "data": config.data.model_copy(update={"test": None}),
+            "output_dir": str(place.path),
+        }
+    )
+
+
+def for_trials(session: Session, forgetting: bool = False) -> Session:
+    """Return a session that measures validation only, without test rows, and forgetting where it is asked for."""
+    assert session.validation is not None, "config_checks asks for it"
+    validation = session.validation if forgetting else session.validation.without_general()
+    return replace(session, validation=validation, prepared=replace(session.prepared, test=None))
 
 
 def open_session(

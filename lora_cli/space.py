@@ -32,7 +32,8 @@ def changed(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 def default_space(config: RunConfig, rate: float) -> Space:
     """Return what is searched where nothing is said: a decade on either side of a learning rate, and the rank."""
     rates = Range(low=rate / 10, high=rate * 10, log=True)
-    return {"train.learning_rate": rates} | ({} if config.lora.method == "full" else {"lora.rank": (8, 32, 128)})
+    ranks = tuple(sorted({8, 32, 128, config.lora.rank}))
+    return {"train.learning_rate": rates} | ({} if config.lora.method == "full" else {"lora.rank": ranks})
 
 
 def is_whole(config: RunConfig, key: str) -> bool:
@@ -40,9 +41,9 @@ def is_whole(config: RunConfig, key: str) -> bool:
     return _problem(config, key, 0.437) is not None and _problem(config, key, 1.437) is not None
 
 
-def largest(config: RunConfig, space: Space) -> RunConfig:
+def largest(config: RunConfig, space: Space | None) -> RunConfig:
     """Return the config whose adapter takes most memory."""
-    ranks = space.get("lora.rank", (config.lora.rank,))
+    ranks = (space or default_space(config, 1.0)).get("lora.rank", (config.lora.rank,))
     most = int(ranks.high) if isinstance(ranks, Range) else max(ranks)
     return changed(config, {"lora.rank": max(most, config.lora.rank)})
 

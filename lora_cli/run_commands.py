@@ -1,0 +1,182 @@
+"""The commands that read a result: eval, scale, merge, export. What is slow to import is imported inside."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli import arguments, console, figures, launch
+from lora_cli.arguments import Base, General, HeldOutRows, Json, Processes, Push, Run
+from lora_cli.errors import InputError
+from lora_cli.records import as_json
+
+
+def evaluate(
+    run: Run,
+    data: HeldOutRows = None,
+    base: Base = None,
+    answers: Annotated[int, typer.Option(min=0, help="At most so many rows are answered by generation.")] = 200,
+    metric: Annotated[
+        list[str], typer.Option(help="exact-match | json | rouge-l | bleu | chrf | label; may be given several times.")
+    ] = ["exact-match"],  # noqa: B006 - typer copies it
+    extract: Annotated[
+        str | None,
+        typer.Option(help="Exact match compares only this: last-number, or a regular expression.", show_default=False),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 answers greedily; else drawn with --seed.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of drawn answers.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of an answer; else as long as those expected.", show_default=False)
+    ] = None,
+    general: General = None,
+    scan: Annotated[bool, typer.Option("--scan", help="Also at other strengths of the adapter.")] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks: names or YAML files, with commas.", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.", show_default=False)] = None,
+    nproc: Processes = 1,
+    json: Json = False,
+) -> None:
+    """Measure base and adapter side by side on held-out data."""
+    if launch.is_to_start(nproc):
+        from lora_cli import launcher
+
+        launcher.launch(nproc)
+    from lora_cli.compare import Asked, compare
+    from lora_cli.generate import Sampling
+
+    asked = Asked(
+        data=data,
+        base=base,
+        answers=answers,
+        metrics=metric,
+        extract=extract,
+        sampling=Sampling(temperature, seed),
+        max_new_tokens=max_new_tokens,
+        general=general,
+        tasks=[name for name in (tasks or "").split(",") if name],
+        limit=limit,
+        scan=scan,
+    )
+    report = compare(run, asked)
+    if not launch.is_main():
+        return
+    if json:
+        console.print_json(as_json(replace(report, samples=report.samples[:20])))
+    else:
+        figures.show_eval(report)
+
+
+def scale(
+    run: Run,
+    output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    gain: Annotated[float | None, typer.Option(help="How strong: 1 as it is, 0.5 half.", show_default=False)] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0, help="As strong as forgets at most this: nats on general text.", show_default=False),
+    ] = None,
+    data: HeldOutRows = None,
+    general: General = None,
+    base: Base = None,
+    json: Json = False,
+) -> None:
+    """Write the adapter at another strength, which any reader of PEFT adapters honours."""
+    from lora_cli import scale as scaling
+
+    report = scaling.scale(run, output, gain, budget, data, general, base)
+    if json:
+        console.print_json(as_json(report))
+    else:
+        figures.show_scale(report)
+
+
+def merge(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Runs, checkpoints or PEFT adapters.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16: what is written.")] = "keep",
+    rounding: Annotated[str, typer.Option(help="nearest, or stochastic: small updates are not lost.")] = "nearest",
+    onto: Annotated[
+        str, typer.Option(help="stored, or dequantised: of a base that was trained quantised, which weights.")
+    ] = "stored",
+    weights: Annotated[
+        str | None, typer.Option(metavar="W...", help="Of several adapters: 0.7 0.3; else 1 each.", show_default=False)
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="linear (the exact sum), ties or dare: how several are added.")
+    ] = "linear",
+    density: Annotated[
+        float | None, typer.Option(help="Share of entries that ties (0.2) or dare (0.1) keeps.", show_default=False)
+    ] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Write one adapter, not a merged model.")] = False,
+    speed: Annotated[bool, typer.Option("--speed", help="Time base, base + adapter and merged model.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write even what differs more than is allowed.")] = False,
+    base: Base = None,
+    push: Push = None,
+    json: Json = False,
+) -> None:
+    """Write base + adapter, or several adapters, as an ordinary Hugging Face model, verified."""
+    from lora_cli import hub, merged_folder, update
+    from lora_cli import merge as merging
+
+    paths, numbers = arguments.paths_and_weights(runs, weights)
+    form = merged_folder.Form(
+        arguments.one_of("--dtype", dtype, merged_folder.Dtype),
+        arguments.one_of("--rounding", rounding, merged_folder.Rounding),
+        arguments.one_of("--onto", onto, merged_folder.Onto),
+    )
+    together = merging.Together(numbers, arguments.one_of("--method", method, update.Method), density)
+    if push is not None:
+        hub.require_pushable(push)
+    report = (
+        merging.combine(paths, output, base, together)
+        if adapter
+        else merging.merge(paths, output, base, together, form, force, speed)
+    )
+    pushed = hub.push(output, push) if push is not None else None
+    if json:
+        console.print_json({**as_json(report), "pushed": pushed})
+        return
+    figures.show_merge(report)
+    if pushed is not None:
+        console.print_text(f"Pushed to {pushed}.")
+
+
+def export(
+    run: Run,
+    output: Annotated[
+        Path, typer.Option(help="The folder to write; of gguf and gguf-lora the file.", show_default=False)
+    ],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="The adapter: peft (PEFT, vLLM, transformers), mlx (mlx-lm), gguf-lora (llama.cpp). Base + adapter: "
+            "gguf (llama.cpp), ollama (with a Modelfile), onnx (a graph)."
+        ),
+    ] = "peft",
+    gguf_type: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0: how a GGUF file stores matrices.")] = "f16",
+    base: Base = None,
+    push: Push = None,
+    json: Json = False,
+) -> None:
+    """Write what other runtimes load."""
+    from lora_cli import export as exporting
+    from lora_cli import hub
+    from lora_cli.formats import gguf_file
+
+    chosen: exporting.Format = arguments.one_of("--format", format, exporting.Format)
+    kind: gguf_file.Kind = arguments.one_of("--gguf-type", gguf_type, gguf_file.Kind)
+    if push is not None:
+        if chosen in exporting.FILES:
+            raise InputError(f"--push: sends folders, and {chosen} is one file: hf upload {push} {output}")
+        hub.require_pushable(push)
+    report = exporting.export(run, chosen, output, kind, base)
+    pushed = hub.push(output, push) if push is not None else None
+    if json:
+        console.print_json({**as_json(report), "pushed": pushed})
+        return
+    console.show_export(report)
+    if pushed is not None:
+        console.print_text(f"Pushed to {pushed}.")

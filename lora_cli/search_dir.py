@@ -1,0 +1,85 @@
+"""Where the files of a search lie, beside the run that its config names; several processes may be at work in it.
+
+OUTPUT_DIR-tune/
+  config.yaml  environment.json      what is searched around, on which base and rows
+  study.log                          Optuna's journal (unless tune.storage names another place)
+  trials/0000/ ...                   a run each; checkpoints are gone when it has ended
+  best.yaml  best/                   the best config, and its run on all steps
+  tune.json                          the report
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_cli import config_file, resume, run_dir, storage
+from lora_cli.config import RunConfig
+from lora_cli.errors import ConfigError
+from lora_cli.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class SearchDir:
+    """The layout of one search."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "study.log"
+
+    @property
+    def best_config(self) -> Path:
+        return self.path / "best.yaml"
+
+    @property
+    def best(self) -> RunDir:
+        return RunDir(self.path / "best")
+
+    @property
+    def report(self) -> Path:
+        return self.path / "tune.json"
+
+    @property
+    def as_run(self) -> RunDir:
+        """The folder as if it were a run's: its environment.json is one."""
+        return RunDir(self.path)
+
+    def trial(self, number: int) -> RunDir:
+        """Return where the run of a trial lies."""
+        return RunDir(self.path / "trials" / f"{number:04d}")
+
+
+def of(config: RunConfig, kind: str = "tune") -> SearchDir:
+    """Return the search directory of a config."""
+    place = run_dir.of(config).path
+    return SearchDir(place.with_name(f"{place.name}-{kind}"))
+
+
+def require_place(config: RunConfig, place: SearchDir) -> None:
+    """Raise ConfigError where a folder holds anything but a search around the same config, however many trials."""
+    run_dir.require_own(place.as_run)
+    if place.config.is_file():
+        changes = resume.changes(config_file.load(place.config), config)
+        if other := [change for change in changes if change.key not in ("tune.trials", "tune.storage", "output_dir")]:
+            raise ConfigError(
+                f"{place.path}: holds a search around another config:",
+                *(f"  {change}" for change in other),
+                "To go on with that search, use its config. To start anew, set another output_dir.",
+            )
+    elif place.path.is_dir() and (found := sorted(p.name for p in place.path.iterdir() if not storage.is_temporary(p))):
+        raise ConfigError(f"{place.path}: holds other files ({', '.join(found[:5])}); name another output_dir.")
+
+
+def create(config: RunConfig, place: SearchDir, environment: Mapping[str, Any]) -> None:
+    """Write down what is searched around, and on what, where nobody did before."""
+    with storage.explained(place.path):
+        storage.make_folder(place.path)
+    if not place.config.is_file():
+        storage.write_json(place.as_run.environment, {"format": run_dir.FORMAT, **environment})
+        storage.write_file(place.config, config_file.dump(config))

@@ -138,7 +138,7 @@ class Range(Section):
     log: Bool = False  # even in the logarithm
 
 
-Choices = Annotated[tuple[Any, ...], Field(min_length=2)]
+Choices = Annotated[tuple[Any, ...], Field(min_length=1)]
 
 
 class TuneConfig(Section):

@@ -33,6 +33,7 @@ except ImportError:
 
 _OUTCOME = "outcome"
 _STARTUP = 5  # trials drawn at random before the estimator says anything
+_OPENINGS = 4
 _UNHELD_SECONDS = 60.0  # after which a trial without a run was left by a process that was killed at once
 Sampling = Callable[[int], BaseSampler]  # of a seed
 Hold = Callable[[int], AbstractContextManager[object]]  # the folder of a trial, for this process
@@ -232,10 +233,16 @@ def _contains(distribution: BaseDistribution, value: Any) -> bool:
 
 def _storage(place: str) -> optuna.storages.BaseStorage:
     """Open a database by its URL, or a journal file. Raises SurroundingsError."""
-    try:
-        if "://" in place:
-            return optuna.storages.RDBStorage(place)
-        return optuna.storages.JournalStorage(JournalFileBackend(place))
-    except Exception as error:  # of whichever database it is
-        reason = shown(error, 200)
-        raise SurroundingsError(f"tune.storage: {shown(place)} cannot be opened: {reason}.") from None
+    for left in reversed(
+        range(_OPENINGS)
+    ):  # two processes that make the tables of a database at once hinder each other
+        try:
+            if "://" in place:
+                return optuna.storages.RDBStorage(place)
+            return optuna.storages.JournalStorage(JournalFileBackend(place))
+        except Exception as error:  # of whichever database it is
+            if not left:
+                reason = shown(error, 200)
+                raise SurroundingsError(f"tune.storage: {shown(place)} cannot be opened: {reason}.") from None
+            time.sleep(0.3)
+    raise AssertionError("the last opening returns or raises")

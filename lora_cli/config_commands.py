@@ -110,15 +110,29 @@ def tune(
         str | None,
         typer.Option("--storage", help="A journal file or a database's URL; else tune.storage.", show_default=False),
     ] = None,
+    one_at_a_time: Annotated[
+        bool, typer.Option("--one-at-a-time", help="No search: each knob halved and doubled around the config.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="With --one-at-a-time: runs that differ in the seed alone.")] = 4,
     json: Json = False,
 ) -> None:
     """Search hyperparameters; an interrupted search is continued, and several processes share one."""
     given = {"tune.trials": trials, "tune.storage": storage_place}
     more = [f"{key}={value}" for key, value in given.items() if value is not None]
     run_config = config_file.load(config, [*(overrides or []), *more])
+    follow = follower.Follower(brief=True).result_of
+    if one_at_a_time:
+        from lora_cli import sensitivity
+
+        found = follow(sensitivity.one_at_a_time(run_config, interrupt.requested(), seeds))
+        if json:
+            console.print_json(as_json(found))
+        else:
+            trial_tables.show_sensitivity(found)
+        return
     from lora_cli import tune as tuning
 
-    report = follower.Follower(brief=True).result_of(tuning.tune(run_config, interrupt.requested()))
+    report = follow(tuning.tune(run_config, interrupt.requested()))
     if json:
         console.print_json(as_json(report))
     else:

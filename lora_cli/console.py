@@ -85,11 +85,6 @@ def gigabytes(count: int) -> str:
 # --- training ---
 
 
-def short(value: object) -> str:
-    """Return a value of a config in few letters."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def duration(seconds: float) -> str:
     """Return seconds as minutes:seconds, or hours:minutes:seconds."""
     minutes, rest = divmod(round(seconds), 60)

@@ -8,9 +8,21 @@ from typing import TypeVar
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from lora_cli.console import duration, err, short
+from lora_cli.console import duration, err
 from lora_cli.figures import forgetting_in_words
-from lora_cli.records import Evaluated, Event, Finished, Notice, Preparing, Probed, Saved, Started, StepDone, TrialEnded
+from lora_cli.records import (
+    Evaluated,
+    Event,
+    Finished,
+    Notice,
+    Preparing,
+    Probed,
+    Saved,
+    Started,
+    StepDone,
+    TrialEnded,
+    short,
+)
 from lora_cli.redact import redact
 
 Result = TypeVar("Result")

@@ -109,7 +109,7 @@ def _bootstrap(value: float, tables: np.ndarray, figure: Figure) -> Estimate:
     even = np.full(tables.shape[1], 1 / tables.shape[1])
     counts = generator.multinomial(tables.shape[1], even, size=_DRAWS).astype(np.float64)  # [draws, units or bags]
     drawn = figure(counts @ tables)
-    outside = _NORMAL.cdf(-_student(units - 1) * float(np.sqrt(units / (units - 1))))
+    outside = _NORMAL.cdf(-student(units - 1) * float(np.sqrt(units / (units - 1))))
     low, high = np.quantile(drawn[np.isfinite(drawn)], (outside, 1 - outside))  # 0 / 0 where all drawn have nothing
     return Estimate(value, float(low), float(high), units)
 
@@ -126,8 +126,9 @@ def _in_bags(tables: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return np.stack([bag.sum(1) for bag in np.array_split(shuffled, _MOST_DRAWN, axis=1)], axis=1)
 
 
-def _student(freedom: int) -> float:
+def student(freedom: int) -> float:
     """Return the quantile of Student's t that leaves half of 5 % above it (Cornish and Fisher's expansion)."""
     z = _NORMAL.inv_cdf((1 + _LEVEL) / 2)
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + (z**3 + z) / 4 / freedom + second / freedom**2
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + (z**3 + z) / 4 / freedom + second / freedom**2 + third / freedom**3

@@ -78,6 +78,11 @@ def with_interval(estimate: Estimate, spec: str) -> str:
     return f"{estimate.value:{spec}} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
 
 
+def short(value: object) -> str:
+    """Return a value of a config in few letters."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 @dataclass(frozen=True)
 class Forgetting:
     """How far the tuned model is from the base, in nats a token.

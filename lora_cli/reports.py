@@ -267,3 +267,34 @@ class TuneReport:
     config: Path | None
     final: Finished | None
     saved: Path
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A key of the config, its value, and the change of validation loss at half and at twice of it.
+
+    A change is null where training stopped; `matters` says whether one is more than another seed may make, null where
+    that is not known. A key that takes only one of both has one of each.
+    """
+
+    key: str
+    value: float
+    values: Sequence[float]
+    changes: Sequence[float | None]
+    matters: bool | None
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """What each knob does around a config: `loss` is the mean over `seeds` seeds, `noise` what one more may be from it.
+
+    `noise` is the half-width of a 95 % prediction interval. `left` are keys at 0, which have no half and no double.
+    """
+
+    loss: float
+    noise: float | None
+    seeds: int
+    knobs: Sequence[Knob]
+    left: Sequence[str]
+    plot: Path
+    saved: Path

@@ -6,6 +6,8 @@ OUTPUT_DIR-tune/
   trials/0000/ ...                   a run each; checkpoints are gone when it has ended
   best.yaml  best/                   the best config, and its run on all steps
   tune.json                          the report
+
+OUTPUT_DIR-sensitivity/ is the same for --one-at-a-time, its runs named by what they change, with tornado.svg.
 """
 
 from collections.abc import Mapping
@@ -46,13 +48,21 @@ class SearchDir:
         return self.path / "tune.json"
 
     @property
+    def plot(self) -> Path:
+        return self.path / "tornado.svg"
+
+    @property
     def as_run(self) -> RunDir:
         """The folder as if it were a run's: its environment.json is one."""
         return RunDir(self.path)
 
     def trial(self, number: int) -> RunDir:
         """Return where the run of a trial lies."""
-        return RunDir(self.path / "trials" / f"{number:04d}")
+        return self.named(f"{number:04d}")
+
+    def named(self, name: str) -> RunDir:
+        """Return where a run of this name lies."""
+        return RunDir(self.path / "trials" / name)
 
 
 def of(config: RunConfig, kind: str = "tune") -> SearchDir:

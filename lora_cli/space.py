@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from lora_cli.config import Range, RunConfig
 from lora_cli.errors import shown
-from lora_cli.schema import OnResume, rules
+from lora_cli.schema import OnResume, rules, value_of
 
 Space = Mapping[str, Range | Sequence[Any]]
 _ROOTS = ("lora", "train")  # the base, the rows and what is measured are the same for all
@@ -46,6 +46,27 @@ def largest(config: RunConfig, space: Space | None) -> RunConfig:
     ranks = (space or default_space(config, 1.0)).get("lora.rank", (config.lora.rank,))
     most = int(ranks.high) if isinstance(ranks, Range) else max(ranks)
     return changed(config, {"lora.rank": max(most, config.lora.rank)})
+
+
+def knobs(config: RunConfig) -> Iterator[str]:
+    """Iterate over the keys whose values are numbers, and that change something as the config stands."""
+    stopping = ("train.early_stopping.patience", "train.early_stopping.min_delta")
+    idle = {*stopping, "train.epochs" if config.train.max_steps else "train.max_steps"}
+    for key in searchable():
+        value = value_of(config, key)
+        if key not in idle and isinstance(value, int | float) and not isinstance(value, bool):
+            yield key
+
+
+def halved_and_doubled(config: RunConfig) -> Mapping[str, Sequence[float]]:
+    """Return half and twice the value of every knob that is not 0, as far as it takes them."""
+    around = {}
+    for key in knobs(config):
+        value = value_of(config, key)
+        pair = (value // 2, value * 2) if is_whole(config, key) else (value / 2, value * 2)
+        if value and (usable := [one for one in pair if _problem(config, key, one) is None and one != value]):
+            around[key] = usable
+    return around
 
 
 def problems_of(config: RunConfig) -> Iterator[str]:

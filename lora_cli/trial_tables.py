@@ -1,11 +1,11 @@
-"""Draws what a search came to."""
+"""Draws what searches came to: trials, and what each knob does."""
 
 from rich.markup import escape
 from rich.table import Table
 
-from lora_cli.console import out, short
-from lora_cli.records import TrialEnded
-from lora_cli.reports import TuneReport
+from lora_cli.console import out
+from lora_cli.records import TrialEnded, short
+from lora_cli.reports import SensitivityReport, TuneReport
 
 
 def show_tune(report: TuneReport) -> None:
@@ -47,3 +47,25 @@ def _what_next(report: TuneReport) -> list[str]:
         f"Config: {report.config}. Adapter: {final.adapter}. Report: {report.saved}.",
         f"Next: lora eval {final.adapter.parent}",
     ]
+
+
+def show_sensitivity(report: SensitivityReport) -> None:
+    """Show what half and twice of each knob change, and what another seed alone may."""
+    noise = "not known, for one seed" if report.noise is None else f"±{report.noise:.4f}"
+    out.print(f"Validation loss {report.loss:.4f}, mean of {report.seeds} seeds; another seed may change {noise}.")
+    table = Table("key", "value", "half", "change", "twice", "change", "more than a seed", box=None)
+    for knob in report.knobs:
+        cells = list[str]()
+        for is_its in (min, max):
+            there = [i for i, value in enumerate(knob.values) if is_its(value, knob.value) == value]
+            cells += [short(knob.values[there[0]]), _change(knob.changes[there[0]])] if there else ["-", "-"]
+        matters = {True: "yes", False: "no", None: "-"}[knob.matters]
+        table.add_row(knob.key, short(knob.value), *cells, matters)
+    out.print(table)
+    if report.left:
+        out.print(f"At 0, so neither halved nor doubled: {', '.join(report.left)}.", markup=False, soft_wrap=True)
+    out.print(f"Plot: {report.plot}. Report: {report.saved}.", markup=False, soft_wrap=True)
+
+
+def _change(change: float | None) -> str:
+    return "training stopped" if change is None else f"{change:+.4f}"

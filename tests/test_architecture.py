@@ -106,6 +106,8 @@ FLOORS = [
     "search_dir",
     "study",
     "tune",
+    "tornado",
+    "sensitivity",
     "train",
     "compare",
     "scale",

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lora_cli import adapter, json_file, lora, manifest, metrics, run_dir, storage
+from lora_cli import adapter, json_file, manifest, metrics, run_dir, storage, tuning
 from lora_cli.errors import AdapterError
 from lora_cli.run_dir import RunDir
 
@@ -95,7 +95,7 @@ def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -
             save_adapter(folder)
             tensors = {
                 f"{name}.{moment}": value.detach().cpu().contiguous()
-                for name, parameter in lora.trainable(state.model).items()
+                for name, parameter in tuning.trainable(state.model).items()
                 for moment, value in state.optimizer.state[parameter].items()
             }
             storage.add_file(folder / OPTIMIZER, safetensors.torch.save(tensors, {"format": "pt"}))
@@ -117,7 +117,7 @@ def load(path: Path, state: TrainState) -> None:
         moments = safetensors.torch.load_file(path / OPTIMIZER)
     except safetensors.SafetensorError as error:
         raise AdapterError(f"{path / OPTIMIZER}: cannot be read: {error}.", state="Nothing was read.") from None
-    for name, parameter in lora.trainable(state.model).items():
+    for name, parameter in tuning.trainable(state.model).items():
         state.optimizer.state[parameter] = {
             # AdamW keeps its step counter on the CPU unless told otherwise; the moments stay with their parameter.
             moment: value.to(parameter.device)

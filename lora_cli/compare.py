@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from lora_cli import adapter, intervals, lora, manifest, scoring, storage, tuned
+from lora_cli import adapter, intervals, manifest, scoring, storage, tuned, tuning
 from lora_cli.distributed import World, joined
 from lora_cli.errors import InputError
 from lora_cli.evaluate import BASE_AND_ADAPTER, Measured, measure
@@ -135,7 +135,7 @@ def _answered(
     scoring.require_found(expected, [each.where for each in questions], asked.extract)
     said = []
     for gain in BASE_AND_ADAPTER if metrics else ():
-        with lora.gain(loaded.module, gain):
+        with tuning.gain(loaded.module, gain):
             limits = result.header.max_positions, asked.sampling, asked.max_new_tokens
             said.append(answer(loaded, tokenizer, questions, *limits, world))
     units, figures = units_of(questions), {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_cli import adapter, adapter_folder, card, checkpoint, lora, manifest, metrics, run_dir, storage
+from lora_cli import adapter, adapter_folder, card, checkpoint, manifest, metrics, run_dir, storage, tuning
 from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Step, plan_epoch
 from lora_cli.blocks import as_loaded, compile_blocks, recompute_activations
@@ -62,7 +62,7 @@ class Loop:
         keep_freed_memory()
         torch.set_flush_denormal(True)  # lora_B starts at zero: its first products are denormal, and slow on a CPU
         as_loaded(model.module)
-        lora.apply_lora(model.module, config.lora, config.seed)
+        tuning.apply(model.module, config.lora, config.seed)
         share_inputs(model)
         if config.train.compile:
             compile_blocks(model.module)  # the compiler fuses by itself
@@ -70,7 +70,7 @@ class Loop:
             fuse(model.module)
         if config.train.activation_checkpointing:
             recompute_activations(model.module)
-        trainable = lora.trainable(model.module)
+        trainable = tuning.trainable(model.module)
         self.parameters = list(trainable.values())
         self.gradients = flat_gradients(self.parameters)
         optimizer = build_optimizer(trainable, config.train)

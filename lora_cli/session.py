@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lora_cli import adapter, adapter_folder, ends, interrupt, lora, metrics, model, resume, run_dir
+from lora_cli import adapter, adapter_folder, ends, interrupt, metrics, model, resume, run_dir, tuning
 from lora_cli.config import ModelConfig, RunConfig
 from lora_cli.distributed import World, memory_error
 from lora_cli.errors import Interrupted, UserError
@@ -81,7 +81,7 @@ class Session:
         )
 
     def _started(self, loop: Loop) -> Started:
-        trainable = sum(p.numel() for p in lora.trainable(self.model.module).values())
+        trainable = sum(p.numel() for p in tuning.trainable(self.model.module).values())
         return Started(
             step=loop.state.step,
             total_steps=loop.timetable.total_steps,

@@ -43,6 +43,8 @@ FLOORS = [
     "sharding",
     "quantised",
     "lora",
+    "full",
+    "tuning",
     "attention",
     "parallel",
     "limits",

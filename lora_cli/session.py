@@ -65,7 +65,8 @@ class Session:
         prepared = self.prepared
         templates = prepared.template.files(*adapter.TEMPLATES) if prepared.template and prepared.templated else {}
         fingerprint = str(self.environment["base_fingerprint"])
-        origin = adapter_folder.Origin(self.base.path, self.base.revision, fingerprint, templates)
+        base = prepared.header.folder
+        origin = adapter_folder.Origin(self.base.path, self.base.revision, fingerprint, templates, base)
         tokens = int(self.environment["micro_batch_tokens"])
         return Loop(
             config,
@@ -89,7 +90,7 @@ class Session:
             train=self.prepared.train_counts,
             validation=self.prepared.validation_counts,
             trainable_parameters=trainable,
-            total_parameters=trainable + sum(p.numel() for p in self.prepared.skeleton.parameters()),
+            total_parameters=self.prepared.total_parameters(loop.config.lora),
             forward=str(self.model.layout),
         )
 

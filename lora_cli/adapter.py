@@ -103,11 +103,11 @@ def read(folder: Path) -> Adapter:
         folder=folder,
         base=str(values.get("base_model_name_or_path") or ""),
         revision=values.get("revision"),
-        base_fingerprint=_base_fingerprint(folder),
+        base_fingerprint=read_base_fingerprint(folder),
         lora_A=parts["lora_A"],
         lora_B=parts["lora_B"],
         scales=_scales({path: len(down) for path, down in parts["lora_A"].items()}, values, folder / CONFIG),
-        chat_templates={name: _read_template(folder / name) for name in TEMPLATES if (folder / name).is_file()},
+        chat_templates=read_templates(folder),
     )
 
 
@@ -182,6 +182,11 @@ def is_transposed(folder: Path) -> bool:
     return bool(read_config(folder).get("fan_in_fan_out"))
 
 
+def read_templates(folder: Path) -> dict[str, str]:
+    """Return the chat templates in a folder, by their file names."""
+    return {name: _read_template(folder / name) for name in TEMPLATES if (folder / name).is_file()}
+
+
 def _read_template(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -191,15 +196,15 @@ def _read_template(path: Path) -> str:
         ) from None
 
 
-def _base_fingerprint(folder: Path) -> str | None:
-    """Return the fingerprint of the base an adapter was trained on; None for adapters from elsewhere."""
+def read_base_fingerprint(folder: Path) -> str | None:
+    """Return the fingerprint of the base that a folder was trained from; None for adapters from elsewhere."""
     path = folder / BASE
     if not path.is_file():
         return None
     fingerprint = json_file.read_object(path).get("fingerprint")
     if not isinstance(fingerprint, str):
         raise AdapterError(
-            f"{path}: fingerprint must be text, found {shown(fingerprint)}. It tells which base the adapter is for; "
+            f"{path}: fingerprint must be text, found {shown(fingerprint)}. It tells which base this was trained from; "
             "fetch or copy it again.",
             state="Nothing was read.",
         )

@@ -16,12 +16,16 @@ from lora_cli.config import LoraConfig
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an adapter comes from: its base, and the chat templates its rows were written with, by their file names."""
+    """Where a result comes from: its base, and the chat templates its rows were written with, by their file names.
+
+    `folder` is where the base's files are, where they are at hand.
+    """
 
     base: str
     revision: str | None
     base_fingerprint: str
     chat_templates: Mapping[str, str]
+    folder: Path | None = None
 
 
 def save(folder: Path, model: nn.Module, config: LoraConfig, origin: Origin) -> None:

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_cli import lora
+from lora_cli import tuning
 from lora_cli.errors import SurroundingsError
 from lora_cli.layout import decoder_blocks
 
 
 def as_loaded(module: nn.Module) -> None:
-    """Take off what an earlier run did to a model: its adapter, and other ways to run its parts."""
-    lora.remove_lora(module)
+    """Take off what an earlier run did to a model: what it trained, and other ways to run its parts."""
+    tuning.remove(module)
     for part in module.modules():
         part.__dict__.pop("forward", None)  # over which its class's shows again
         part._compiled_call_impl = None

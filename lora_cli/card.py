@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from lora_cli import config_file, how_to_load, metrics, run_dir, sources, storage, strict_yaml
 from lora_cli.adapter import Adapter
+from lora_cli.adapter_folder import Origin
 from lora_cli.config import RunConfig
 from lora_cli.records import Estimate, Evaluated, Finished, with_interval
 from lora_cli.reports import Comparison
@@ -21,18 +22,20 @@ from lora_cli.runtimes import Produced
 from lora_cli.tuned import Result
 
 FILE = "README.md"
-Kind = Literal["peft", "mlx", "merged", "onnx"]
+Kind = Literal["peft", "mlx", "merged", "onnx", "full"]
 _LIBRARY = {
     "peft": "peft",
     "mlx": "mlx",
     "merged": "transformers",
     "onnx": "onnx",
+    "full": "transformers",
 }  # as the hub calls what loads a folder
 _WHAT = {
     "peft": "A LoRA adapter for",
     "mlx": "A LoRA adapter, in the format of mlx-lm, for",
     "merged": "A model: a LoRA adapter merged into",
     "onnx": "An ONNX graph of a LoRA adapter merged into",
+    "full": "A model: full fine-tuning of",
 }
 _PLACES = frozenset(("path", "train", "validation", "test", "general", "chat_template"))
 
@@ -61,9 +64,16 @@ class Evaluation:
 
 def peft_card(adapter: Adapter, run: RunDir | None, finished: Finished | None = None) -> str:
     """Return the card of an adapter's folder; `finished` is how its run ended, where run.json does not say so yet."""
-    facts = _facts_of(adapter, run, finished)
+    facts = _facts_of(adapter.folder, run, finished)
     model_type = str(facts.environment.get("model_type", "")) if facts else ""
-    return _card("peft", adapter, model_type, facts)
+    return _adapter_card("peft", adapter, model_type, facts)
+
+
+def full_card(chosen: Path, origin: Origin, run: RunDir, finished: Finished) -> str:
+    """Return the card of a model all of whose weights a run trained; `chosen` is the checkpoint it is made of."""
+    what = "All of its weights were trained; they are in float32."
+    facts = _facts_of(chosen, run, finished)
+    return _card("full", origin.base, origin.base_fingerprint, what, how_to_load.WHOLE["merged"], facts)
 
 
 def mlx_card(result: Result) -> str:
@@ -82,25 +92,28 @@ def onnx_card(result: Result) -> str:
 
 
 def _card_of(result: Result, kind: Kind) -> str:
-    facts = _facts_of(result.adapter, result.run)
-    return _card(kind, result.adapter, str(result.header.config.model_type), facts)
+    facts = _facts_of(result.adapter.folder, result.run)
+    return _adapter_card(kind, result.adapter, str(result.header.config.model_type), facts)
 
 
-def _card(kind: Kind, adapter: Adapter, model_type: str, facts: Facts | None) -> str:
-    base = public_name(adapter.base) or "a base model"
+def _adapter_card(kind: Kind, adapter: Adapter, model_type: str, facts: Facts | None) -> str:
     ranks = [down.shape[0] for down in adapter.lora_A.values()]
     modules = frozenset(path.rsplit(".", 1)[-1] for path in adapter.lora_A)
-    on_hub = sources.is_hub_id(adapter.base)
-    known = [
-        "" if on_hub else "a local folder",
-        adapter.base_fingerprint and f"fingerprint `{adapter.base_fingerprint}`",
-    ]
+    what = f"Its rank is {_span(ranks)}, on {len(ranks)} layers ({', '.join(sorted(modules))})."
+    produced = Produced(model_type, "lora", max(ranks), modules)
+    how = how_to_load.text(kind, _called(adapter.base), adapter, produced)
+    return _card(kind, adapter.base, adapter.base_fingerprint, what, how, facts)
+
+
+def _card(kind: Kind, place: str, fingerprint: str | None, what: str, how: str, facts: Facts | None) -> str:
+    base, on_hub = _called(place), sources.is_hub_id(place)
+    known = ["" if on_hub else "a local folder", fingerprint and f"fingerprint `{fingerprint}`"]
     exactly = f" ({', '.join(filter(None, known))})" if any(known) else ""
     head = {
         **({"base_model": base} if on_hub else {}),
         "library_name": _LIBRARY[kind],
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "text-generation"],
+        "tags": [*(["lora"] if kind != "full" else []), "text-generation"],
         **({"datasets": named} if (named := _hub_data(facts)) else {}),
     }
     return f"""---
@@ -108,7 +121,7 @@ def _card(kind: Kind, adapter: Adapter, model_type: str, facts: Facts | None) ->
 
 # {base}, fine-tuned
 
-{_WHAT[kind]} `{base}`{exactly}. Its rank is {_span(ranks)}, on {len(ranks)} layers ({", ".join(sorted(modules))}).
+{_WHAT[kind]} `{base}`{exactly}. {what}
 
 ## Results
 
@@ -116,7 +129,7 @@ def _card(kind: Kind, adapter: Adapter, model_type: str, facts: Facts | None) ->
 
 ## How to load it
 
-{how_to_load.text(kind, base, adapter, Produced(model_type, "lora", max(ranks), modules))}
+{how}
 
 ## How it was made
 
@@ -134,6 +147,10 @@ def public_name(place: str) -> str:
     return place if sources.is_hub_id(place) else Path(place).name
 
 
+def _called(place: str) -> str:
+    return public_name(place) or "a base model"
+
+
 def _hub_data(facts: Facts | None) -> list[str]:
     named = [source.path for source in facts.config.data.sources] if facts else []
     return [name for name in named if sources.is_hub_id(name)]
@@ -146,13 +163,13 @@ def _span(ranks: Sequence[int]) -> str:
 # --- what is known of the run ---
 
 
-def _facts_of(adapter: Adapter, run: RunDir | None, finished: Finished | None = None) -> Facts | None:
+def _facts_of(folder: Path, run: RunDir | None, finished: Finished | None = None) -> Facts | None:
     if run is None:
         return None
-    if adapter.folder == run.adapter:
+    if folder == run.adapter:
         finished = run_dir.read_finished(run)
     evaluated = metrics.read_evaluated(run)
-    name = adapter.folder.name
+    name = folder.name
     checkpoint = re.fullmatch(r"step-(\d+)", name)
     step = finished.best_step if finished else int(checkpoint[1]) if checkpoint else None
     return Facts(
@@ -192,7 +209,7 @@ def _results(facts: Facts | None) -> str:
             "|---|---|---|---|---|",
             *(f"| {' | '.join(row)} |" for row in rows),
             "",
-            "Losses are in nats a token. The validation rows chose this adapter among those of its run.",
+            "Losses are in nats a token. The validation rows chose this checkpoint among those of its run.",
         ]
     )
 

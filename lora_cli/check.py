@@ -36,8 +36,7 @@ def check(config: RunConfig, row: str | None = None, nproc: int = 1) -> Generato
     prepared = yield from prepare(config, weights=False)
     train = prepared.train
     timetable = Timetable.of(train.mixture.drawn, config)
-    trainable = prepared.trained_parameters(config.lora.rank)
-    total = sum(p.numel() for p in prepared.skeleton.parameters())
+    trainable, total = prepared.trained_parameters(config.lora), prepared.total_parameters(config.lora)
     here = is_here(config.model.device)
     device = current_world(config.model.device).device if here else torch.device(config.model.device)
     longest, started = int(train.examples.lengths.max()), Launch(size=nproc, local_size=nproc)
@@ -45,7 +44,7 @@ def check(config: RunConfig, row: str | None = None, nproc: int = 1) -> Generato
     memory = estimate_memory(prepared.header, config, longest, device, started, mean)
     seconds = None
     if here and nproc == 1:
-        seconds = estimate_seconds(prepared, timetable, total + trainable, config, device, memory.tokens)
+        seconds = estimate_seconds(prepared, timetable, total, config, device, memory.tokens)
     produced = runtimes.Produced(
         str(prepared.header.config.model_type),
         config.lora.method,
@@ -66,9 +65,9 @@ def check(config: RunConfig, row: str | None = None, nproc: int = 1) -> Generato
         previews=[RowPreview(example.where, examples.preview(example, prepared.header.tokenizer)) for example in shown],
         modules=dict(Counter(path.rsplit(".", 1)[-1] for path in prepared.targets)),
         trainable_parameters=trainable,
-        total_parameters=total + trainable,
+        total_parameters=total,
         memory=memory,
-        runtimes=runtimes.verdicts(produced),
+        runtimes=runtimes.verdicts(produced) if prepared.targets else [],
         notices=[*_not_here(prepared, config), *prepared.notices],
     )
 
@@ -108,9 +107,9 @@ def estimate_seconds(
 ) -> float:
     """Estimate how long training takes; rough, from the speed of a matrix product here, measured for a moment.
 
-    A step with a frozen base takes 4 operations a parameter and token (2 forward, 2 towards the input), a validation
-    pass 2, and so does the base wherever it is asked. To that comes what every layer of every forward costs however
-    small it is, most of the time of a tiny model (measured on stories260k).
+    A step with a frozen base takes 4 operations a parameter and token (2 forward, 2 towards the input), 2 more for a
+    trained weight, a validation pass 2, and so does the base wherever it is asked. To that comes what every layer of
+    every forward costs however small it is, most of the time of a tiny model (measured on stories260k).
     """
     mean = float(prepared.train.examples.lengths.mean())
     trained = mean * timetable.total_steps * config.train.batch_size
@@ -118,7 +117,8 @@ def estimate_seconds(
     evaluated = passes * prepared.validation_counts.tokens if prepared.validation_counts else 0
     evaluated += passes * sum(map(len, prepared.general or ()))
     asked = sum((config.train.kl_to_base > 0, config.train.surprise_limit is not None))
-    operations = parameters * ((4 + 2 * asked) * trained + 2 * evaluated)
+    of_step = 6 if config.lora.method == "full" else 4
+    operations = parameters * ((of_step + 2 * asked) * trained + 2 * evaluated)
     speed = _operations_a_second(choose_dtype(config.model.dtype, device), device) * _SHARE_OF_PEAK
     forwards = (trained + evaluated / 3) / tokens
     return operations / speed + forwards * len(decoder_blocks(prepared.skeleton)[1]) * _SECONDS_A_LAYER

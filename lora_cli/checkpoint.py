@@ -1,4 +1,6 @@
-"""TrainState <-> directory: an adapter directory plus the optimizer's moments and a few numbers. No pickle.
+"""TrainState <-> directory: what was trained, the optimizer's moments and a few numbers. No pickle.
+
+Trained is an adapter, whose directory it then is, or the whole model.
 
 Data order, learning rate and dropout are functions of (seed, step), so nothing else is needed to go on exactly.
 """
@@ -12,9 +14,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lora_cli import adapter, json_file, lora, manifest, metrics, run_dir, storage
+from lora_cli import adapter, full, full_folder, json_file, manifest, metrics, run_dir, storage, tuning
 from lora_cli.errors import AdapterError
 from lora_cli.run_dir import RunDir
+from lora_cli.tensor_file import write_whole
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -80,7 +83,7 @@ class TrainState:
     evaluated: bool = True  # False until the validation that is due after `step` is taken into `stopping`
 
 
-def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -> Path:
+def save(run: RunDir, state: TrainState, save_trained: Callable[[Path], None]) -> Path:
     """Write the checkpoint of the current step and return its folder; it appears whole or not at all.
 
     What was measured before is on the medium by then, so that a run that goes on from here has it. One that is there
@@ -92,32 +95,32 @@ def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -
         storage.remove_directory(path)
     if not path.exists():
         with storage.explained(path), storage.new_directory(path) as folder:
-            save_adapter(folder)
+            save_trained(folder)
             tensors = {
-                f"{name}.{moment}": value.detach().cpu().contiguous()
-                for name, parameter in lora.trainable(state.model).items()
+                f"{name}.{moment}": value
+                for name, parameter in tuning.trainable(state.model).items()
                 for moment, value in state.optimizer.state[parameter].items()
             }
-            storage.add_file(folder / OPTIMIZER, safetensors.torch.save(tensors, {"format": "pt"}))
+            write_whole(folder / OPTIMIZER, tensors)
             numbers = {"step": state.step, "stopping": asdict(state.stopping), "evaluated": state.evaluated}
             storage.add_json(folder / STATE, {"format": run_dir.FORMAT, **numbers})
     return path
 
 
 def size(parameters: int) -> int:
-    """Return about how many bytes the checkpoint of an adapter takes: it, both moments, and the small files."""
+    """Return about how many bytes a checkpoint takes: what is trained, both moments, and the small files."""
     return 3 * 4 * parameters + (1 << 16)
 
 
 def load(path: Path, state: TrainState) -> None:
-    """Load a checkpoint into a state whose model is already wrapped. Raises AdapterError."""
+    """Load a checkpoint into a state whose model is prepared to be trained. Raises AdapterError."""
     numbers = _read_state(path)
-    adapter.load_weights(state.model, adapter.read(path))
+    load_trained(path, state.model)
     try:
         moments = safetensors.torch.load_file(path / OPTIMIZER)
     except safetensors.SafetensorError as error:
         raise AdapterError(f"{path / OPTIMIZER}: cannot be read: {error}.", state="Nothing was read.") from None
-    for name, parameter in lora.trainable(state.model).items():
+    for name, parameter in tuning.trainable(state.model).items():
         state.optimizer.state[parameter] = {
             # AdamW keeps its step counter on the CPU unless told otherwise; the moments stay with their parameter.
             moment: value.to(parameter.device)
@@ -126,6 +129,14 @@ def load(path: Path, state: TrainState) -> None:
         }
     state.step, state.stopping = numbers.step, numbers.stopping
     state.evaluated = numbers.evaluated
+
+
+def load_trained(path: Path, model: nn.Module) -> None:
+    """Load what was trained, of a checkpoint or a run's result, into a model prepared for it. Raises AdapterError."""
+    if full.of(model) is None:
+        adapter.load_weights(model, adapter.read(path))
+    else:
+        full_folder.load(path, model)
 
 
 def read_numbers(path: Path) -> tuple[int, Stopping]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from lora_cli import adapter, intervals, lora, manifest, scoring, storage, tuned
+from lora_cli import intervals, manifest, scoring, storage, tuned, tuning
 from lora_cli.distributed import World, joined
 from lora_cli.errors import InputError
 from lora_cli.evaluate import BASE_AND_ADAPTER, Measured, measure
@@ -24,7 +24,7 @@ from lora_cli.records import Forgetting, as_json
 from lora_cli.redact import redact
 from lora_cli.reports import Comparison, EvalReport, Sample
 from lora_cli.scan import scan
-from lora_cli.tuned import Result
+from lora_cli.tuned import AnyResult
 
 LABEL: Literal["label"] = "label"
 METRICS = (*scoring.METRICS, LABEL)
@@ -57,19 +57,19 @@ def compare(path: Path, asked: Asked) -> EvalReport:
     if unknown := [name for name in asked.metrics if name not in METRICS]:
         raise InputError(f"--metric: there is no {unknown[0]}; known are {', '.join(METRICS)}.")
     scoring.require_pattern(asked.extract)
-    result = tuned.find(path, asked.base)
+    result = tuned.find_any(path, asked.base)
     sharded = result.config is not None and result.config.train.shard
     with joined(result.base.device, sharded) as world:
         return _compare(result, asked, world)
 
 
-def _compare(result: Result, asked: Asked, world: World) -> EvalReport:
+def _compare(result: AnyResult, asked: Asked, world: World) -> EvalReport:
     if asked.tasks and world.size > 1:
         raise InputError("--tasks: lm-eval asks a model in one process; start without --nproc or torchrun.")
     with world.main_first():  # it keeps the tokens that the others then open
         held_out, rows, name = held_out_rows(result, asked.data)
         general = general_text(result, asked.general)
-    weights = manifest.sha256(result.adapter.folder / adapter.WEIGHTS)
+    weights = manifest.sha256(result.identity)
     world.require_same({"adapter": weights, "base model": result.base_fingerprint, "data": held_out.fingerprint()})
     if asked.scan and not general:
         raise InputError("--scan: needs general text, and the run measures none (eval.general: false); give --general.")
@@ -91,7 +91,7 @@ def _compare(result: Result, asked: Asked, world: World) -> EvalReport:
         hits = choose(loaded, questions, options, tokens, BASE_AND_ADAPTER, world)
         figures["label_accuracy"] = _compared([scoring.over_ones(each) for each in hits], units_of(questions))
     report = EvalReport(
-        adapter=result.adapter.folder,
+        adapter=result.folder,
         data=name,
         rows=rows,
         targets=int(base.targets.sum()),
@@ -118,7 +118,7 @@ def _perplexity(sums: np.ndarray) -> np.ndarray:
     return values
 
 
-def _budget(result: Result) -> float | None:
+def _budget(result: AnyResult) -> float | None:
     return result.config.eval.forgetting_budget if result.config else None
 
 
@@ -126,7 +126,7 @@ def _budget(result: Result) -> float | None:
 
 
 def _answered(
-    loaded: LanguageModel, result: Result, questions: Sequence[Question], asked: Asked, world: World
+    loaded: LanguageModel, result: AnyResult, questions: Sequence[Question], asked: Asked, world: World
 ) -> tuple[list[Sample], dict[str, Comparison]]:
     """Return both models' answers side by side, and what the metrics say of them."""
     metrics = [metric for metric in scoring.METRICS if metric in asked.metrics]
@@ -135,7 +135,7 @@ def _answered(
     scoring.require_found(expected, [each.where for each in questions], asked.extract)
     said = []
     for gain in BASE_AND_ADAPTER if metrics else ():
-        with lora.gain(loaded.module, gain):
+        with tuning.gain(loaded.module, gain):
             limits = result.header.max_positions, asked.sampling, asked.max_new_tokens
             said.append(answer(loaded, tokenizer, questions, *limits, world))
     units, figures = units_of(questions), {}
@@ -161,7 +161,7 @@ def _compared(tables: Sequence[np.ndarray], units: np.ndarray, figure: Figure = 
     return intervals.compare(added[0], added[1], figure)
 
 
-def _on_tasks(loaded: LanguageModel, result: Result, asked: Asked) -> dict[str, Comparison]:
+def _on_tasks(loaded: LanguageModel, result: AnyResult, asked: Asked) -> dict[str, Comparison]:
     if not asked.tasks:
         return {}
     from lora_cli.harness import run_tasks
@@ -172,7 +172,7 @@ def _on_tasks(loaded: LanguageModel, result: Result, asked: Asked) -> dict[str, 
 # --- what is kept ---
 
 
-def _saved(report: EvalReport, result: Result) -> EvalReport:
+def _saved(report: EvalReport, result: AnyResult) -> EvalReport:
     """Write a report and all its samples into the folder of its run; elsewhere nothing is written."""
     if result.run is None:
         return report

@@ -3,9 +3,9 @@
 The description of each field is the comment `lora init` writes and the text editors show from the JSON Schema.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from lora_cli.data_config import DataConfig, path_to_section
 from lora_cli.schema import Bool, Fixed, Float, Free, Int, Noted, Override, Section, Text
@@ -18,7 +18,7 @@ class ModelConfig(Section):
     revision: Fixed[Text | None] = Field(None, description="pin a hub revision")
     dtype: Fixed[Literal["auto", "float32", "bfloat16", "float16"]] = Field(
         "auto",
-        description="auto | float32 | bfloat16 | float16: of the frozen base; adapters are always float32",
+        description="auto | float32 | bfloat16 | float16: of the frozen base; what is trained is always float32",
     )
     quantization: Fixed[Literal["nf4", "int8"] | None] = Field(
         None, description="null | nf4 | int8: of the frozen base"
@@ -33,7 +33,8 @@ class LoraConfig(Section):
     """The adapter."""
 
     method: Fixed[Literal["lora", "rslora", "dora", "full"]] = Field(
-        "lora", description="lora: scale alpha/rank | rslora: scale alpha/sqrt(rank) | dora | full"
+        "lora",
+        description="lora: scale alpha/rank | rslora: scale alpha/sqrt(rank) | dora | full: no adapter, all weights",
     )
     rank: Fixed[Int] = Field(32, ge=1, description="size of the low-rank update")
     alpha: Fixed[Float] = Field(32, gt=0, description="scale of the update, divided by the rank")
@@ -42,6 +43,9 @@ class LoraConfig(Section):
         "all-linear",
         description="all-linear, or a list of names as they stand in the model (q_proj, down_proj, ...)",
     )
+
+
+FULL_LEARNING_RATE = 3e-5
 
 
 class EarlyStoppingConfig(Section):
@@ -58,7 +62,7 @@ class TrainConfig(Section):
     max_steps: Override[Int | None] = Field(None, ge=1, description="stop after this many optimizer steps")
     batch_size: Fixed[Int] = Field(16, ge=1, description="examples per optimizer step, over all processes")
     learning_rate: Override[Annotated[Float, Field(gt=0)] | Literal["auto"]] = Field(
-        3e-4, description="the peak, reached after warm-up; or auto"
+        3e-4, description="the peak, reached after warm-up; or auto; left out, full has 3e-5"
     )
     loraplus_ratio: Override[Annotated[Float, Field(gt=0)]] = Field(
         1.0, description="learning rate of lora_B over that of lora_A (LoRA+), 16 for example; 1 is plain LoRA"
@@ -174,3 +178,13 @@ class RunConfig(Section):
         0, ge=0, lt=2**63, description="data order, adapter initialisation and dropout follow from it"
     )
     output_dir: Free[Text] = Field(description="where the run is written")
+
+    @model_validator(mode="after")
+    def _fill_in_what_the_method_says(self) -> Self:
+        """Full fine-tuning wants about a tenth of LoRA's rate (LoRA Without Regret), and weights in float32."""
+        if self.lora.method == "full":
+            rate = {} if "learning_rate" in self.train.model_fields_set else {"learning_rate": FULL_LEARNING_RATE}
+            dtype = {"dtype": "float32"} if self.model.dtype == "auto" else {}
+            for name, section, filled in (("train", self.train, rate), ("model", self.model, dtype)):
+                object.__setattr__(self, name, section.model_copy(update=filled))  # it is frozen when it is whole
+        return self

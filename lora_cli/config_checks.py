@@ -12,7 +12,7 @@ from lora_cli.schema import flat
 
 # Keys of the contract whose other values this version cannot honour yet: refused, never ignored.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "lora.method": ("lora", "rslora"),
+    "lora.method": ("lora", "rslora", "full"),
 }
 
 # Keys that name a place.
@@ -33,6 +33,39 @@ def problem_of_remote_code(model: ModelConfig) -> str | None:
     )
 
 
+# What lora.method: full leaves without effect: only the default is not a mistake.
+_OF_ADAPTERS = ("lora.rank", "lora.alpha", "lora.dropout", "lora.target_modules", "train.loraplus_ratio")
+
+
+def _problems_of_full(config: RunConfig) -> dict[str, str]:
+    """Return what does not go together with training all weights."""
+    problems = {}
+    for key in _OF_ADAPTERS:
+        section, name = key.split(".")
+        of = getattr(config, section)
+        default = type(of).model_fields[name].default
+        if getattr(of, name) != default:
+            problems[key] = (
+                f"{shown(getattr(of, name), 40)} has no effect with lora.method: full, which trains the weights "
+                f"themselves and makes no adapter; leave it out, or at its default, {default}"
+            )
+    if config.model.dtype != "float32":
+        problems["model.dtype"] = (
+            f"lora.method: full trains the weights themselves, and steps as small as its own are lost in "
+            f"{config.model.dtype}; set float32 or auto"
+        )
+    if config.model.quantization is not None:
+        problems["model.quantization"] = (
+            "lora.method: full trains the weights themselves, and quantised ones take no gradient; set null, or "
+            "lora.method: lora"
+        )
+    if config.train.shard:
+        problems["train.shard"] = (
+            "divides a frozen base, and with lora.method: full nothing is frozen; set false, or lora.method: lora"
+        )
+    return problems
+
+
 def check_config(config: RunConfig) -> dict[str, str]:
     """Return what no single field can see, as {dotted key: problem}; empty when all is well."""
     problems: dict[str, str] = {}
@@ -51,6 +84,8 @@ def check_config(config: RunConfig) -> dict[str, str]:
         problems["model.device"] = (
             "losses are summed in float64, which MPS does not have, and nothing was tried there; set auto or cpu"
         )
+    if config.lora.method == "full":
+        problems |= _problems_of_full(config)
     if config.train.learning_rate == "auto" and config.data.validation == 0:
         problems["train.learning_rate"] = "auto chooses by validation loss, and data.validation is 0; give a number"
     if config.eval.forgetting_budget is not None and False in (config.eval.general, config.data.validation != 0):

@@ -95,13 +95,13 @@ def duration(seconds: float) -> str:
 def show_finished(event: Finished, run: str, already: bool) -> None:
     """Show how a run ended and what to type next."""
     head = f"This run is already finished ({event.reason}, {event.step} steps)" if already else f"Done: {event.reason}"
-    lines = [f"{head}."]
+    lines, what = [f"{head}."], "model" if event.adapter.name == "model" else "adapter"
     if event.best_loss is not None and event.base_loss is not None:
         gain = f"{event.base_loss:.4f} (base) -> {event.best_loss:.4f}"
         lines.append(f"Validation loss {gain} (step {event.best_step}, the best, kept).")
         if event.best_loss >= event.base_loss:
             lines.append(
-                "No evaluation was better than the base model: this adapter does not help on the validation data."
+                f"No evaluation was better than the base model: this {what} does not help on the validation data."
             )
     if event.best_forgetting is not None:
         lines.append(f"Forgetting: the loss on general text rose by {event.best_forgetting:+.4f} nats a token.")
@@ -120,8 +120,8 @@ def show_finished(event: Finished, run: str, already: bool) -> None:
                 else "."
             )
         )
-    lines.append(f"Adapter: {event.adapter}")
-    lines.append(f"Next: lora eval {run}   or   lora merge {run} --output {run.rstrip('/')}-merged")
+    merging = f"   or   lora merge {run} --output {run.rstrip('/')}-merged" if what == "adapter" else ""
+    lines += [f"{what.capitalize()}: {event.adapter}", f"Next: lora eval {run}{merging}"]
     for line in lines:
         out.print(line, markup=False, soft_wrap=True)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeVar, assert_never
 
-from lora_cli import adapter, adapter_folder, card, launch, room, run_dir, sources, storage, tuned
+from lora_cli import adapter, adapter_folder, card, launch, results, room, sources, storage, tuned
 from lora_cli.formats import gguf_export, mlx_adapter, ollama, onnx_graph
 from lora_cli.formats.gguf_file import Kind
 from lora_cli.reports import ExportReport, GgufReport
@@ -63,7 +63,7 @@ def _with_note(report: AnyReport, result: Result) -> AnyReport:
 
 def export_peft(path: Path, output: Path) -> Sequence[str]:
     """Write the adapter as it is, with its card. The base need not be here."""
-    folder, run = run_dir.find_adapter(path)
+    folder, run = results.find_adapter(path)
     found = adapter.read(folder)
     with storage.explained(output), storage.new_directory(output) as new:
         adapter_folder.copy(folder, new)

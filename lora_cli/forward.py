@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_cli import lora
+from lora_cli import lora, tuning
 from lora_cli.batches import ALONE, Batch, Form, MicroBatch, collate
 from lora_cli.examples import Example
 from lora_cli.layout import only_rows
@@ -54,24 +54,41 @@ def target_loss(model: LanguageModel, batch: Batch, pull: Pull | None = None) ->
 
 @torch.no_grad()
 def base_states(model: LanguageModel, batch: Batch) -> Tensor:
-    """Return `target_states` of the base, the adapter switched off."""
-    with lora.gain(model.module, 0.0):
+    """Return `target_states` of the base."""
+    with tuning.gain(model.module, 0.0):
         return target_states(model, batch)
+
+
+def pull_to_base(model: LanguageModel, batch: Batch, weight: float, without_target: bool) -> Pull:
+    """Return the pull of a batch's targets towards what the base says of them."""
+    head = None if model.layout.head is None else head_at(model, 0.0)
+    return Pull(base_states(model, batch), weight, without_target, head)
+
+
+def head_at(model: LanguageModel, gain: float) -> tuple[Tensor, Tensor | None]:
+    """Return the output head's weight [V, D] and bias [V] at a gain."""
+    weight, bias = model.head.weight, model.head.bias
+    return (
+        tuning.weight_at(model.module, weight, gain),
+        None if bias is None else tuning.weight_at(model.module, bias, gain),
+    )
 
 
 @torch.inference_mode()
 def target_scores(model: LanguageModel, batch: Batch, gains: Sequence[float]) -> Tensor:
-    """Return what the model says of each target with the adapter at each gain: [gains, 3, N], as `compare_logits`."""
+    """Return what the model says of each target at each gain: [gains, 3, N], as `compare_logits`."""
     states = []
     for gain in gains:
-        with lora.gain(model.module, gain):
+        with tuning.gain(model.module, gain):
             states.append(target_states(model, batch))
     head = model.layout.head
     if head is None:
         return compare_logits(states, batch.labels)
     found = []
     for part in chunks(batch.targets):
-        logits = (head_logits(state[part], model.head.weight, model.head.bias, head) for state in states)
+        logits = (
+            head_logits(state[part], *head_at(model, gain), head) for gain, state in zip(gains, states, strict=True)
+        )
         found.append(compare_logits(logits, batch.labels[part]))
     return torch.cat(found, -1)
 
@@ -85,6 +102,8 @@ def target_logits(model: LanguageModel, batch: Batch) -> Tensor:
 
 def share_inputs(model: LanguageModel) -> None:
     """Have adapted layers that read the same input computed together; which ones do is found by a short forward."""
+    if next(lora.lora_layers(model.module), None) is None:
+        return
     some = Example((0, 1, 2), (0, 1, 2), "tokens of no row")
     with lora.sharing_inputs(model.module):
         target_loss(model, lay_out(model, ALONE, [some]))

@@ -1,5 +1,7 @@
 """RMSNorm, the gated MLP and rotary positions in fewer operations, which keep less for the backward pass.
 
+Of weights that are trained themselves nothing is made here: norms and MLPs are replaced where the base is frozen.
+
 As in `layout`, no name decides alone: a part is replaced where a trial gives the numbers of its own forward. Without
 gradients, each part runs as it was.
 """
@@ -69,6 +71,8 @@ def _fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     parameters = dict(module.named_parameters())
     if not isinstance(eps, float) or list(parameters) != ["weight"] or parameters["weight"].ndim != 1:
+        return None
+    if parameters["weight"].requires_grad:
         return None
     weight = parameters["weight"].detach()
     x = torch.linspace(-1e-2, 3e-2, 2 * len(weight), device=weight.device).to(weight.dtype).view(2, -1)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_cli import lora
+from lora_cli import lora, tuning
 from lora_cli.errors import InputError, SurroundingsError, shown
 from lora_cli.evaluate import BASE_AND_ADAPTER
 from lora_cli.examples import Tokenizer
@@ -47,7 +47,7 @@ def run_tasks(
                     task.set_fewshot_seed(seed=0)
                     if task.get_config("num_fewshot") is None:
                         task.set_config(key="num_fewshot", value=0)
-                with lora.gain(model.module, gain), _tied_as_it_is(model.module):
+                with tuning.gain(model.module, gain), _tied_as_it_is(model.module):
                     language_model = HFLM(
                         pretrained=model.module, tokenizer=tokenizer, batch_size=_BATCH, softmax_dtype="float32"
                     )

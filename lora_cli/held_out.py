@@ -10,10 +10,10 @@ from lora_cli.dataset import Dataset
 from lora_cli.errors import DataError
 from lora_cli.examples import Example
 from lora_cli.general import read_general
-from lora_cli.tuned import Result
+from lora_cli.tuned import AnyResult
 
 
-def held_out_rows(result: Result, data_path: str | None) -> tuple[Dataset, int, str]:
+def held_out_rows(result: AnyResult, data_path: str | None) -> tuple[Dataset, int, str]:
     """Return held-out rows, how many there are, and their name: those of a file, or the run's own. Raises DataError."""
     if data_path is not None:
         settings = result.data or DataConfig(train=data_path)
@@ -21,7 +21,7 @@ def held_out_rows(result: Result, data_path: str | None) -> tuple[Dataset, int, 
         rows, counts = run_to_end(reader.held_out(settings.source(SourceConfig(path=data_path))))
         return rows, counts.rows, data_path
     if result.config is None or result.data is None:
-        raise DataError(f"{result.adapter.folder}: belongs to no run with validation rows; give --data FILE.")
+        raise DataError(f"{result.folder}: belongs to no run with validation rows; give --data FILE.")
     held_out, counts, name = run_to_end(held_out_of(result.data, result.config.seed, result.header))
     if name == "training":
         raise DataError("The run had no validation rows (data.validation: 0); give --data FILE.")
@@ -35,7 +35,7 @@ def held_out_rows(result: Result, data_path: str | None) -> tuple[Dataset, int, 
     return held_out, counts.rows, f"the run's {name} rows"
 
 
-def general_text(result: Result, path: str | None) -> Sequence[Example]:
+def general_text(result: AnyResult, path: str | None) -> Sequence[Example]:
     """Return the general text of a path, else that of the run, else ours; empty for false, here or in the run."""
     settings = result.config.eval if result.config else EvalConfig()
     if path is not None:

@@ -35,7 +35,7 @@ ollama create tuned
 _MLX = """```sh
 mlx_lm.generate --model {base} --adapter-path ADAPTER --prompt "..."
 ```"""
-_WHOLE = {
+WHOLE = {
     "merged": """Wherever its base loads, as an ordinary model:
 
 ```python
@@ -66,8 +66,8 @@ wanted = {name: inputs[name].astype(numpy.int64) for name in ("input_ids", "atte
 
 def text(kind: str, base: str, read: Adapter, produced: Produced) -> str:
     """Return the section of a card. `kind` is peft, mlx, merged or onnx; of runtimes that cannot load it, why not."""
-    if kind in _WHOLE:
-        return _WHOLE[kind]
+    if kind in WHOLE:
+        return WHOLE[kind]
     revision = f', revision="{read.revision}"' if read.revision else ""
     named = {"base": base, "revision": revision, "rank": runtimes.vllm_rank(produced.rank)}
     if kind == "mlx":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_cli import adapter, adapter_folder, card, checkpoint, lora, manifest, metrics, run_dir, storage
+from lora_cli import checkpoint, manifest, metrics, run_dir, tuning
 from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Step, plan_epoch
 from lora_cli.blocks import as_loaded, compile_blocks, recompute_activations
@@ -24,6 +24,7 @@ from lora_cli.fused import fuse
 from lora_cli.interrupt import StopRequest
 from lora_cli.model import LanguageModel
 from lora_cli.optim import build_optimizer, clip_gradients, lr_at, set_rate
+from lora_cli.product import Product
 from lora_cli.records import Evaluated, Event, Finished, Notice, Saved, StepDone, Tested
 from lora_cli.run_dir import RunDir
 from lora_cli.step import WINDOW, Summed, add_gradients, flat_gradients, jump, worst_rows
@@ -46,7 +47,7 @@ class Loop:
         tokens: int,
         world: World = ALONE,
     ) -> None:
-        """Give the model a fresh adapter and an optimizer. `state` is then at step 0; a forward sees `tokens`."""
+        """Give the model something to train, and an optimizer. `state` is then at step 0; a forward sees `tokens`."""
         self.config = config
         self.run = run
         self.model = model
@@ -54,7 +55,7 @@ class Loop:
         self.mixture = train.mixture
         self.validation = validation
         self.test = test
-        self.origin = origin
+        self.product = Product(config, run, origin)
         self.stop = stop
         self.timetable = Timetable.of(train.mixture.drawn, config)
         self.tokens = tokens
@@ -62,7 +63,7 @@ class Loop:
         keep_freed_memory()
         torch.set_flush_denormal(True)  # lora_B starts at zero: its first products are denormal, and slow on a CPU
         as_loaded(model.module)
-        lora.apply_lora(model.module, config.lora, config.seed)
+        tuning.apply(model.module, config.lora, config.seed)
         share_inputs(model)
         if config.train.compile:
             compile_blocks(model.module)  # the compiler fuses by itself
@@ -70,7 +71,7 @@ class Loop:
             fuse(model.module)
         if config.train.activation_checkpointing:
             recompute_activations(model.module)
-        trainable = lora.trainable(model.module)
+        trainable = tuning.trainable(model.module)
         self.parameters = list(trainable.values())
         self.gradients = flat_gradients(self.parameters)
         optimizer = build_optimizer(trainable, config.train)
@@ -241,7 +242,7 @@ class Loop:
     def _save(self, is_best: bool) -> Saved:
         if self.world.is_main:
             try:
-                checkpoint.save(self.run, self.state, self._save_adapter)
+                checkpoint.save(self.run, self.state, self._save_trained)
                 checkpoint.prune(self.run, self.config.save.keep)
             except SurroundingsError as error:
                 last, _ = checkpoint.latest(self.run)
@@ -254,15 +255,15 @@ class Loop:
         self.world.from_main()
         return Saved(self.state.step, run_dir.checkpoint_path(self.run, self.state.step), is_best)
 
-    def _save_adapter(self, folder: Path) -> None:
-        adapter_folder.save(folder, self.model.module, self.config.lora, self.origin)
+    def _save_trained(self, folder: Path) -> None:
+        self.product.save(folder, self.model.module)
 
     def _finish(self) -> Finished:
-        """Copy the best adapter, or the last one where nothing was evaluated, to where the result stands."""
-        stopping = self.state.stopping
+        """Write the best checkpoint, or the last one where nothing was evaluated, where the result stands."""
+        stopping, place = self.state.stopping, self.product.place
         chosen = run_dir.checkpoint_path(self.run, stopping.best_step or self.state.step)
         # It is there where a process was killed before it could say so.
-        is_written = self.world.from_main(self.run.adapter.exists())
+        is_written = self.world.from_main(place.exists())
         if not is_written and (problems := manifest.problems_in(chosen)):
             raise AdapterError(
                 *problems, state=f"The best checkpoint is damaged; the others in {chosen.parent} can be used."
@@ -277,22 +278,20 @@ class Loop:
             base_loss=stopping.base_loss,
             best_forgetting=stopping.best_forgetting,
             within_budget=None if self.config.eval.forgetting_budget is None else not stopping.best_excess,
-            test=self._test(self.run.adapter if is_written else chosen),
+            test=self._test(place if is_written else chosen),
             reason=f"no improvement{within} in {patience} evaluations" if early else "all steps taken",
-            adapter=self.run.adapter,
+            adapter=place,
         )
         if not is_written and self.world.is_main:
-            with storage.new_directory(self.run.adapter) as folder:
-                adapter_folder.copy(chosen, folder)
-                card.write(folder, card.peft_card(adapter.read(chosen), self.run, finished))
+            self.product.finish(chosen, self.model.module, finished)
         self.world.from_main()
         return finished
 
     def _test(self, chosen: Path) -> Tested | None:
-        """Measure the chosen adapter on the test rows; it takes the place of the last one in the model."""
+        """Measure what was chosen on the test rows; it takes the place of the last step's in the model."""
         if self.test is None or self.validation is None:
             return None
-        adapter.load_weights(self.model.module, adapter.read(chosen))
+        checkpoint.load_trained(chosen, self.model.module)
         try:
             return measure_chosen(self.validation, self.test, self.tokens)
         except Interrupted as stop:

@@ -42,6 +42,7 @@ class Pull:
     """`weight` times KL(base || tuned) at every target, which keeps the tuned model near the base.
 
     `base` is what the base has at the targets: hidden states [N, D], or logits [N, V] for a head of the model's own.
+    `head` is the base's weight and bias, where those of the tuned model may be others.
     `without_target` leaves the target token out of both distributions, so that the two losses do not pull at the same
     probability (Mask the Target, arXiv 2605.29498).
     """
@@ -49,6 +50,7 @@ class Pull:
     base: Tensor
     weight: float
     without_target: bool
+    head: tuple[Tensor, Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,10 @@ class HeadForm:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Output head and cross-entropy in chunks, the gradient towards the hidden states made in the forward pass.
+    """Output head and cross-entropy in chunks, all gradients made in the forward pass.
 
-    The head is frozen: it gets no gradient. One chunk of logits [C, V] exists at a time, and is turned into its own
-    gradient in place. Returns (what is minimised, the pull's part of it).
+    They are those of the hidden states, and of the head where it is trained. One chunk of logits [C, V] exists at a
+    time, and is turned into its own gradient in place. Returns (what is minimised, the pull's part of it).
     """
 
     @staticmethod
@@ -81,6 +83,10 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         total, penalty = (torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(2))
         gradient = torch.empty_like(hidden)  # [N, D]
+        of_weight, of_bias = (
+            torch.zeros_like(each) if wanted and each is not None else None
+            for each, wanted in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
+        )
         # One for all chunks: memory that is new in each is slow to write to.
         room = hidden.new_empty(min(len(labels), CHUNK), len(weight))
         for part in chunks(len(labels)):
@@ -98,7 +104,7 @@ class _HeadLoss(torch.autograd.Function):
             picked = labels[part, None]
             pulled = None
             if pull is not None:
-                base_logits = head_logits(pull.base[part], weight, bias, form)
+                base_logits = head_logits(pull.base[part], *(pull.head or (weight, bias)), form)
                 kl, pulled = _kl(base_logits, logits, picked, pull.without_target)
                 penalty += pull.weight * kl.sum(dtype=torch.float64)
             largest = logits.amax(1, keepdim=True)
@@ -111,19 +117,28 @@ class _HeadLoss(torch.autograd.Function):
                 exponentials.addcmul_(pulled, sums, value=pull.weight)
             if capped is not None:
                 exponentials.mul_(1 - capped.square_())
-            if weight.dtype == logits.dtype:  # divided behind the product, where there is less to divide
+            scale = form.scale / sums  # multiplied into what has fewer numbers than the logits
+            if of_weight is not None:
+                of_weight.addmm_(exponentials.T, x * scale)
+            if of_bias is not None:
+                of_bias.addmv_(exponentials.T, scale[:, 0])
+            if weight.dtype == logits.dtype:
                 torch.mm(exponentials, weight, out=gradient[part])
-                gradient[part].mul_(form.scale / sums)
+                gradient[part].mul_(scale)
             else:
-                torch.mm(exponentials.mul_(form.scale / sums).to(weight.dtype), weight, out=gradient[part])
+                torch.mm(exponentials.mul_(scale).to(weight.dtype), weight, out=gradient[part])
         ctx.save_for_backward(gradient)
+        ctx.of_head = of_weight, of_bias  # handed over to one backward pass, which need not copy them
         ctx.mark_non_differentiable(penalty)
         return total + penalty, penalty
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_total.to(gradient.dtype), None, None, None, None, None
+        factor = grad_total.to(gradient.dtype)
+        of_weight, of_bias = (None if each is None else each.mul_(factor) for each in ctx.of_head)
+        del ctx.of_head
+        return gradient * factor, of_weight, of_bias, None, None, None
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -152,7 +167,7 @@ def chunks(count: int) -> Iterator[slice]:
 def head_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, form: HeadForm, pull: Pull | None = None
 ) -> LossSum:
-    """Return the loss of `hidden` [N, D] against `labels` [N], through a frozen output head [V, D]."""
+    """Return the loss of `hidden` [N, D] against `labels` [N], through an output head [V, D]."""
     total, penalty = _HeadLoss.apply(hidden, weight, bias, labels, form, pull)
     return LossSum(total, len(labels), penalty)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lora_cli import lora
+from lora_cli import lora, tuning
 from lora_cli.attention import PACKED
 from lora_cli.batches import ALONE
 from lora_cli.config import RunConfig
@@ -30,6 +30,7 @@ _FEWEST_TOKENS = 128
 _FORWARDS = 2  # of a step for each of several processes: of fewer, one process often has one more than the others
 _CHUNKS_WITH_KL = 7  # arrays of a chunk's logits that exist together; 1 without a KL
 _OPTIMIZER = 16  # bytes for each trained number: itself, its gradient, both moments
+_MADE_WHOLE = 2  # gradients of head and embedding, where they are trained, before they are added to those there are
 _RUN = 6  # blocks, and twice as many: a whole period of what alternates between them in known models
 _GATHERED = 2  # blocks of a sharded base that are whole at a time: the one that runs, and the next
 # Bytes of a quantised weight. nf4: half a byte, and for 64 of them a scale of a byte, for 256 of which there is one of
@@ -55,9 +56,13 @@ def estimate_memory(
     started = started or Launch()
     skeleton = _skeleton(header, config, choose_dtype(config.model.dtype, device))
     base, in_flight = base_memory(skeleton, config, started.size)
-    targets = lora.find_targets(skeleton, config.lora.target_modules)
-    lora.wrap(skeleton, dict.fromkeys(targets, (config.lora.rank, 1.0)))
-    adapter = sum(parameter.numel() for parameter in lora.trainable(skeleton).values()) * _OPTIMIZER
+    if config.lora.method == "full":
+        tuning.apply(skeleton, config.lora, config.seed)
+        in_flight += _MADE_WHOLE * skeleton.get_input_embeddings().weight.nbytes
+    else:
+        targets = lora.find_targets(skeleton, config.lora.target_modules)
+        lora.wrap(skeleton, dict.fromkeys(targets, (config.lora.rank, 1.0)))
+    adapter = sum(parameter.numel() for parameter in tuning.trainable(skeleton).values()) * _OPTIMIZER
     for_each, logits = _activations(skeleton, config, device)
     process = _PROCESS[device.type]
     free = free_memory(device, started.local_size)

@@ -55,7 +55,7 @@ def merge(
     weights = open_weights(first, skeleton, update, form.onto)
     require_space(weights, first.header.folder, output, form)
     with storage.new_directory(output) as folder, storage.explained(output):
-        layers = write(weights, first, folder, form)
+        layers = write(weights, model.read_header(first.base), first.adapter.chat_templates, folder, form)
         agreement = verify.compare(first, update, folder, form.onto)
         dtypes = {form.dtype_of(weights.infos[name]) for name in weights.adapted}
         # A merge that lost half of what the adapter does is refused, however small that is against the logits.

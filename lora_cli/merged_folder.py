@@ -1,4 +1,4 @@
-"""The files of a merged model, written tensor by tensor.
+"""The files of a whole model, merged or fully tuned, written tensor by tensor.
 
 The base's files, tensor names and order are kept, its dtypes too unless another is asked for, and what holds no weights
 is copied byte for byte: a folder saved anew by another library version may be read differently by an older one.
@@ -14,10 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lora_cli import card, manifest, model, room, storage
+from lora_cli import adapter, card, manifest, model, room, storage
 from lora_cli.adapter_folder import save_templates
 from lora_cli.base_folder import weight_files
 from lora_cli.errors import AdapterError
+from lora_cli.model import ModelHeader
 from lora_cli.randomness import derive_seed
 from lora_cli.reports import MergedLayer
 from lora_cli.tensor_file import TensorInfo, read_infos, read_metadata, write_tensors
@@ -84,14 +85,20 @@ def require_space(weights: Weights, base: Path, output: Path, form: Form) -> Non
     room.require_room(output, needed)
 
 
-def write(weights: Weights, result: Result, folder: Path, form: Form) -> list[MergedLayer]:
-    """Write the merged model's files; return what became of each update."""
-    base, layers = result.header.folder, list[MergedLayer]()
+def write(
+    weights: Weights, own: ModelHeader, templates: Mapping[str, str], folder: Path, form: Form
+) -> list[MergedLayer]:
+    """Write a model's files: its weights, and what else its base has; return what became of each update.
+
+    `own` is the base as its files have it, `templates` are chat templates that it may not have.
+    """
+    base, layers = own.folder, list[MergedLayer]()
     for source in weight_files(base):
         infos = {name: replace(info, dtype=form.dtype_of(info)) for name, info in read_infos(source).items()}
         write_tensors(folder / source.name, infos, read_metadata(source), _merged(weights, infos, form, layers))
-    own = model.read_header(result.base).tokenizer.chat_template
-    templates = result.adapter.chat_templates if own != result.header.tokenizer.chat_template else {}
+    theirs = own.tokenizer.chat_template
+    if templates and model.with_chat_templates(own.tokenizer, templates).chat_template == theirs:
+        templates = {}
     for source in sorted(base.iterdir()):
         if source.is_file() and not _stays_behind(source) and source.name[0] != "." and source.name not in templates:
             storage.add_copy(source, folder / source.name)
@@ -103,7 +110,7 @@ def write(weights: Weights, result: Result, folder: Path, form: Form) -> list[Me
 
 def _stays_behind(file: Path) -> bool:
     """Return whether a file of the base holds weights or tells of the base alone."""
-    return file.suffix in _OTHER_WEIGHTS or file.name in (manifest.MANIFEST, RECORD, card.FILE)
+    return file.suffix in _OTHER_WEIGHTS or file.name in (manifest.MANIFEST, RECORD, adapter.BASE, card.FILE)
 
 
 def _merged(

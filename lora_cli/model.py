@@ -23,7 +23,7 @@ from lora_cli.distributed import World, keep_freed_memory
 from lora_cli.errors import NOTHING_LOADED, ModelError, shown
 from lora_cli.examples import Tokenizer
 from lora_cli.layout import Layout, decoder_blocks, probe
-from lora_cli.tensor_file import read_infos
+from lora_cli.tensor_file import read_all_infos
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -185,9 +185,7 @@ def _load_in_pieces(
     it finds as well, and on a CPU where they hold what is wanted: there it maps them, which takes no memory of its own.
     """
     try:
-        infos = {
-            name: info for file in base_folder.weight_files(header.folder) for name, info in read_infos(file).items()
-        }
+        infos = read_all_infos(base_folder.weight_files(header.folder))
     except ModelError:
         return None
     if getattr(header.config, "quantization_config", None) or not all(

@@ -28,14 +28,14 @@ def show_check(report: CheckReport, whole: bool) -> None:
     )
     for line in lines:
         out.print(line, markup=False, soft_wrap=True)
-    adapted = ", ".join(f"{name} x{count}" for name, count in report.modules.items())
+    adapted = ", ".join(f"{name} x{count}" for name, count in report.modules.items()) or "nothing; all is trained"
     share = report.trainable_parameters / report.total_parameters
     out.print(f"adapted: {adapted}", markup=False, soft_wrap=True)
     out.print(
         f"trained: {report.trainable_parameters:,} of {report.total_parameters:,} parameters ({share:.2%})",
         markup=False,
     )
-    _show_memory(report.memory)
+    _show_memory(report.memory, "adapter" if report.modules else "weights")
     for line in _runtime_lines(report.runtimes):
         out.print(line, markup=False, soft_wrap=True)
     for notice in report.notices:
@@ -45,14 +45,14 @@ def show_check(report: CheckReport, whole: bool) -> None:
         out.print(_marked(shown.pieces, None if whole else _SHOWN_CHARACTERS), soft_wrap=True)
 
 
-def _show_memory(memory: MemoryEstimate) -> None:
+def _show_memory(memory: MemoryEstimate, trained: str) -> None:
     """Show what lies in memory, and whether it fits."""
     each = "" if memory.processes == 1 else f" each of {memory.processes} processes takes"
     place = "a GPU" if memory.device == "cuda" else "the CPU"
     out.print(f"memory{each} on {place}, about, at {memory.tokens:,} tokens a forward:", markup=False)
     parts = {
         "base": memory.base,
-        "adapter + optimizer": memory.adapter,
+        f"{trained} + optimizer": memory.adapter,
         "activations": memory.activations,
         "in flight": memory.in_flight,
         "the process itself": memory.process,
@@ -104,6 +104,8 @@ def _source_lines(name: str, counts: DataCounts) -> Iterator[str]:
 def _runtime_lines(runtimes: Sequence[RuntimeReport]) -> Iterator[str]:
     """Say where the adapter will load, one line a runtime."""
     words = {True: "yes", False: "no", None: "not known"}
+    if not runtimes:
+        return
     yield "where the adapter will load (merged, it does wherever its base does):"
     for each in runtimes:
         yield f"  {each.name:<10} {words[each.loads]}: {each.note}"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from lora_cli import data, dataset, lora, model, quantised, remote_code
+from lora_cli import data, dataset, full_folder, lora, model, quantised, remote_code
 from lora_cli.chat_template import ChatTemplate, begins_with_bos
-from lora_cli.config import RunConfig
+from lora_cli.config import FULL_LEARNING_RATE, LoraConfig, RunConfig
 from lora_cli.data_reader import DataReader, News
 from lora_cli.dataset import Dataset, TrainingSet
 from lora_cli.ends import configured_ends
@@ -26,7 +26,7 @@ class Prepared:
     header: ModelHeader
     template: ChatTemplate | None
     skeleton: nn.Module  # on torch's meta device
-    targets: Sequence[str]  # paths of the layers to adapt
+    targets: Sequence[str]  # paths of the layers to adapt; none where all weights are trained
     train: TrainingSet
     validation: Dataset | None
     test: Dataset | None
@@ -66,10 +66,21 @@ class Prepared:
             "template": _hash(str(self.template)) if self.templated else None,
         }
 
-    def trained_parameters(self, rank: int) -> int:
-        """Return how many numbers an adapter of a rank has."""
+    @property
+    def base_parameters(self) -> int:
+        """The numbers of the base; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.skeleton.parameters())
+
+    def trained_parameters(self, config: LoraConfig) -> int:
+        """Return how many numbers are trained."""
+        if config.method == "full":
+            return self.base_parameters
         shapes = [lora.linear_shape(self.skeleton.get_submodule(path)) for path in self.targets]
-        return sum(rank * (inputs + outputs) for inputs, outputs in shapes)
+        return sum(config.rank * (inputs + outputs) for inputs, outputs in shapes)
+
+    def total_parameters(self, config: LoraConfig) -> int:
+        """Return how many numbers the tuned model has."""
+        return self.base_parameters + (0 if config.method == "full" else self.trained_parameters(config))
 
 
 def _hash(text: str) -> str:
@@ -85,7 +96,7 @@ def prepare(config: RunConfig, weights: bool = True) -> Generator[News, None, Pr
         quantised.require_installed(config.model.quantization)
     header = model.read_header(config.model, weights)
     skeleton = model.build_skeleton(header, config.model.trust_remote_code)
-    targets = lora.find_targets(skeleton, config.lora.target_modules)
+    targets = _find_targets(header, skeleton, config)
     reader = DataReader(config.data, header)
     sets = yield from reader.sets(config.seed)
     validation, test, overlap = sets.validation, sets.test, None
@@ -109,7 +120,7 @@ def prepare(config: RunConfig, weights: bool = True) -> Generator[News, None, Pr
     ends = _ends(train)
     notices = [
         *_code_notices(header, config),
-        *_adapter_notices(skeleton, targets, config),
+        *(_full_notices(config) if config.lora.method == "full" else _adapter_notices(skeleton, targets, config)),
         *_data_notices("train", train_counts),
         *(_data_notices("validation", validation_counts) if validation_counts else ()),
         *(_data_notices("test", test_counts) if test_counts else ()),
@@ -137,6 +148,15 @@ def prepare(config: RunConfig, weights: bool = True) -> Generator[News, None, Pr
     )
 
 
+def _find_targets(header: ModelHeader, skeleton: nn.Module, config: RunConfig) -> Sequence[str]:
+    """Return the layers to adapt. Raises ModelError where that, or writing all weights back, cannot be done."""
+    if config.lora.method != "full":
+        return lora.find_targets(skeleton, config.lora.target_modules)
+    if list(header.folder.glob("*.safetensors")):  # a check needs none
+        full_folder.names_in(skeleton, header.folder)
+    return ()
+
+
 # --- what a user should know ---
 
 
@@ -144,6 +164,15 @@ def _code_notices(header: ModelHeader, config: RunConfig) -> Iterator[str]:
     if config.model.trust_remote_code and (files := remote_code.hashes(header.folder)):
         named = ", ".join(f"{name} (SHA-256 {digest[:12]})" for name, digest in files.items())
         yield f"model.trust_remote_code: Python code of the model's own is run: {named}."
+
+
+def _full_notices(config: RunConfig) -> Iterator[str]:
+    rate = config.train.learning_rate
+    if isinstance(rate, float) and rate >= 10 * FULL_LEARNING_RATE:
+        yield (
+            f"train.learning_rate {rate:g}: full fine-tuning does best at about a tenth of LoRA's rate; its default "
+            f"is {FULL_LEARNING_RATE:g}."
+        )
 
 
 def _adapter_notices(skeleton: nn.Module, targets: Sequence[str], config: RunConfig) -> Iterator[str]:

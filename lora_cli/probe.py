@@ -29,9 +29,13 @@ _APART = math.sqrt(10)
 _AT_2000, _POWER = 4.9e-4, 0.43
 
 
-def start_rate(width: int) -> float:
+_FULL = 0.1  # of that; the same source's for full fine-tuning
+
+
+def start_rate(width: int, method: str = "lora") -> float:
     """Return the rate around which to look, for a model's hidden size."""
-    return float(f"{_AT_2000 * (2000 / width) ** _POWER:.1g}")
+    share = _FULL if method == "full" else 1.0
+    return float(f"{share * _AT_2000 * (2000 / width) ** _POWER:.1g}")
 
 
 def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[Event, None, float]:
@@ -45,7 +49,7 @@ def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[E
     known = world.from_main(json_file.read_object(run.probe) if world.is_main and run.probe.exists() else None)
     if known:
         return float(known["chosen"])
-    center = start_rate(session.width)
+    center = start_rate(session.width, config.lora.method)
     steps = round(SHARE * Timetable.of(session.prepared.train.mixture.drawn, config).total_steps)
     losses = dict[float, float]()
     if steps < _FEWEST:

@@ -32,9 +32,9 @@ class MemoryEstimate:
     processes: int
     tokens: int  # that one forward sees
     base: int
-    adapter: int  # weights, gradients and both moments
+    adapter: int  # or what else is trained: its numbers, gradients and both moments
     activations: int
-    in_flight: int  # of a base that is sharded or quantised: what is made whole for a moment
+    in_flight: int  # of a base that is sharded, quantised or trained: what is made whole for a moment
     process: int
     total: int
     free: int | None  # on the device now; null where it is not here

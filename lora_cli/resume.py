@@ -144,20 +144,21 @@ def write_down(run: RunDir, config: RunConfig, found: Sequence[Change], step: in
                 known.append({"step": step, "key": change.key, "before": change.before, "after": change.after})
     if known:
         run_dir.write_status(run, "running", step=step, changes=known)
-    if is_changed(found) and run.adapter.exists():
-        yield _take_back(run, run_dir.checkpoint_path(run, best_step))
+    result = run.result(config.lora.method)
+    if is_changed(found) and result.exists():
+        yield _take_back(run, result, run_dir.checkpoint_path(run, best_step))
     if any(change.key not in _VERSIONS for change in found):
         storage.write_file(run.config, config_file.dump(config))
 
 
-def _take_back(run: RunDir, kept: Path) -> str:
-    """Delete the adapter of a finished run, a copy of a checkpoint's; what was measured on it is the checkpoint's."""
+def _take_back(run: RunDir, result: Path, kept: Path) -> str:
+    """Delete the result of a finished run, made of a checkpoint; what was measured on it is the checkpoint's."""
     if manifest.problems_in(kept):
         raise AdapterError(
-            f"{kept}: the checkpoint that adapter/ is a copy of is not whole; so the run stays as it is."
+            f"{kept}: the checkpoint that {result.name}/ is a copy of is not whole; so the run stays as it is."
         )
     with storage.explained(run.evaluations):
-        for path in run.evaluations.glob(f"{run.adapter.name}-*"):
-            storage.rename(path, path.with_name(path.name.replace(run.adapter.name, kept.name, 1)))
-    storage.remove_directory(run.adapter)
-    return f"The run was finished and goes on: {run.adapter} is gone until it is finished again; the same is in {kept}."
+        for path in run.evaluations.glob(f"{result.name}-*"):
+            storage.rename(path, path.with_name(path.name.replace(result.name, kept.name, 1)))
+    storage.remove_directory(result)
+    return f"The run was finished and goes on: {result} is gone until it is finished again; the same is in {kept}."

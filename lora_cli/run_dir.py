@@ -2,7 +2,7 @@
 
 output_dir/
   config.yaml  environment.json  metrics.jsonl  run.json  holder.json (while a process holds it)
-  checkpoints/step-000200/  adapter/  evaluations/
+  checkpoints/step-000200/  adapter/ (model/ of lora.method full)  evaluations/
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lora_cli import json_file, manifest, names, storage
+from lora_cli import json_file, names, storage
 from lora_cli.config import RunConfig
 from lora_cli.errors import AdapterError, ConfigError, SurroundingsError, shown
 from lora_cli.records import Finished
@@ -61,6 +61,14 @@ class RunDir:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def result(self, method: str) -> Path:
+        """Return where stands what a run of a method makes, when it is finished."""
+        return self.model if method == "full" else self.adapter
 
     @property
     def probes(self) -> Path:
@@ -208,7 +216,9 @@ def read_finished(run: RunDir) -> Finished | None:
     if status.get("status") != "finished":
         return None
     facts = {field.name: status.get(field.name) for field in fields(Finished)}
-    return json_file.checked(Finished, facts | {"adapter": run.adapter}, run.status)
+    return json_file.checked(
+        Finished, facts | {"adapter": run.model if run.model.exists() else run.adapter}, run.status
+    )
 
 
 def step_folders(run: RunDir) -> Sequence[tuple[int, Path]]:
@@ -226,40 +236,3 @@ def foreign_folders(run: RunDir) -> list[Path]:
 def checkpoint_path(run: RunDir, step: int) -> Path:
     """Return where the checkpoint of a step lies."""
     return run.checkpoints / f"step-{step:06d}"
-
-
-def find_adapter(path: Path) -> tuple[Path, RunDir | None]:
-    """Return the adapter folder that RUN names, and the run it belongs to.
-
-    RUN is a run directory (its finished adapter), a checkpoint, or any PEFT adapter folder. Raises AdapterError.
-    """
-    if (path / "adapter_config.json").is_file():
-        above = [parent for parent in (path.parent, path.parent.parent) if is_run_dir(parent)]
-        if above:
-            require_own(RunDir(above[0]))
-        _require_whole(path)
-        return path, RunDir(above[0]) if above else None
-    if is_run_dir(path):
-        run = RunDir(path)
-        require_own(run)
-        if (run.adapter / "adapter_config.json").is_file():
-            _require_whole(run.adapter)
-            return run.adapter, run
-        steps = [str(folder) for _, folder in step_folders(run)]
-        raise AdapterError(
-            f"{path}: this run is not finished, so it has no adapter/ yet. "
-            + (f"Its checkpoints can be used: {', '.join(steps[:3])}." if steps else "It has no checkpoint either.")
-            + f" `lora train {run.config}` goes on with it.",
-            state="Nothing was read.",
-        )
-    what = "is neither a run directory nor an adapter (no adapter_config.json)" if path.exists() else "does not exist"
-    raise AdapterError(
-        f"{path}: {what}; name a run directory, a checkpoint or an adapter folder.", state="Nothing was read."
-    )
-
-
-def _require_whole(folder: Path) -> None:
-    """Raise AdapterError when a folder of ours is not as it was written; others have no manifest."""
-    if (folder / manifest.MANIFEST).is_file() and (problems := manifest.problems_in(folder)):
-        way_out = "The folder is not as it was written: copy it again, or use another checkpoint."
-        raise AdapterError(*problems, way_out, state="Nothing was read.")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lora_cli import adapter, adapter_folder, ends, interrupt, lora, metrics, model, resume, run_dir
+from lora_cli import adapter, adapter_folder, ends, interrupt, metrics, model, resume, run_dir, tuning
 from lora_cli.config import ModelConfig, RunConfig
 from lora_cli.distributed import World, memory_error
 from lora_cli.errors import Interrupted, UserError
@@ -70,7 +70,8 @@ class Session:
         prepared = self.prepared
         templates = prepared.template.files(*adapter.TEMPLATES) if prepared.template and prepared.templated else {}
         fingerprint = str(self.environment["base_fingerprint"])
-        origin = adapter_folder.Origin(self.base.path, self.base.revision, fingerprint, templates)
+        base = prepared.header.folder
+        origin = adapter_folder.Origin(self.base.path, self.base.revision, fingerprint, templates, base)
         tokens = int(self.environment["micro_batch_tokens"])
         return Loop(
             config,
@@ -86,7 +87,7 @@ class Session:
         )
 
     def _started(self, loop: Loop) -> Started:
-        trainable = sum(p.numel() for p in lora.trainable(self.model.module).values())
+        trainable = sum(p.numel() for p in tuning.trainable(self.model.module).values())
         return Started(
             step=loop.state.step,
             total_steps=loop.timetable.total_steps,
@@ -94,7 +95,7 @@ class Session:
             train=self.prepared.train_counts,
             validation=self.prepared.validation_counts,
             trainable_parameters=trainable,
-            total_parameters=trainable + sum(p.numel() for p in self.prepared.skeleton.parameters()),
+            total_parameters=self.prepared.total_parameters(loop.config.lora),
             forward=str(self.model.layout),
         )
 

@@ -17,8 +17,8 @@ from lora_cli.config import RunConfig
 from lora_cli.distributed import World, memory_error
 from lora_cli.errors import SurroundingsError
 from lora_cli.examples import Example
-from lora_cli.forward import base_states, embedding_noise, form, lay_out, target_loss
-from lora_cli.loss import ZERO, LossSum, Pull
+from lora_cli.forward import embedding_noise, form, lay_out, pull_to_base, target_loss
+from lora_cli.loss import ZERO, LossSum
 from lora_cli.model import LanguageModel
 from lora_cli.randomness import derive_seed
 
@@ -71,7 +71,7 @@ def add_gradients(
             batch = lay_out(model, plan[micro_batch], examples)
             pull = None
             if settings.kl_to_base:
-                pull = Pull(base_states(model, batch), settings.kl_to_base, settings.kl_without_target)
+                pull = pull_to_base(model, batch, settings.kl_to_base, settings.kl_without_target)
             with embedding_noise(model, settings.neftune_alpha, batch):
                 part = target_loss(model, batch, pull)
             (part.total * (counts / targets)).backward()

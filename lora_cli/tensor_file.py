@@ -55,6 +55,11 @@ def read_infos(file: Path) -> dict[str, TensorInfo]:
     return _read_header(file)[0]
 
 
+def read_all_infos(files: Iterable[Path]) -> dict[str, TensorInfo]:
+    """Return what several files hold, in their order."""
+    return {name: info for file in files for name, info in read_infos(file).items()}
+
+
 def read_metadata(file: Path) -> dict[str, str]:
     """Return the notes in a safetensors file's header."""
     return _read_header(file)[1]
@@ -143,6 +148,12 @@ def write_tensors(
             if pending is not None:
                 pending.result()
         assert target.tell() == 8 + len(header) + end, "the pieces are what the header says"
+
+
+def write_whole(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as a safetensors file, as transformers reads it; of one at a time a copy is made, if any."""
+    infos = {name: TensorInfo(file, tensor.dtype, tuple(tensor.shape), 0) for name, tensor in tensors.items()}
+    write_tensors(file, infos, {"format": "pt"}, (each.detach().cpu().contiguous() for each in tensors.values()))
 
 
 def _write_piece(piece: Tensor | TensorInfo, target: BinaryIO) -> None:

@@ -1,11 +1,12 @@
-"""A base model with an adapter on top, from what RUN names: the start of every command that uses a result."""
+"""A base model with an adapter on top, or all of it tuned, from what RUN names: where every use of a result starts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from lora_cli import adapter, base_folder, config_file, model, run_dir
+from lora_cli import adapter, base_folder, config_file, full, full_folder, manifest, model, results
 from lora_cli.adapter import Adapter
 from lora_cli.config import ModelConfig, RunConfig
 from lora_cli.data_config import DataConfig
@@ -33,13 +34,50 @@ class Result:
             return self.config.data if self.config else None
         return self.config.data.model_copy(update={"chat_template": None})
 
+    @property
+    def folder(self) -> Path:
+        """Where the adapter is."""
+        return self.adapter.folder
+
+    @property
+    def identity(self) -> Path:
+        """A file that is like it in no other result."""
+        return self.adapter.folder / adapter.WEIGHTS
+
+
+@dataclass(frozen=True)
+class WholeResult:
+    """A whole model that full fine-tuning made, a checkpoint of it or the finished one, its base, and its run."""
+
+    folder: Path
+    base: ModelConfig
+    header: ModelHeader
+    base_fingerprint: str
+    run: RunDir
+    config: RunConfig
+
+    @property
+    def data(self) -> DataConfig:
+        """The data settings of the run, with the chat template that is saved with the model."""
+        templated = bool(adapter.read_templates(self.folder))
+        return self.config.data.model_copy(update={"chat_template": None}) if templated else self.config.data
+
+    @property
+    def identity(self) -> Path:
+        """A file that is like it in no other result."""
+        return self.folder / manifest.MANIFEST
+
+
+AnyResult = Result | WholeResult
+
 
 def find(path: Path, base: str | None = None) -> Result:
-    """Find and check what RUN names, without reading the base's weights. `base` replaces the base's place.
+    """Find and check the adapter that RUN names, without reading the base's weights. `base` replaces the base's place.
 
-    Raises AdapterError when the base is not the one the adapter was trained on, or runs code and is not named by hand.
+    Raises AdapterError when the base is not the one the adapter was trained on, or runs code and is not named by hand;
+    and where RUN is a whole model.
     """
-    folder, run = run_dir.find_adapter(path)
+    folder, run = results.find_adapter(path)
     read = adapter.read(folder)
     config = config_file.load(run.config) if run else None
     if config is not None:
@@ -50,6 +88,25 @@ def find(path: Path, base: str | None = None) -> Result:
         raise AdapterError(
             f"{folder}: does not say which base model it is for; give --base.", state="Nothing was read."
         )
+    section, header, found = _open_base(folder, section, base, read.base_fingerprint, read.chat_templates)
+    return Result(read, section, header, found, run, config)
+
+
+def find_any(path: Path, base: str | None = None) -> AnyResult:
+    """Find and check what RUN names, as `find`, a whole model too."""
+    folder, run = results.find_result(path)
+    if run is None or not results.is_whole_model(folder):
+        return find(path, base)
+    config, fingerprint = config_file.load(run.config), adapter.read_base_fingerprint(folder)
+    templates = adapter.read_templates(folder)
+    section, header, found = _open_base(folder, config.model, base, fingerprint, templates)
+    return WholeResult(folder, section, header, found, run, config)
+
+
+def _open_base(
+    folder: Path, section: ModelConfig, base: str | None, fingerprint: str | None, templates: Mapping[str, str]
+) -> tuple[ModelConfig, ModelHeader, str]:
+    """Return where the base of a result is, its header with the result's chat templates, and its fingerprint."""
     if section.trust_remote_code and base is None:
         raise AdapterError(
             f"{folder}: its base comes with Python code of its own, which the run was allowed to use. A folder cannot "
@@ -61,18 +118,17 @@ def find(path: Path, base: str | None = None) -> Result:
     try:
         header = model.read_header(section)
     except (ModelError, SurroundingsError) as error:
-        way_out = [] if base is not None else [f"{folder} is an adapter of it; --base names the place where it is now."]
+        way_out = [] if base is not None else [f"{folder} was trained on it; --base names the place where it is now."]
         raise type(error)(*error.problems, *way_out, state=error.state) from None
     found = base_folder.fingerprint(header.folder)
-    if read.base_fingerprint is not None and read.base_fingerprint != found:
+    if fingerprint is not None and fingerprint != found:
         raise AdapterError(
-            f"{folder}: was trained on another base than {header.folder} (fingerprint {read.base_fingerprint}, here "
-            f"{found}).",
+            f"{folder}: was trained on another base than {header.folder} (fingerprint {fingerprint}, here {found}).",
             state="Nothing was written.",
         )
-    if read.chat_templates:
-        header = replace(header, tokenizer=model.with_chat_templates(header.tokenizer, read.chat_templates))
-    return Result(read, section, header, found, run, config)
+    if templates:
+        header = replace(header, tokenizer=model.with_chat_templates(header.tokenizer, templates))
+    return section, header, found
 
 
 def on_stored(result: Result) -> Result:
@@ -80,12 +136,18 @@ def on_stored(result: Result) -> Result:
     return replace(result, base=result.base.model_copy(update={"quantization": None}))
 
 
-def load(result: Result, device: torch.device, dtype: str | None = None, sharded: World | None = None) -> LanguageModel:
-    """Load the base, divided over the ranks of `sharded`, and attach the adapter.
+def load(
+    result: AnyResult, device: torch.device, dtype: str | None = None, sharded: World | None = None
+) -> LanguageModel:
+    """Load the base, divided over the ranks of `sharded`, and attach the adapter, or load all weights beside it.
 
     `dtype` replaces the configured one.
     """
     section = result.base if dtype is None else result.base.model_copy(update={"dtype": dtype})
     loaded = model.load_model(result.header, section, device, sharded)
-    adapter.attach(loaded.module, result.adapter)
+    if isinstance(result, Result):
+        adapter.attach(loaded.module, result.adapter)
+    else:
+        full.apply_full(loaded.module)
+        full_folder.load(result.folder, loaded.module)
     return loaded

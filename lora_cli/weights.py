@@ -10,18 +10,24 @@ from lora_cli.base_folder import require_whole, weight_files
 from lora_cli.errors import AdapterError
 from lora_cli.loading import name_in
 from lora_cli.quantised import Kind, round_trip
-from lora_cli.tensor_file import TensorInfo, read_infos, read_rows, read_tensor
+from lora_cli.tensor_file import TensorInfo, read_all_infos, read_rows, read_tensor
 from lora_cli.update import Update
 
 
 class Weights:
     """A base model's tensors by their names in its files; `adapted` gives the layer's path of those that change.
 
-    `quantised` gives that of those which are not taken as they are stored, but as quantisation leaves them.
+    `quantised` gives that of those which are not taken as they are stored, but as quantisation leaves them; `tuned`
+    are taken in the place of the base's.
     """
 
     def __init__(
-        self, folder: Path, skeleton: nn.Module, update: Update | None = None, quantization: Kind | None = None
+        self,
+        folder: Path,
+        skeleton: nn.Module,
+        update: Update | None = None,
+        quantization: Kind | None = None,
+        tuned: Mapping[str, TensorInfo] | None = None,
     ) -> None:
         """Read the headers of a model's files, and find the tensor of every layer that is changed.
 
@@ -29,9 +35,7 @@ class Weights:
         shape.
         """
         require_whole(folder)
-        self.infos: Mapping[str, TensorInfo] = {
-            name: info for file in weight_files(folder) for name, info in read_infos(file).items()
-        }
+        self.infos: Mapping[str, TensorInfo] = {**read_all_infos(weight_files(folder)), **(tuned or {})}
         self.update, self.quantization = update, quantization
         self.adapted: dict[str, str] = {}
         self._whole: tuple[str, Tensor] | None = None  # the last update that is not made row by row

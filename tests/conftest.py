@@ -228,13 +228,14 @@ def write_rows(path: Path, rows: list[Any]) -> str:
 
 
 def facts(place: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """What must be the same: metrics without times, and every file of the adapter and of the newest checkpoint."""
+    """What must be the same: metrics without times, and every file of the result and of the newest checkpoint."""
     measured = [
         {key: value for key, value in record.items() if key != "seconds"} for record in metrics.read(RunDir(place))
     ]
     newest, _ = checkpoint.latest(RunDir(place))
     assert newest is not None
-    files = [*newest.iterdir(), *(place / "adapter").iterdir()]
+    (result,) = [folder for name in ("adapter", "model") if (folder := place / name).exists()]
+    files = [*newest.iterdir(), *result.iterdir()]
     return measured, {str(file.relative_to(place)): file.read_bytes() for file in files}
 
 

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from lora_cli import base_folder, checkpoint, merge, model, run_dir
+from lora_cli import base_folder, checkpoint, merge, model, results, run_dir
 from lora_cli.config import ModelConfig
 from lora_cli.errors import AdapterError, ModelError
 from lora_cli.run_dir import RunDir
@@ -18,7 +18,7 @@ def said_of(folder: Path) -> list[str]:
         if folder.name == "merged":
             base_folder.require_whole(folder)
         elif folder.name == "adapter":
-            run_dir.find_adapter(folder.parent)
+            results.find_adapter(folder.parent)
         else:
             newest, problems = checkpoint.latest(RunDir(folder.parent.parent))
             return problems if newest != folder else []

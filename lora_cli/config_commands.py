@@ -16,8 +16,9 @@ from lora_cli import (
     trial_tables,
 )
 from lora_cli.arguments import Config, Json, Overrides, Processes, Restarts
-from lora_cli.errors import ConfigError
+from lora_cli.errors import ConfigError, InputError
 from lora_cli.records import Finished, as_json
+from lora_cli.reports import AgainstFullReport, SensitivityReport, TuneReport
 
 
 def init(
@@ -114,26 +115,32 @@ def tune(
         bool, typer.Option("--one-at-a-time", help="No search: each knob halved and doubled around the config.")
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="With --one-at-a-time: runs that differ in the seed alone.")] = 4,
+    against_full: Annotated[
+        bool, typer.Option("--against-full", help="No search: this config beside full fine-tuning, both trained.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Search hyperparameters; an interrupted search is continued, and several processes share one."""
     given = {"tune.trials": trials, "tune.storage": storage_place}
     more = [f"{key}={value}" for key, value in given.items() if value is not None]
     run_config = config_file.load(config, [*(overrides or []), *more])
-    follow = follower.Follower(brief=True).result_of
+    if one_at_a_time and against_full:
+        raise InputError("--one-at-a-time, --against-full: give one of them.")
+    stop, follow = interrupt.requested(), follower.Follower(brief=True).result_of
+    report: TuneReport | SensitivityReport | AgainstFullReport
     if one_at_a_time:
         from lora_cli import sensitivity
 
-        found = follow(sensitivity.one_at_a_time(run_config, interrupt.requested(), seeds))
-        if json:
-            console.print_json(as_json(found))
-        else:
-            trial_tables.show_sensitivity(found)
-        return
-    from lora_cli import tune as tuning
+        report = follow(sensitivity.one_at_a_time(run_config, stop, seeds))
+    elif against_full:
+        from lora_cli import against_full as comparing
 
-    report = follow(tuning.tune(run_config, interrupt.requested()))
+        report = comparing.against_full(run_config, stop)
+    else:
+        from lora_cli import tune as tuning
+
+        report = follow(tuning.tune(run_config, stop))
     if json:
         console.print_json(as_json(report))
     else:
-        trial_tables.show_tune(report)
+        trial_tables.show(report)

@@ -298,3 +298,37 @@ class SensitivityReport:
     left: Sequence[str]
     plot: Path
     saved: Path
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of two ways to train: `loss` on the held-out rows, and its `change` from the base's.
+
+    `peak_memory` is what its process took at most, in bytes; `seconds` the median of a step's.
+    """
+
+    method: str
+    learning_rate: float
+    steps: int
+    parameters: int
+    peak_memory: int
+    seconds: float
+    loss: Estimate
+    change: Estimate
+
+
+@dataclass(frozen=True)
+class AgainstFullReport:
+    """What LoRA reaches of full fine-tuning, on the same held-out tokens.
+
+    `share` is of what full takes off the base's loss, null where it takes off nothing; `difference` is LoRA's loss less
+    full's.
+    """
+
+    data: str
+    targets: int
+    lora: Side
+    full: Side
+    share: Estimate | None
+    difference: Estimate
+    saved: Path

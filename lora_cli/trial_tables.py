@@ -3,12 +3,23 @@
 from rich.markup import escape
 from rich.table import Table
 
-from lora_cli.console import out
-from lora_cli.records import TrialEnded, short
-from lora_cli.reports import SensitivityReport, TuneReport
+from lora_cli.console import gigabytes, out
+from lora_cli.records import TrialEnded, short, with_interval
+from lora_cli.reports import AgainstFullReport, SensitivityReport, TuneReport
 
 
-def show_tune(report: TuneReport) -> None:
+def show(report: TuneReport | SensitivityReport | AgainstFullReport) -> None:
+    """Show what `lora tune` came to."""
+    match report:
+        case TuneReport():
+            _tune(report)
+        case SensitivityReport():
+            _sensitivity(report)
+        case AgainstFullReport():
+            _against_full(report)
+
+
+def _tune(report: TuneReport) -> None:
     """Show the trials, the best first, and what to do with the best."""
     keys = list(dict.fromkeys(key for one in report.trials for key in one.values))
     both = any(one.forgetting is not None for one in report.trials)
@@ -49,7 +60,7 @@ def _what_next(report: TuneReport) -> list[str]:
     ]
 
 
-def show_sensitivity(report: SensitivityReport) -> None:
+def _sensitivity(report: SensitivityReport) -> None:
     """Show what half and twice of each knob change, and what another seed alone may."""
     noise = "not known, for one seed" if report.noise is None else f"±{report.noise:.4f}"
     out.print(f"Validation loss {report.loss:.4f}, mean of {report.seeds} seeds; another seed may change {noise}.")
@@ -69,3 +80,30 @@ def show_sensitivity(report: SensitivityReport) -> None:
 
 def _change(change: float | None) -> str:
     return "training stopped" if change is None else f"{change:+.4f}"
+
+
+def _against_full(report: AgainstFullReport) -> None:
+    """Show LoRA beside full fine-tuning, and what it reaches of that with how much."""
+    out.print(f"{report.data}: {report.targets:,} targets; 95 % intervals in brackets", markup=False, soft_wrap=True)
+    table = Table("", "rate", "loss", "change from base", "parameters", "peak memory", "s/step", box=None)
+    for side in (report.lora, report.full):
+        loss, change = with_interval(side.loss, ".4f"), with_interval(side.change, "+.4f")
+        cells = (side.method, f"{side.learning_rate:.2g}", loss, change, f"{side.parameters:,}")
+        table.add_row(*map(escape, cells), gigabytes(side.peak_memory), f"{side.seconds:.2f}")
+    out.print(table)
+    parameters, memory = (
+        f"{getattr(report.lora, name) / getattr(report.full, name):.1%}" for name in ("parameters", "peak_memory")
+    )
+    reached = (
+        "LoRA was trained"
+        if report.share is None
+        else (f"LoRA reaches {with_interval(report.share, '.1%')} of the full run's gain")
+    )
+    lines = [
+        f"{reached} with {parameters} of the parameters and {memory} of the memory.",
+        f"Its loss less that of full: {with_interval(report.difference, '+.4f')}. Report: {report.saved}.",
+    ]
+    if report.share is None:
+        lines.insert(0, "The full run took nothing off the base's loss, so there is no share of it.")
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)

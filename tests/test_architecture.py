@@ -114,6 +114,7 @@ FLOORS = [
     "tune",
     "tornado",
     "sensitivity",
+    "against_full",
     "train",
     "compare",
     "scale",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_cli import lora, storage
 from lora_cli.adapter import BASE, CONFIG, PREFIX, TEMPLATES, WEIGHTS, read_config
 from lora_cli.config import LoraConfig
+from lora_cli.lora_linear import MAGNITUDE, is_conv1d
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ def save(folder: Path, model: nn.Module, config: LoraConfig, origin: Origin) -> 
         "lora_alpha": _whole(config.alpha),
         "lora_dropout": config.dropout,
         "use_rslora": config.method == "rslora",
+        "use_dora": config.method == "dora",
         "target_modules": _shortest_names(model, [path for path, _ in lora.lora_layers(model)]),
-        "fan_in_fan_out": any(lora.is_conv1d(layer.base) for _, layer in lora.lora_layers(model)),
+        "fan_in_fan_out": any(is_conv1d(layer.base) for _, layer in lora.lora_layers(model)),
     }
     _write(folder, values, lora.trainable(model), origin)
 
@@ -79,7 +81,8 @@ def _write(folder: Path, special: Mapping[str, Any], parameters: Mapping[str, Te
         **special,
     }
     tensors = {
-        f"{PREFIX}{name}.weight": parameter.detach().cpu().contiguous() for name, parameter in parameters.items()
+        f"{PREFIX}{name}{'' if name.endswith(MAGNITUDE) else '.weight'}": parameter.detach().cpu().contiguous()
+        for name, parameter in parameters.items()
     }
     storage.add_json(folder / CONFIG, values)
     storage.add_file(folder / WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"}))

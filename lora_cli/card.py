@@ -90,6 +90,7 @@ def _card(kind: Kind, adapter: Adapter, model_type: str, facts: Facts | None) ->
     base = public_name(adapter.base) or "a base model"
     ranks = [down.shape[0] for down in adapter.lora_A.values()]
     modules = frozenset(path.rsplit(".", 1)[-1] for path in adapter.lora_A)
+    method = "dora" if adapter.magnitudes else "lora"
     on_hub = sources.is_hub_id(adapter.base)
     known = [
         "" if on_hub else "a local folder",
@@ -116,7 +117,7 @@ def _card(kind: Kind, adapter: Adapter, model_type: str, facts: Facts | None) ->
 
 ## How to load it
 
-{how_to_load.text(kind, base, adapter, Produced(model_type, "lora", max(ranks), modules))}
+{how_to_load.text(kind, base, adapter, Produced(model_type, method, max(ranks), modules))}
 
 ## How it was made
 

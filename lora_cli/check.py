@@ -36,7 +36,7 @@ def check(config: RunConfig, row: str | None = None, nproc: int = 1) -> Generato
     prepared = yield from prepare(config, weights=False)
     train = prepared.train
     timetable = Timetable.of(train.mixture.drawn, config)
-    trainable = prepared.trained_parameters(config.lora.rank)
+    trainable = prepared.trained_parameters(config.lora)
     total = sum(p.numel() for p in prepared.skeleton.parameters())
     here = is_here(config.model.device)
     device = current_world(config.model.device).device if here else torch.device(config.model.device)

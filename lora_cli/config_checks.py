@@ -9,7 +9,7 @@ from lora_cli.errors import shown
 
 # Keys of the contract whose other values this version cannot honour yet: refused, never ignored.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "lora.method": ("lora", "rslora"),
+    "lora.method": ("lora", "rslora", "dora"),
 }
 
 # Keys that name a place.
@@ -42,6 +42,11 @@ def check_config(config: RunConfig) -> dict[str, str]:
             problems[key] = f"{shown(variable[0])}: a config reads no variables of the environment; write the value"
         if key in _PLACES and "\0" in str(value):
             problems[key] = "no name of a file can hold the character NUL; take it out"
+    if config.lora.method == "dora" and config.train.shard:
+        problems["train.shard"] = (
+            "lora.method: dora starts from the norms of whole weights, of which each process has a part only; set "
+            "false, or another lora.method"
+        )
     if problem := problem_of_remote_code(config.model):
         problems["model.trust_remote_code"] = problem
     if config.model.device == "mps":

@@ -9,12 +9,13 @@ from torch import nn
 
 from lora_cli import data, dataset, lora, model, quantised, remote_code
 from lora_cli.chat_template import ChatTemplate, begins_with_bos
-from lora_cli.config import RunConfig
+from lora_cli.config import LoraConfig, RunConfig
 from lora_cli.data_reader import DataReader, News
 from lora_cli.dataset import Dataset, TrainingSet
 from lora_cli.ends import configured_ends
 from lora_cli.examples import IGNORED, Example
 from lora_cli.general import read_general
+from lora_cli.lora_linear import linear_shape
 from lora_cli.model import ModelHeader
 from lora_cli.records import DataCounts, Overlap
 
@@ -66,10 +67,11 @@ class Prepared:
             "template": _hash(str(self.template)) if self.templated else None,
         }
 
-    def trained_parameters(self, rank: int) -> int:
-        """Return how many numbers an adapter of a rank has."""
-        shapes = [lora.linear_shape(self.skeleton.get_submodule(path)) for path in self.targets]
-        return sum(rank * (inputs + outputs) for inputs, outputs in shapes)
+    def trained_parameters(self, config: LoraConfig) -> int:
+        """Return how many numbers an adapter has."""
+        shapes = [linear_shape(self.skeleton.get_submodule(path)) for path in self.targets]
+        magnitudes = sum(outputs for _, outputs in shapes) if config.method == "dora" else 0
+        return sum(config.rank * (inputs + outputs) for inputs, outputs in shapes) + magnitudes
 
 
 def _hash(text: str) -> str:
@@ -155,7 +157,7 @@ def _adapter_notices(skeleton: nn.Module, targets: Sequence[str], config: RunCon
             f"model.quantization {config.model.quantization}: the experts of this model ({len(stacked)} stacked "
             "weights) stay as they are, only its linear layers are quantised."
         )
-    shapes = (lora.linear_shape(skeleton.get_submodule(path)) for path in targets)
+    shapes = (linear_shape(skeleton.get_submodule(path)) for path in targets)
     if config.lora.rank > (smallest := min(min(shape) for shape in shapes)):
         rank = config.lora.rank
         yield f"lora.rank {rank} is larger than the smallest adapted layer ({smallest}); it is wasted there."

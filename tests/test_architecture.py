@@ -42,6 +42,8 @@ FLOORS = [
     "distributed",
     "sharding",
     "quantised",
+    "magnitude",
+    "lora_linear",
     "lora",
     "attention",
     "parallel",

@@ -287,11 +287,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     load_weights(model, adapter)
 
 
-@torch.no_grad()
 def load_weights(model: nn.Module, adapter: Adapter) -> None:
     """Copy an adapter's tensors into the layers that are already wrapped."""
     for path, layer in lora.lora_layers(model):
-        layer.lora_A.copy_(adapter.lora_A[path])
-        layer.lora_B.copy_(adapter.lora_B[path])
-        if layer.magnitude is not None:
-            layer.magnitude.copy_(adapter.magnitudes[path])
+        layer.load(adapter.lora_A[path], adapter.lora_B[path], adapter.magnitudes.get(path))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lora_cli import adapter, json_file, lora, manifest, metrics, run_dir, storage
+from lora_cli.config import LoraConfig
 from lora_cli.errors import AdapterError
 from lora_cli.run_dir import RunDir
 
@@ -104,9 +105,9 @@ def save(run: RunDir, state: TrainState, save_adapter: Callable[[Path], None]) -
     return path
 
 
-def size(parameters: int) -> int:
+def size(parameters: int, config: LoraConfig) -> int:
     """Return about how many bytes the checkpoint of an adapter takes: it, both moments, and the small files."""
-    return 3 * 4 * parameters + (1 << 16)
+    return (2 + config.written_rank // config.rank) * 4 * parameters + (1 << 16)
 
 
 def load(path: Path, state: TrainState) -> None:

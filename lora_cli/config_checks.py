@@ -42,10 +42,16 @@ def check_config(config: RunConfig) -> dict[str, str]:
             problems[key] = f"{shown(variable[0])}: a config reads no variables of the environment; write the value"
         if key in _PLACES and "\0" in str(value):
             problems[key] = "no name of a file can hold the character NUL; take it out"
-    if config.lora.method == "dora" and config.train.shard:
+    if config.lora.method == "dora" and config.lora.init == "pissa":
+        problems["lora.init"] = (
+            "pissa keeps the base by taking its start off again, and DoRA's magnitude would make that longer or "
+            "shorter too; set default, or lora.method: lora"
+        )
+    elif config.train.shard and (config.lora.method == "dora" or config.lora.init == "pissa"):
+        key = "method: dora" if config.lora.method == "dora" else "init: pissa"
         problems["train.shard"] = (
-            "lora.method: dora starts from the norms of whole weights, of which each process has a part only; set "
-            "false, or another lora.method"
+            f"lora.{key} starts from whole weights, of which each process has a part only; set false, or another "
+            f"lora.{key.split(':')[0]}"
         )
     if problem := problem_of_remote_code(config.model):
         problems["model.trust_remote_code"] = problem

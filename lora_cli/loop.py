@@ -63,6 +63,8 @@ class Loop:
         torch.set_flush_denormal(True)  # lora_B starts at zero: its first products are denormal, and slow on a CPU
         as_loaded(model.module)
         lora.apply_lora(model.module, config.lora, config.seed)
+        for tensor in lora.taken_from_base(model.module):
+            world.spread(tensor)
         share_inputs(model)
         if config.train.compile:
             compile_blocks(model.module)  # the compiler fuses by itself
@@ -248,7 +250,7 @@ class Loop:
                 way = f"goes on from {last}" if last else "begins anew, as there is no whole checkpoint yet"
                 raise SurroundingsError(
                     *error.problems,
-                    f"A checkpoint needs {checkpoint.size(len(self.gradients)) / 1e6:.1f} MB.",
+                    f"A checkpoint needs {checkpoint.size(len(self.gradients), self.config.lora) / 1e6:.1f} MB.",
                     state=f"Training stopped after step {self.state.step}; the same command {way}.",
                 ) from error
         self.world.from_main()

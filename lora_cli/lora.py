@@ -87,7 +87,11 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
 
 
 def wrap(
-    model: nn.Module, shapes: Mapping[str, tuple[int, float]], dropout: float = 0.0, has_magnitude: bool = False
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, float]],
+    dropout: float = 0.0,
+    has_magnitude: bool = False,
+    has_start: bool = False,
 ) -> None:
     """Freeze the model and wrap the named layers in place; `shapes` gives (rank, scale) of each path."""
     model.requires_grad_(False)
@@ -95,7 +99,7 @@ def wrap(
     for path, (rank, scale) in shapes.items():
         parent_path, _, name = path.rpartition(".")
         parent = model.get_submodule(parent_path)
-        layer = LoraLinear(parent.get_submodule(name), rank, scale, dropout, has_magnitude)
+        layer = LoraLinear(parent.get_submodule(name), rank, scale, dropout, has_magnitude, has_start)
         layer.tokens = tokens
         setattr(parent, name, layer)
 
@@ -104,7 +108,8 @@ def apply_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
     """Freeze the model and give it a fresh adapter, in place. The logits stay as they were, bit for bit."""
     scale = scale_of(config.method, config.alpha, config.rank)
     targets = find_targets(model, config.target_modules)
-    wrap(model, dict.fromkeys(targets, (config.rank, scale)), config.dropout, config.method == "dora")
+    shapes = dict.fromkeys(targets, (config.rank, scale))
+    wrap(model, shapes, config.dropout, config.method == "dora", config.init == "pissa")
     for path, layer in lora_layers(model):
         layer.reset(derive_seed(seed, "lora_A", path))
 
@@ -128,6 +133,20 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{path}.{name}": parameter for path, layer in lora_layers(model) for name, parameter in layer.trained().items()
     }
+
+
+def written(model: nn.Module) -> dict[str, Tensor]:
+    """Return what an adapter's file holds, by the same names."""
+    return {f"{path}.{name}": tensor for path, layer in lora_layers(model) for name, tensor in layer.written().items()}
+
+
+def taken_from_base(model: nn.Module) -> Iterator[Tensor]:
+    """Iterate over what a fresh adapter has computed from the base's weights, which devices may round differently."""
+    for _, layer in lora_layers(model):
+        if layer.magnitude is not None:
+            yield layer.magnitude.data
+        if layer.start_down is not None and layer.start_up is not None:
+            yield from (layer.lora_A.data, layer.lora_B.data, layer.start_down, layer.start_up)
 
 
 def set_dropout(model: nn.Module, seed: int | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_cli.dropout import Dropout
 from lora_cli.magnitude import row_norms
+from lora_cli.pissa import principal_factors
 from lora_cli.projection import Projection, project
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -22,11 +23,21 @@ MAGNITUDE = "lora_magnitude_vector"
 class LoraLinear(nn.Module):
     """A frozen linear layer and its low-rank update: lora_A [rank, in], lora_B [out, rank], both float32.
 
-    DoRA's has a magnitude [out] too, float32.
+    DoRA's has a magnitude [out] too, float32. PiSSA's has the A and B it started from, frozen, to take off their
+    product: the base stays as it is.
     """
 
+    start_down: Tensor | None
+    start_up: Tensor | None
+
     def __init__(
-        self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0, has_magnitude: bool = False
+        self,
+        base: nn.Module,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        has_magnitude: bool = False,
+        has_start: bool = False,
     ) -> None:
         super().__init__()
         in_features, out_features = linear_shape(base)
@@ -41,6 +52,8 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(rank, in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=torch.float32))
         self.magnitude = nn.Parameter(torch.zeros(out_features, device=device)) if has_magnitude else None
+        self.register_buffer("start_down", torch.zeros_like(self.lora_A.data) if has_start else None)
+        self.register_buffer("start_up", torch.zeros_like(self.lora_B.data) if has_start else None)
         self._norm: tuple[object, Tensor] | None = None  # and what it was computed of
         self.training = False
         self.shared = SharedInput([self])
@@ -53,9 +66,21 @@ class LoraLinear(nn.Module):
         return output if self.magnitude is None or self.gain == 1.0 else torch.lerp(self.base(x), output, self.gain)
 
     def _output(self, x: Tensor) -> Tensor:
-        low = F.linear(x, self.lora_A.to(x.dtype)) * self.strength  # [..., rank]
-        up = F.linear(low, self.lora_B.to(x.dtype))
-        return self.base(x) + up if self.magnitude is None else self.finished(x @ self._weight() + up)
+        down, up = self.factors()
+        low = F.linear(x, down.to(x.dtype)) * self.strength  # [..., rank]
+        update = F.linear(low, up.to(x.dtype))
+        return self.base(x) + update if self.magnitude is None else self.finished(x @ self._weight() + update)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the A and B whose product is added.
+
+        With a start that is B (A - A0) + (B - B0) A0: of B A - B0 A0 the same, and nothing where nothing has moved, in
+        half precision too.
+        """
+        if self.start_down is None or self.start_up is None:
+            return self.lora_A, self.lora_B
+        down = torch.cat([self.lora_A - self.start_down, self.start_down])
+        return down, torch.cat([self.lora_B, self.lora_B - self.start_up], 1)
 
     @property
     def strength(self) -> float:
@@ -96,33 +121,60 @@ class LoraLinear(nn.Module):
     def projection(self) -> Projection:
         """Return what `project` needs of this layer."""
         bias = self.base.bias if self.magnitude is None else None
-        return Projection(self._weight, bias, self.lora_A, self.lora_B, self.strength)
+        return Projection(self._weight, bias, *self.factors(), self.strength)
 
     def _weight(self) -> Tensor:
         """Return the base's weight [in, out]."""
         weight: Tensor = self.base.weight
         return weight if is_conv1d(self.base) else weight.T
 
+    @torch.no_grad()
     def reset(self, seed: int) -> None:
-        """A uniform in +-1/sqrt(in) (variance 1/(3 in), as in the paper's code), B zero: the update starts at zero."""
+        """A uniform in +-1/sqrt(in) (variance 1/(3 in), as in the paper's code), B zero: the update starts at zero.
+
+        With a start, at what PiSSA takes from the weight.
+        """
+        if self.start_down is not None and self.start_up is not None:
+            down, up = principal_factors(self._weight().T, self.rank, self.scale, seed)
+            self.load(torch.cat([down, down]), torch.cat([up, -up], 1))
+            return
         bound = 1 / math.sqrt(self.lora_A.shape[1])
         generator = torch.Generator().manual_seed(seed)
         start = torch.rand(self.lora_A.shape, generator=generator, dtype=torch.float32) * 2 * bound - bound
-        with torch.no_grad():
-            self.lora_A.copy_(start)
-            self.lora_B.zero_()
-            if self.magnitude is not None:
-                self.magnitude.copy_(self.norm())
+        self.lora_A.copy_(start)
+        self.lora_B.zero_()
+        if self.magnitude is not None:
+            self.magnitude.copy_(self.norm())
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return what is trained, by PEFT's names."""
         magnitude = {} if self.magnitude is None else {MAGNITUDE: self.magnitude}
         return {"lora_A": self.lora_A, "lora_B": self.lora_B, **magnitude}
 
+    def written(self) -> dict[str, Tensor]:
+        """Return what a file holds of the layer: with a start [A; A0] and [B, -B0], whose product is the update."""
+        if self.start_down is None or self.start_up is None:
+            return {**self.trained()}
+        down, up = torch.cat([self.lora_A, self.start_down]), torch.cat([self.lora_B, -self.start_up], 1)
+        return {"lora_A": down, "lora_B": up}
+
+    @torch.no_grad()
+    def load(self, down: Tensor, up: Tensor, magnitude: Tensor | None = None) -> None:
+        """Take what `written` gave, to the bit."""
+        if self.start_down is not None and self.start_up is not None:
+            (down, start), (up, less) = down.split(self.rank), up.split(self.rank, 1)
+            self.start_down.copy_(start)
+            self.start_up.copy_(-less)
+        self.lora_A.copy_(down)
+        self.lora_B.copy_(up)
+        if self.magnitude is not None and magnitude is not None:
+            self.magnitude.copy_(magnitude)
+
     def merged(self) -> Tensor:
         """Return the one weight [out, in] that does what the layer does, in the adapter's dtype."""
         weight = self._weight().T.to(self.lora_A.dtype)
-        tuned = weight + self.lora_B @ self.lora_A * self.strength
+        down, up = self.factors()
+        tuned = weight + up @ down * self.strength
         if self.magnitude is None:
             return tuned
         return torch.lerp(weight, tuned * (self.magnitude / self.norm())[:, None], self.gain)

@@ -56,7 +56,8 @@ def estimate_memory(
     skeleton = _skeleton(header, config, choose_dtype(config.model.dtype, device))
     base, in_flight = base_memory(skeleton, config, started.size)
     targets = lora.find_targets(skeleton, config.lora.target_modules)
-    lora.wrap(skeleton, dict.fromkeys(targets, (config.lora.rank, 1.0)), has_magnitude=config.lora.method == "dora")
+    shapes = dict.fromkeys(targets, (config.lora.written_rank, 1.0))  # a frozen start takes about as much
+    lora.wrap(skeleton, shapes, has_magnitude=config.lora.method == "dora")
     adapter = sum(parameter.numel() for parameter in lora.trainable(skeleton).values()) * _OPTIMIZER
     for_each, logits = _activations(skeleton, config, device)
     process = _PROCESS[device.type]

@@ -13,6 +13,7 @@ from lora_cli.config import LoraConfig, RunConfig
 from lora_cli.data_reader import DataReader, News
 from lora_cli.dataset import Dataset, TrainingSet
 from lora_cli.ends import configured_ends
+from lora_cli.errors import ModelError
 from lora_cli.examples import IGNORED, Example
 from lora_cli.general import read_general
 from lora_cli.lora_linear import linear_shape
@@ -88,6 +89,7 @@ def prepare(config: RunConfig, weights: bool = True) -> Generator[News, None, Pr
     header = model.read_header(config.model, weights)
     skeleton = model.build_skeleton(header, config.model.trust_remote_code)
     targets = lora.find_targets(skeleton, config.lora.target_modules)
+    _require_singular_vectors(skeleton, targets, config.lora)
     reader = DataReader(config.data, header)
     sets = yield from reader.sets(config.seed)
     validation, test, overlap = sets.validation, sets.test, None
@@ -137,6 +139,16 @@ def prepare(config: RunConfig, weights: bool = True) -> Generator[News, None, Pr
         ends=ends,
         notices=notices,
     )
+
+
+def _require_singular_vectors(skeleton: nn.Module, targets: Sequence[str], config: LoraConfig) -> None:
+    """Raise ModelError where PiSSA would start from more singular vectors than a layer has."""
+    fewest, path = min((min(linear_shape(skeleton.get_submodule(path))), path) for path in targets)
+    if config.init == "pissa" and config.rank > fewest:
+        raise ModelError(
+            f"lora.rank: {config.rank} is too large for lora.init: pissa: {path} has {fewest} singular vectors; set a "
+            f"rank of at most {fewest}, or lora.target_modules without it."
+        )
 
 
 # --- what a user should know ---

@@ -28,6 +28,7 @@ _APART = math.sqrt(10)
 # Thinking Machines 2025, "LoRA Without Regret": 9.8 times 5e-5 at a width of 2000, falling with a power of the width
 # that is 0.08 for Qwen and 0.78 for Llama models; here the one between.
 _AT_2000, _POWER = 4.9e-4, 0.43
+_PISSA = 0.1  # of the rate for a fresh adapter ("Learning Rate Matters" 2026, arXiv 2602.04998)
 
 
 def start_rate(width: int) -> float:
@@ -47,6 +48,8 @@ def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[E
     if known:
         return float(known["chosen"])
     center = start_rate(int(session.prepared.header.config.get_text_config().hidden_size))
+    if config.lora.init == "pissa":
+        center *= _PISSA
     steps = round(SHARE * Timetable.of(session.prepared.train.mixture.drawn, config).total_steps)
     losses = dict[float, float]()
     if steps < _FEWEST:

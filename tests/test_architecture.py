@@ -43,6 +43,7 @@ FLOORS = [
     "sharding",
     "quantised",
     "magnitude",
+    "pissa",
     "lora_linear",
     "lora",
     "attention",

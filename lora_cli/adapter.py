@@ -1,7 +1,8 @@
 """The adapter directory, in PEFT's file format, so that other programs read it as it is.
 
 adapter_config.json          PEFT's keys; the only place where `rank` is called `r`
-adapter_model.safetensors    base_model.model.<path>.lora_A.weight [r, in], .lora_B.weight [out, r], float32
+adapter_model.safetensors    base_model.model.<path>.lora_A.weight [r, in], .lora_B.weight [out, r], float32;
+                             of DoRA .lora_magnitude_vector [out] too
 chat_template.jinja          the chat template its rows were written with, where transformers looks for it
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from lora_cli import json_file, lora
 from lora_cli.errors import AdapterError, shown
 from lora_cli.json_file import is_number
+from lora_cli.lora_linear import MAGNITUDE, linear_shape
 from lora_cli.time_limit import time_limit
 
 CONFIG = "adapter_config.json"
@@ -31,7 +33,7 @@ TEMPLATES = (TEMPLATE, TOOL_TEMPLATE)  # where transformers looks for them
 PREFIX = "base_model.model."
 AGAIN = "fetch or copy the adapter again"
 SECONDS = 1.0  # that an adapter's patterns may take
-_NAME = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<part>lora_[AB])\.weight")
+_NAME = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?:(?P<part>lora_[AB])\.weight|{MAGNITUDE})")
 
 
 _LARGEST_HEADER = 32 << 20  # bytes
@@ -63,6 +65,7 @@ class Adapter:
     base_fingerprint: str | None  # known for adapters of ours
     lora_A: Mapping[str, Tensor]
     lora_B: Mapping[str, Tensor]
+    magnitudes: Mapping[str, Tensor]  # DoRA's, of all layers; else none
     scales: Mapping[str, float]
     chat_templates: Mapping[str, str]  # by their file names; none where the adapter came without
 
@@ -82,19 +85,25 @@ def read(folder: Path) -> Adapter:
         raise AdapterError(
             f"{folder / WEIGHTS}: cannot be read: {reason}; {AGAIN}.", state="Nothing was read."
         ) from None
-    parts: dict[str, dict[str, Tensor]] = {"lora_A": {}, "lora_B": {}}
+    parts: dict[str, dict[str, Tensor]] = {"lora_A": {}, "lora_B": {}, MAGNITUDE: {}}
     problems = []
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None:
             what = "which is no LoRA weight of a linear layer; only those can be applied"
             problems.append(f"{folder / WEIGHTS}: holds {shown(name)}, {what}.")
-        elif tensor.ndim != 2 or not tensor.numel() or not torch.isfinite(tensor).all():
-            problems.append(f"{folder / WEIGHTS}: {shown(name)} is not a matrix of finite numbers; {AGAIN}.")
+        elif tensor.ndim != (2 if match["part"] else 1) or not tensor.numel() or not torch.isfinite(tensor).all():
+            what = "matrix" if match["part"] else "vector"
+            problems.append(f"{folder / WEIGHTS}: {shown(name)} is not a {what} of finite numbers; {AGAIN}.")
         else:
-            parts[match["part"]][match["path"]] = tensor.float()
+            parts[match["part"] or MAGNITUDE][match["path"]] = tensor.float()
     for path in sorted(parts["lora_A"].keys() ^ parts["lora_B"].keys()):
         problems.append(f"{folder / WEIGHTS}: {shown(path)} has only one of lora_A and lora_B; {AGAIN}.")
+    expected = parts["lora_A"].keys() if values.get("use_dora") else set[str]()
+    for path in sorted(parts[MAGNITUDE].keys() ^ expected):
+        said = f"{CONFIG} says use_dora: {json.dumps(bool(values.get('use_dora')))}"
+        there = "a" if path in parts[MAGNITUDE] else "no"
+        problems.append(f"{folder / WEIGHTS}: {shown(path)} has {there} {MAGNITUDE}, and {said}; {AGAIN}.")
     if not tensors:
         problems.append(f"{folder / WEIGHTS}: is empty.")
     if problems:
@@ -106,6 +115,7 @@ def read(folder: Path) -> Adapter:
         base_fingerprint=read_base_fingerprint(folder),
         lora_A=parts["lora_A"],
         lora_B=parts["lora_B"],
+        magnitudes=parts[MAGNITUDE],
         scales=_scales({path: len(down) for path, down in parts["lora_A"].items()}, values, folder / CONFIG),
         chat_templates=read_templates(folder),
     )
@@ -142,8 +152,6 @@ def read_config(folder: Path) -> dict[str, Any]:
             state="Nothing was read.",
         )
     problems = [f"{path}: {problem}." for problem in _wrong_types(values)]
-    if values.get("use_dora"):
-        problems.append(f"{path}: is a DoRA adapter, which this version cannot apply.")
     if values.get("bias", "none") != "none" or values.get("lora_bias"):
         problems.append(f"{path}: trained biases cannot be applied; train with bias: none.")
     for key in _NOT_PLAIN:
@@ -175,6 +183,16 @@ def _wrong_types(values: Mapping[str, Any]) -> Iterator[str]:
         special = values.get(key) or {}
         if not isinstance(special, dict) or not all(map(is_number, special.values())):
             yield f"{key} must be names with numbers, found {shown(special)}"
+
+
+def require_low_rank(adapter: Adapter, instead: str) -> None:
+    """Raise AdapterError where an adapter does more than add a product B A to its base; `instead` is a way out."""
+    if adapter.magnitudes:
+        raise AdapterError(
+            f"{adapter.folder}: is a DoRA adapter, which makes each row of a weight as long as its magnitude says: "
+            f"that is no update that can be added, weighted or scaled by itself. {instead}",
+            state="Nothing was written.",
+        )
 
 
 def is_transposed(folder: Path) -> bool:
@@ -254,10 +272,11 @@ def require_fit(model: nn.Module, adapter: Adapter) -> None:
             what = "the output head, which cannot be adapted here" if head else "but the base has no such linear layer"
             problems.append(f"{adapter.folder}: adapts {path}, {what}.")
             continue
-        here = lora.linear_shape(linear[path])
+        here = linear_shape(linear[path])
         up = adapter.lora_B[path]
         there = (down.shape[1], up.shape[0])
-        if here != there or up.shape[1] != down.shape[0]:
+        magnitudes = len(adapter.magnitudes.get(path, up))
+        if here != there or up.shape[1] != down.shape[0] or magnitudes != here[1]:
             problems.append(
                 f"{adapter.folder}: {path} is {there[0]} -> {there[1]}, in the base {here[0]} -> {here[1]}."
             )
@@ -268,13 +287,12 @@ def require_fit(model: nn.Module, adapter: Adapter) -> None:
 def attach(model: nn.Module, adapter: Adapter) -> None:
     """Wrap a base model's layers with an adapter that fits it, in place. Raises AdapterError where it does not."""
     require_fit(model, adapter)
-    lora.wrap(model, {path: (down.shape[0], adapter.scales[path]) for path, down in adapter.lora_A.items()})
+    shapes = {path: (down.shape[0], adapter.scales[path]) for path, down in adapter.lora_A.items()}
+    lora.wrap(model, shapes, has_magnitude=bool(adapter.magnitudes))
     load_weights(model, adapter)
 
 
-@torch.no_grad()
 def load_weights(model: nn.Module, adapter: Adapter) -> None:
     """Copy an adapter's tensors into the layers that are already wrapped."""
     for path, layer in lora.lora_layers(model):
-        layer.lora_A.copy_(adapter.lora_A[path])
-        layer.lora_B.copy_(adapter.lora_B[path])
+        layer.load(adapter.lora_A[path], adapter.lora_B[path], adapter.magnitudes.get(path))

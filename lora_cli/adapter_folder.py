@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_cli import lora, storage
 from lora_cli.adapter import BASE, CONFIG, PREFIX, TEMPLATES, WEIGHTS, read_config
 from lora_cli.config import LoraConfig
+from lora_cli.lora_linear import MAGNITUDE, is_conv1d
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,19 @@ class Origin:
 
 
 def save(folder: Path, model: nn.Module, config: LoraConfig, origin: Origin) -> None:
-    """Write the files of an adapter into a folder."""
+    """Write the files of an adapter into a folder; whatever its rank there, its update has the same scale."""
+    rank = config.written_rank
+    more = lora.scale_of(config.method, 1.0, config.rank) / lora.scale_of(config.method, 1.0, rank)
     values = {
-        "r": config.rank,
-        "lora_alpha": _whole(config.alpha),
+        "r": rank,
+        "lora_alpha": _whole(config.alpha * more),
         "lora_dropout": config.dropout,
         "use_rslora": config.method == "rslora",
+        "use_dora": config.method == "dora",
         "target_modules": _shortest_names(model, [path for path, _ in lora.lora_layers(model)]),
-        "fan_in_fan_out": any(lora.is_conv1d(layer.base) for _, layer in lora.lora_layers(model)),
+        "fan_in_fan_out": any(is_conv1d(layer.base) for _, layer in lora.lora_layers(model)),
     }
-    _write(folder, values, lora.trainable(model), origin)
+    _write(folder, values, lora.written(model), origin)
 
 
 def save_factors(
@@ -83,7 +87,8 @@ def _write(folder: Path, special: Mapping[str, Any], parameters: Mapping[str, Te
         **special,
     }
     tensors = {
-        f"{PREFIX}{name}.weight": parameter.detach().cpu().contiguous() for name, parameter in parameters.items()
+        f"{PREFIX}{name}{'' if name.endswith(MAGNITUDE) else '.weight'}": parameter.detach().cpu().contiguous()
+        for name, parameter in parameters.items()
     }
     storage.add_json(folder / CONFIG, values)
     storage.add_file(folder / WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"}))

@@ -100,7 +100,7 @@ def _adapter_card(kind: Kind, adapter: Adapter, model_type: str, facts: Facts | 
     ranks = [down.shape[0] for down in adapter.lora_A.values()]
     modules = frozenset(path.rsplit(".", 1)[-1] for path in adapter.lora_A)
     what = f"Its rank is {_span(ranks)}, on {len(ranks)} layers ({', '.join(sorted(modules))})."
-    produced = Produced(model_type, "lora", max(ranks), modules)
+    produced = Produced(model_type, "dora" if adapter.magnitudes else "lora", max(ranks), modules)
     how = how_to_load.text(kind, _called(adapter.base), adapter, produced)
     return _card(kind, adapter.base, adapter.base_fingerprint, what, how, facts)
 

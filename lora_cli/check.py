@@ -48,7 +48,7 @@ def check(config: RunConfig, row: str | None = None, nproc: int = 1) -> Generato
     produced = runtimes.Produced(
         str(prepared.header.config.model_type),
         config.lora.method,
-        config.lora.rank,
+        config.lora.written_rank,
         frozenset(path.rsplit(".", 1)[-1] for path in prepared.targets),
     )
     shown = _some_rows(train.examples, config.seed) if row is None else _named_row(prepared, row)

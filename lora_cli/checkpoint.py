@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lora_cli import adapter, full, full_folder, json_file, manifest, metrics, run_dir, storage, tuning
+from lora_cli.config import LoraConfig
 from lora_cli.errors import AdapterError
 from lora_cli.run_dir import RunDir
 from lora_cli.tensor_file import write_whole
@@ -107,9 +108,9 @@ def save(run: RunDir, state: TrainState, save_trained: Callable[[Path], None]) -
     return path
 
 
-def size(parameters: int) -> int:
+def size(parameters: int, config: LoraConfig) -> int:
     """Return about how many bytes a checkpoint takes: what is trained, both moments, and the small files."""
-    return 3 * 4 * parameters + (1 << 16)
+    return (2 + config.written_rank // config.rank) * 4 * parameters + (1 << 16)
 
 
 def load(path: Path, state: TrainState) -> None:

@@ -36,6 +36,10 @@ class LoraConfig(Section):
         "lora",
         description="lora: scale alpha/rank | rslora: scale alpha/sqrt(rank) | dora | full: no adapter, all weights",
     )
+    init: Fixed[Literal["default", "pissa"]] = Field(
+        "default",
+        description="default | pissa: start from the base's largest singular vectors; wants a tenth of the usual rate",
+    )
     rank: Fixed[Int] = Field(32, ge=1, description="size of the low-rank update")
     alpha: Fixed[Float] = Field(32, gt=0, description="scale of the update, divided by the rank")
     dropout: Override[Float] = Field(0.0, ge=0, lt=1, description="on the adapter's input")
@@ -43,6 +47,11 @@ class LoraConfig(Section):
         "all-linear",
         description="all-linear, or a list of names as they stand in the model (q_proj, down_proj, ...)",
     )
+
+    @property
+    def written_rank(self) -> int:
+        """The rank of the adapter that is written: PiSSA's holds where it started, to be taken off, too."""
+        return self.rank * (2 if self.init == "pissa" else 1)
 
 
 FULL_LEARNING_RATE = 3e-5

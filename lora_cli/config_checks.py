@@ -2,18 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from lora_cli import space
 from lora_cli.config import ModelConfig, RunConfig
 from lora_cli.data_config import FORMAT_KEYS
 from lora_cli.errors import shown
 from lora_cli.schema import flat
-
-# Keys of the contract whose other values this version cannot honour yet: refused, never ignored.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "lora.method": ("lora", "rslora", "full"),
-}
 
 # Keys that name a place.
 _PLACES = (
@@ -70,14 +64,21 @@ def check_config(config: RunConfig) -> dict[str, str]:
     """Return what no single field can see, as {dotted key: problem}; empty when all is well."""
     problems: dict[str, str] = {}
     for key, value in flat(config):
-        root = ".".join(key.split(".")[:2])
-        if root in _ONLY and value not in _ONLY[root]:
-            usable = " or ".join("null" if v is None else str(v) for v in _ONLY[root])
-            problems[root] = f"this version cannot do {value!r} yet; leave {root} at {usable}"
         if key in _PLACES and (variable := re.search(r"\$\w+|\$\{[^}]*\}?", str(value))):
             problems[key] = f"{shown(variable[0])}: a config reads no variables of the environment; write the value"
         if key in _PLACES and "\0" in str(value):
             problems[key] = "no name of a file can hold the character NUL; take it out"
+    if config.lora.method == "dora" and config.lora.init == "pissa":
+        problems["lora.init"] = (
+            "pissa keeps the base by taking its start off again, and DoRA's magnitude would make that longer or "
+            "shorter too; set default, or lora.method: lora"
+        )
+    elif config.train.shard and (config.lora.method == "dora" or config.lora.init == "pissa"):
+        key = "method: dora" if config.lora.method == "dora" else "init: pissa"
+        problems["train.shard"] = (
+            f"lora.{key} starts from whole weights, of which each process has a part only; set false, or another "
+            f"lora.{key.split(':')[0]}"
+        )
     if problem := problem_of_remote_code(config.model):
         problems["model.trust_remote_code"] = problem
     if config.model.device == "mps":

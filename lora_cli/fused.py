@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.layout import agree
-from lora_cli.lora import LoraLinear
+from lora_cli.lora_linear import LoraLinear
 from lora_cli.projection import project
 from lora_cli.sharding import whole
 
@@ -99,10 +99,10 @@ def _fused_mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
     def ours(x: Tensor) -> Tensor:
         gated, upward = gate(x), up(x)
-        if down.gain == 0.0:
+        if down.gain != 1.0:
             return down(product(gated, upward))
         dropout = down.active_dropout(gated.shape[:-1].numel())
-        return project((gated, upward), [down.projection()], dropout, product)[0]
+        return down.finished(project((gated, upward), [down.projection()], dropout, product)[0])
 
     weight = down.projection().weight()  # [inner, features]
     x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).to(weight.dtype).view(1, 2, -1)

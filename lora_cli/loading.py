@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_cli import lora
 from lora_cli.distributed import World
+from lora_cli.lora_linear import is_conv1d, linear_shape
 from lora_cli.quantised import BLOCK, Kind, QuantisedLinear
 from lora_cli.sharding import as_part, keep_own, own_rows
 from lora_cli.tensor_file import TensorInfo, read_rows
@@ -144,9 +145,9 @@ def plan_to_quantise(module: nn.Module, kind: Kind) -> None:
     """Put quantised layers without numbers in the place of the linear ones of a model's blocks."""
     for path in lora.find_targets(module, "all-linear"):
         layer: Any = module.get_submodule(path)
-        inputs, outputs = lora.linear_shape(layer)
+        inputs, outputs = linear_shape(layer)
         parent, _, name = path.rpartition(".")
-        planned = QuantisedLinear(kind, (outputs, inputs), layer.bias, layer.weight.dtype, lora.is_conv1d(layer))
+        planned = QuantisedLinear(kind, (outputs, inputs), layer.bias, layer.weight.dtype, is_conv1d(layer))
         setattr(module.get_submodule(parent), name, planned)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_cli import checkpoint, manifest, metrics, run_dir, tuning
+from lora_cli import checkpoint, lora, manifest, metrics, run_dir, tuning
 from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Step, plan_epoch
 from lora_cli.blocks import as_loaded, compile_blocks, recompute_activations
@@ -64,6 +64,8 @@ class Loop:
         torch.set_flush_denormal(True)  # lora_B starts at zero: its first products are denormal, and slow on a CPU
         as_loaded(model.module)
         tuning.apply(model.module, config.lora, config.seed)
+        for tensor in lora.taken_from_base(model.module):
+            world.spread(tensor)
         share_inputs(model)
         if config.train.compile:
             compile_blocks(model.module)  # the compiler fuses by itself
@@ -249,7 +251,7 @@ class Loop:
                 way = f"goes on from {last}" if last else "begins anew, as there is no whole checkpoint yet"
                 raise SurroundingsError(
                     *error.problems,
-                    f"A checkpoint needs {checkpoint.size(len(self.gradients)) / 1e6:.1f} MB.",
+                    f"A checkpoint needs {checkpoint.size(len(self.gradients), self.config.lora) / 1e6:.1f} MB.",
                     state=f"Training stopped after step {self.state.step}; the same command {way}.",
                 ) from error
         self.world.from_main()

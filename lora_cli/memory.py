@@ -61,7 +61,8 @@ def estimate_memory(
         in_flight += _MADE_WHOLE * skeleton.get_input_embeddings().weight.nbytes
     else:
         targets = lora.find_targets(skeleton, config.lora.target_modules)
-        lora.wrap(skeleton, dict.fromkeys(targets, (config.lora.rank, 1.0)))
+        shapes = dict.fromkeys(targets, (config.lora.written_rank, 1.0))  # a frozen start takes about as much
+        lora.wrap(skeleton, shapes, has_magnitude=config.lora.method == "dora")
     adapter = sum(parameter.numel() for parameter in tuning.trainable(skeleton).values()) * _OPTIMIZER
     for_each, logits = _activations(skeleton, config, device)
     process = _PROCESS[device.type]

@@ -90,6 +90,7 @@ def combine(paths: Sequence[Path], output: Path, base: str | None, together: Tog
     room.require_new(output)
     results, update, _ = _open(paths, base, together)
     first = results[0]
+    adapter.require_low_rank(first.adapter, "`lora merge` writes base and adapter as one model.")
     found = {path: update.low_rank(path) for path in update.paths}
     with storage.new_directory(output) as folder, storage.explained(output):
         origin = Origin(

@@ -140,7 +140,7 @@ def _rounded(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return rows of a tensor before, what is added to them (None where it is not adapted), and as they are written."""
     before = weights.rows(name, begin, end, room).float()
-    change = weights.change(name, begin, end) if name in weights.adapted else None
+    change = weights.change(name, before, begin, end) if name in weights.adapted else None
     rounding, seed = (form.rounding, derive_seed(0, name, begin)) if change is not None else ("nearest", 0)
     added = before if change is None else before + change
     return before, change, round_to(added, form.dtype_of(weights.infos[name]), rounding, seed)

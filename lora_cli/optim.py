@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lora_cli.config import TrainConfig
 
@@ -15,13 +16,16 @@ def build_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainC
     for name, parameter in parameters.items():
         ratio = config.loraplus_ratio if name.endswith(".lora_B") else 1.0
         groups.setdefault(ratio, []).append(parameter)
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [{"params": members, "ratio": ratio} for ratio, members in groups.items()],
         lr=0.0,
         betas=(0.9, 0.999),
         weight_decay=config.weight_decay,
         fused=True,
     )
+    # The kernel changes them unseen by autograd, by whose count DoRA's layers know that A and B are others now.
+    optimizer.register_step_post_hook(lambda *_: increment_version(list(parameters.values())))
+    return optimizer
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -13,8 +13,10 @@ from lora_cli.config import FULL_LEARNING_RATE, LoraConfig, RunConfig
 from lora_cli.data_reader import DataReader, News
 from lora_cli.dataset import Dataset, TrainingSet
 from lora_cli.ends import configured_ends
+from lora_cli.errors import ModelError
 from lora_cli.examples import IGNORED, Example
 from lora_cli.general import read_general
+from lora_cli.lora_linear import linear_shape
 from lora_cli.model import ModelHeader
 from lora_cli.records import DataCounts, Overlap
 
@@ -75,8 +77,9 @@ class Prepared:
         """Return how many numbers are trained."""
         if config.method == "full":
             return self.base_parameters
-        shapes = [lora.linear_shape(self.skeleton.get_submodule(path)) for path in self.targets]
-        return sum(config.rank * (inputs + outputs) for inputs, outputs in shapes)
+        shapes = [linear_shape(self.skeleton.get_submodule(path)) for path in self.targets]
+        magnitudes = sum(outputs for _, outputs in shapes) if config.method == "dora" else 0
+        return sum(config.rank * (inputs + outputs) for inputs, outputs in shapes) + magnitudes
 
     def total_parameters(self, config: LoraConfig) -> int:
         """Return how many numbers the tuned model has."""
@@ -151,10 +154,22 @@ def prepare(config: RunConfig, weights: bool = True) -> Generator[News, None, Pr
 def _find_targets(header: ModelHeader, skeleton: nn.Module, config: RunConfig) -> Sequence[str]:
     """Return the layers to adapt. Raises ModelError where that, or writing all weights back, cannot be done."""
     if config.lora.method != "full":
-        return lora.find_targets(skeleton, config.lora.target_modules)
+        targets = lora.find_targets(skeleton, config.lora.target_modules)
+        _require_singular_vectors(skeleton, targets, config.lora)
+        return targets
     if list(header.folder.glob("*.safetensors")):  # a check needs none
         full_folder.names_in(skeleton, header.folder)
     return ()
+
+
+def _require_singular_vectors(skeleton: nn.Module, targets: Sequence[str], config: LoraConfig) -> None:
+    """Raise ModelError where PiSSA would start from more singular vectors than a layer has."""
+    fewest, path = min((min(linear_shape(skeleton.get_submodule(path))), path) for path in targets)
+    if config.init == "pissa" and config.rank > fewest:
+        raise ModelError(
+            f"lora.rank: {config.rank} is too large for lora.init: pissa: {path} has {fewest} singular vectors; set a "
+            f"rank of at most {fewest}, or lora.target_modules without it."
+        )
 
 
 # --- what a user should know ---
@@ -184,7 +199,7 @@ def _adapter_notices(skeleton: nn.Module, targets: Sequence[str], config: RunCon
             f"model.quantization {config.model.quantization}: the experts of this model ({len(stacked)} stacked "
             "weights) stay as they are, only its linear layers are quantised."
         )
-    shapes = (lora.linear_shape(skeleton.get_submodule(path)) for path in targets)
+    shapes = (linear_shape(skeleton.get_submodule(path)) for path in targets)
     if config.lora.rank > (smallest := min(min(shape) for shape in shapes)):
         rank = config.lora.rank
         yield f"lora.rank {rank} is larger than the smallest adapted layer ({smallest}); it is wasted there."

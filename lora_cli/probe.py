@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lora_cli import json_file, run_dir, storage
-from lora_cli.config import RunConfig
+from lora_cli.config import LoraConfig, RunConfig
 from lora_cli.errors import TrainingStopped
 from lora_cli.records import Event, Finished, Notice, Probed
 from lora_cli.resume import create
@@ -27,14 +27,12 @@ _APART = math.sqrt(10)
 # Thinking Machines 2025, "LoRA Without Regret": 9.8 times 5e-5 at a width of 2000, falling with a power of the width
 # that is 0.08 for Qwen and 0.78 for Llama models; here the one between.
 _AT_2000, _POWER = 4.9e-4, 0.43
+_LOWER = 0.1  # of that for full fine-tuning (the same source), and for PiSSA (2026, arXiv 2602.04998)
 
 
-_FULL = 0.1  # of that; the same source's for full fine-tuning
-
-
-def start_rate(width: int, method: str = "lora") -> float:
+def start_rate(width: int, config: LoraConfig) -> float:
     """Return the rate around which to look, for a model's hidden size."""
-    share = _FULL if method == "full" else 1.0
+    share = _LOWER if config.method == "full" or config.init == "pissa" else 1.0
     return float(f"{share * _AT_2000 * (2000 / width) ** _POWER:.1g}")
 
 
@@ -49,7 +47,7 @@ def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[E
     known = world.from_main(json_file.read_object(run.probe) if world.is_main and run.probe.exists() else None)
     if known:
         return float(known["chosen"])
-    center = start_rate(session.width, config.lora.method)
+    center = start_rate(session.width, config.lora)
     steps = round(SHARE * Timetable.of(session.prepared.train.mixture.drawn, config).total_steps)
     losses = dict[float, float]()
     if steps < _FEWEST:

@@ -89,7 +89,6 @@ RULES: Mapping[str, Sequence[Rule]] = {
         Rule(None, "adapters of this architecture were not tried"),
     ),
     "MLX": (
-        Rule(False, "DoRA is not written for MLX by this version", _dora),
         Rule(True, "after lora export --format mlx", _of(MLX)),
         Rule(None, "mlx-lm was not tried with this architecture, or has none of this name"),
     ),

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from lora_cli import adapter_folder, launch, room, storage, tuned
+from lora_cli import adapter, adapter_folder, launch, room, storage, tuned
 from lora_cli.distributed import current_world
 from lora_cli.errors import InputError
 from lora_cli.held_out import general_text, held_out_rows
@@ -31,6 +31,9 @@ def scale(
     launch.require_alone("an adapter is scaled at once")
     room.require_new(output)
     result = tuned.find(path, base)
+    adapter.require_low_rank(
+        result.adapter, "`lora eval --scan` measures it at other strengths; train with another lora.alpha or rate."
+    )
     point = None
     if budget is not None:
         point = _best_within(result, budget, data, general)

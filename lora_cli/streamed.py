@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_cli import lora
 from lora_cli.loading import find_places, parameters_on_meta
+from lora_cli.lora_linear import is_conv1d
 from lora_cli.model import ModelHeader, build_skeleton
 from lora_cli.tensor_file import TensorInfo
-from lora_cli.update import Update
+from lora_cli.weights import Weights
 
 _PIECE = 1 << 20  # numbers of a weight that are read and multiplied at once
 
@@ -55,7 +55,7 @@ def open_model(header: ModelHeader, source: Source, trust_remote_code: bool = Fa
             layer.forward = _LinearOnDisk(room, **own)
         elif isinstance(layer, nn.Embedding):
             layer.register_forward_pre_hook(_rows_before(source, own["weight"]))
-        elif isinstance(layer, nn.Linear) or lora.is_conv1d(layer):
+        elif isinstance(layer, nn.Linear) or is_conv1d(layer):
             layer.register_forward_pre_hook(_all_before(source, own))
         else:  # norms, convolutions and the like are small
             _all_before(source, own)(layer)
@@ -66,13 +66,13 @@ def open_model(header: ModelHeader, source: Source, trust_remote_code: bool = Fa
 
 
 @contextlib.contextmanager
-def adding(module: nn.Module, update: Update) -> Iterator[None]:
-    """Run a block with an update added to what a model's layers give."""
-    with _hooked(module, update, lambda path, x, output: output + update.output(path, x)):
+def adding(module: nn.Module, changed: Weights) -> Iterator[None]:
+    """Run a block with the update of a model's weights added to what its layers give."""
+    with _hooked(module, changed, lambda path, x, output: output + changed.output(path, x, output)):
         yield
 
 
-def with_and_without(module: nn.Module, update: Update, ids: Tensor) -> tuple[Tensor, Tensor]:
+def with_and_without(module: nn.Module, changed: Weights, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logits [B * T, V] of a model without and with an update, its weights read once for both.
 
     Both run as one batch, the update added to the second half of it. Raises CannotStream where a layer sees the rows in
@@ -84,10 +84,11 @@ def with_and_without(module: nn.Module, update: Update, ids: Tensor) -> tuple[Te
         if len(x) not in (rows, rows * ids.shape[1]):
             raise IndexError(path)
         half = len(x) // 2
-        return torch.cat([output[:half], output[half:] + update.output(path, x[half:])])
+        without, base = output.chunk(2)
+        return torch.cat([without, base + changed.output(path, x[half:], base)])
 
     try:
-        with _hooked(module, update, add):
+        with _hooked(module, changed, add):
             without, with_update = logits(module, ids.repeat(2, 1)).chunk(2)
     except (RuntimeError, AttributeError, IndexError) as error:
         raise CannotStream(str(error)) from None
@@ -101,13 +102,13 @@ def logits(module: Any, ids: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _hooked(module: nn.Module, update: Update, add: Callable[[str, Tensor, Tensor], Tensor]) -> Iterator[None]:
+def _hooked(module: nn.Module, changed: Weights, add: Callable[[str, Tensor, Tensor], Tensor]) -> Iterator[None]:
     """Run a block with `add` of (path, input, output) in the place of each changed layer's output."""
 
     def hook(path: str) -> Any:
         return lambda layer, inputs, output: add(path, inputs[0], output)
 
-    handles = [module.get_submodule(path).register_forward_hook(hook(path)) for path in update.paths]
+    handles = [module.get_submodule(path).register_forward_hook(hook(path)) for path in changed.adapted.values()]
     try:
         yield
     finally:

@@ -89,6 +89,6 @@ def _require_room(config: RunConfig, run: RunDir, prepared: "Prepared") -> None:
     """Raise SurroundingsError where the disk has not the room for what the run will still write."""
     from lora_cli import checkpoint
 
-    one = checkpoint.size(prepared.trained_parameters(config.lora))
+    one = checkpoint.size(prepared.trained_parameters(config.lora), config.lora)
     most = (config.save.keep + 2) * one + one // 3  # those kept, the best, the one being written; the adapter
     room.require_room(run.path, max(one, most - room.size_of(run.path)))

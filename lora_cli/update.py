@@ -1,6 +1,6 @@
 """What is added to a base's weights: one adapter, or several together.
 
-linear   the sum of w_i s_i B_i A_i, exact
+linear   the sum of w_i s_i B_i A_i, exact; of one adapter by itself DoRA too, whose other half `weights` adds
 ties     each update trimmed to its largest entries, a sign elected for each, those that agree averaged
          (Yadav et al. 2023, arXiv 2306.01708)
 dare     entries dropped at random and the others scaled up for them, then summed (Yu et al. 2023, arXiv 2311.03099)
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_cli.adapter import Adapter
+from lora_cli.adapter import Adapter, require_low_rank
 from lora_cli.errors import AdapterError, InputError
 from lora_cli.randomness import derive_seed
 
@@ -40,6 +40,8 @@ class Update:
         if not 0 < self.density <= 1:
             raise InputError(f"--density: must be above 0 and at most 1, not {self.density:g}.")
         for adapter in self.adapters:
+            if [*self.weights] != [1.0] or self.method != "linear":
+                require_low_rank(adapter, "`lora merge` takes it alone, and with a weight of 1.")
             if not any(tensor.any() for tensor in adapter.lora_B.values()):
                 raise AdapterError(f"{adapter.folder}: every lora_B is zero: this adapter is untrained.")
 

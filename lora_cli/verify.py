@@ -1,5 +1,6 @@
 """Whether a merged folder does what base + adapter does, on real rows, in float32 on a CPU."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
@@ -35,14 +36,15 @@ def compare(result: Result, update: Update, merged: Path, onto: Onto = "stored")
     """Run base + update and the merged folder, read from disk, on the same tokens."""
     section = result.base if onto == "dequantised" else result.base.model_copy(update={"quantization": None})
     ids = _probes(result, _tokens(result))
+    changed = open_weights(result, model.build_skeleton(result.header, result.base.trust_remote_code), update, onto)
     try:
         open_model = _from_disk
-        plain, wanted = streamed.with_and_without(open_model(result.header, section), update, ids)
+        plain, wanted = streamed.with_and_without(open_model(result.header, section), changed, ids)
     except CannotStream:
         open_model = _loaded
         base = open_model(result.header, section)
         plain = streamed.logits(base, ids)
-        with streamed.adding(base, update):
+        with streamed.adding(base, changed):
             wanted = streamed.logits(base, ids)
         del base
     section = result.base.model_copy(update={"path": str(merged), "revision": None, "quantization": None})
@@ -69,16 +71,17 @@ def from_trained(result: Result, update: Update, form: Form) -> Mapping[str, Fro
     ids, labels, real = _padded(_held_out(result), _tokens(result))
     skeleton = model.build_skeleton(result.header, result.base.trust_remote_code)
 
-    def logits(source: Source, update: Update) -> Tensor:
+    def logits(source: Source, changed: Weights | None = None) -> Tensor:
         module = streamed.open_model(result.header, source, result.base.trust_remote_code)
-        with streamed.adding(module, update):
+        with streamed.adding(module, changed) if changed else contextlib.nullcontext():
             return streamed.logits(module, ids)[real]  # [N, V]
 
     try:
-        trained = logits(open_weights(result, skeleton, None, "dequantised"), update)
+        base = open_weights(result, skeleton, update, "dequantised")
+        trained = logits(base, base)
         found = {}
         for onto in get_args(Onto):
-            got = logits(Merged(open_weights(result, skeleton, update, onto), form), Update([], []))
+            got = logits(Merged(open_weights(result, skeleton, update, onto), form))
             losses = [_loss(each, labels[real]) for each in (got, trained)]
             found[onto] = FromTrained(len(got), *_differences(got, trained), _count(labels), *losses)
     except CannotStream:

@@ -40,6 +40,7 @@ from lora_cli.batches import Mixture, Part, plan_epoch
 from lora_cli.config import ModelConfig, RunConfig
 from lora_cli.data_config import DataConfig
 from lora_cli.data_reader import DataReader, run_to_end
+from lora_cli.lora_linear import linear_shape
 from lora_cli.memory import estimate_memory
 from lora_cli.model import ModelHeader, read_header
 
@@ -153,7 +154,7 @@ def needed_flops(job: dict[str, Any]) -> list[float]:
     config = transformers.AutoConfig.from_pretrained(job["model"])
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    shapes = [lora.linear_shape(model.get_submodule(path)) for path in lora.find_targets(model, "all-linear")]
+    shapes = [linear_shape(model.get_submodule(path)) for path in lora.find_targets(model, "all-linear")]
     token = sum(4 * rows * columns + 6 * job["rank"] * (rows + columns) for rows, columns in shapes)
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or model.config.hidden_size // config.num_attention_heads

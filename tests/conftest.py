@@ -154,6 +154,9 @@ def write_adapter(base: str, folder: Path, config: LoraConfig) -> dict[str, Any]
     torch.manual_seed(3)
     for _, layer in lora.lora_layers(loaded.module):
         torch.nn.init.normal_(layer.lora_B, std=0.3)
+        if layer.magnitude is not None:
+            with torch.no_grad():
+                layer.magnitude.mul_(torch.rand_like(layer.magnitude) + 0.5)
     folder.mkdir()
     adapter_folder.save(folder, loaded.module, config, Origin(base, None, base_folder.fingerprint(header.folder), {}))
     values: dict[str, Any] = json.loads((folder / adapter.CONFIG).read_text())

@@ -21,6 +21,7 @@ from lora_cli import base_folder, model, storage
 from lora_cli.adapter import WEIGHTS
 from lora_cli.config import ModelConfig
 from lora_cli.errors import AdapterError, ModelError, UserError
+from lora_cli.lora_linear import MAGNITUDE
 from lora_cli.merge import merge
 from lora_cli.merged_folder import Form
 from lora_cli.tensor_file import read_infos
@@ -114,7 +115,16 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, int]] = {
         2,
     ),
     "an adapter file cut short": (lambda at: cut(at / "a" / WEIGHTS), "cannot be read", 2),
-    "a DoRA adapter": (lambda at: edit_json(at / "a" / "adapter_config.json", use_dora=True), "DoRA", 2),
+    "DoRA without a magnitude": (
+        lambda at: edit_json(at / "a" / "adapter_config.json", use_dora=True),
+        "has no lora_magnitude_vector, and adapter_config.json says use_dora: true",
+        2,
+    ),
+    "a magnitude without DoRA": (
+        lambda at: edit_tensors(at / "a" / WEIGHTS, lambda t: t.update({f"{LAYER}.{MAGNITUDE}": torch.ones(8)})),
+        "has a lora_magnitude_vector, and adapter_config.json says use_dora: false",
+        2,
+    ),
     "a quantised base": (
         lambda at: [
             drop_fingerprint(at),

@@ -95,7 +95,7 @@ def test_evaluations_stand_in_an_exported_card(invoke: Invoke, run: RunDir, tmp_
     [
         ({}, {"PEFT": True, "vLLM": True, "llama.cpp": True, "MLX": True, "Ollama": True}),
         ({"rank": 1024}, {"PEFT": True, "vLLM": False, "llama.cpp": True}),
-        ({"method": "dora"}, {"PEFT": True, "vLLM": False, "llama.cpp": False, "MLX": False, "Ollama": False}),
+        ({"method": "dora"}, {"PEFT": True, "vLLM": False, "llama.cpp": False, "MLX": True, "Ollama": False}),
         ({"model_type": "gpt2"}, {"PEFT": True, "vLLM": False, "llama.cpp": True, "MLX": True, "Ollama": None}),
         ({"model_type": "qwen3"}, {"vLLM": True, "llama.cpp": True, "MLX": True, "Ollama": False}),
         ({"model_type": "mamba2", "modules": frozenset(("in_proj", "out_proj"))}, {"PEFT": False, "vLLM": False}),

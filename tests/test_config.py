@@ -83,11 +83,12 @@ def test_cross_checks_are_not_kept_back_by_wrong_keys(tmp_path: Path):
     """What no single field can see is reported together with unknown keys and wrong types."""
     shown = problems(
         tmp_path,
-        GOOD + "lora: {rnak: 8, method: dora}\ntrain: {epochs: x}\neval: {forgetting_budget: 1, general: false}\n",
+        GOOD
+        + "lora: {rnak: 8}\ntrain: {epochs: x, kl_without_target: true}\neval: {forgetting_budget: 1, general: false}",
     )
 
     assert [line.split(": ")[0] for line in shown.splitlines()[:4]] == [
-        "c.yaml:5:8", "c.yaml:5:17", "c.yaml:6:9", "c.yaml:7:8",
+        "c.yaml:5:8", "c.yaml:6:9", "c.yaml:6:20", "c.yaml:7:8",
     ]  # fmt: skip
 
 

@@ -345,7 +345,7 @@ def test_a_rate_and_a_dtype_that_nobody_gave_are_those_of_full(make_config: Make
     assert config_file.load(tmp_path / "run" / "config.yaml") == config_file.load(path)
     assert config_file.load(path, ["train.learning_rate=3e-4"]).train.learning_rate == 3e-4
     assert config_file.load(path, ["lora.method=lora"]).train.learning_rate == 3e-4
-    assert [start_rate(2000, method) for method in ("lora", "full")] == [5e-4, 5e-5]
+    assert [start_rate(2000, LoraConfig(method=method)) for method in ("lora", "full")] == [5e-4, 5e-5]
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,6 @@ def test_an_adapter_of_peft_works_here(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "biases"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "olora"}, "olora"),

@@ -199,16 +199,16 @@ def test_a_model_run_from_the_disk_is_the_loaded_one(
     monkeypatch.setattr(streamed, "_PIECE", 1000)
     save_with_peft(model_folder(kind), tmp_path / "a", target_modules=["c_attn"] if kind == "gpt2" else "all-linear")
     result = tuned.find(tmp_path / "a")
-    weights = Weights(result.header.folder, model.build_skeleton(result.header))
+    weights = Weights(result.header.folder, model.build_skeleton(result.header), Update.of(result.adapter))
     module = streamed.open_model(result.header, weights)
 
     assert torch.allclose(logits(module), logits(load(result.header.folder)), atol=1e-6)
-    with streamed.adding(module, Update.of(result.adapter)):
+    with streamed.adding(module, weights):
         loaded = tuned.load(result, torch.device("cpu"))
         loaded.module.set_attn_implementation(loaded.own_attention)
         assert torch.allclose(logits(module), logits(loaded.module), atol=1e-5)
     with torch.inference_mode():
-        without, with_update = streamed.with_and_without(module, Update.of(result.adapter), IDS)
+        without, with_update = streamed.with_and_without(module, weights, IDS)
     assert torch.allclose(without, logits(load(result.header.folder)).flatten(0, 1), atol=1e-5)
     assert torch.allclose(with_update, logits(loaded.module).flatten(0, 1), atol=1e-5)
 

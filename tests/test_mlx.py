@@ -92,6 +92,8 @@ def mlx_logits(base: str, folder: Path) -> torch.Tensor:
 CONFIGS = {
     "plain": LoraConfig(rank=4, alpha=8),
     "rslora": LoraConfig(method="rslora", rank=6, alpha=5),
+    "dora": LoraConfig(method="dora", rank=4, alpha=8),
+    "dora on some layers": LoraConfig(method="dora", rank=4, target_modules=("layers.1.self_attn.v_proj",)),
     "some modules": LoraConfig(rank=3, alpha=7, target_modules=("q_proj", "down_proj")),
     "some layers": LoraConfig(rank=3, alpha=7, target_modules=("layers.1.self_attn.v_proj", "layers.1.mlp.up_proj")),
 }
@@ -99,7 +101,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_mlx_gives_our_logits(name: str, base_folder: Callable[[str], str], tmp_path: Path):
-    """A plain adapter, rsLoRA's scale, and adapters on some modules or layers: the others stay as the base has them."""
+    """A plain adapter, rsLoRA's scale, DoRA's magnitude, and some modules or layers: others stay as they are."""
     base = base_folder("llama")
     write_adapter(base, tmp_path / "adapter", CONFIGS[name])
     export.export(tmp_path / "adapter", "mlx", tmp_path / "mlx")

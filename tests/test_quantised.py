@@ -17,6 +17,7 @@ from lora_cli import adapter, config_file, forward, fused, lora, metrics, model,
 from lora_cli.config import LoraConfig, ModelConfig
 from lora_cli.examples import Example
 from lora_cli.interrupt import StopRequest
+from lora_cli.lora_linear import is_conv1d
 from lora_cli.merge import merge
 from lora_cli.merged_folder import Form
 from lora_cli.model import LanguageModel
@@ -97,7 +98,7 @@ def test_every_linear_layer_of_the_blocks_is_quantised(
     assert list(found) == lora.find_targets(dense, "all-linear") == lora.find_targets(module, "all-linear")
     for path, layer in found.items():
         before = dense.get_submodule(path)
-        weight = before.weight.T if lora.is_conv1d(before) else before.weight
+        weight = before.weight.T if is_conv1d(before) else before.weight
         assert torch.equal(layer.weight, quantised.round_trip(kind, weight.detach())), path
         assert 0 < (layer.weight - weight).norm() / weight.norm() < {"nf4": 0.12, "int8": 0.01}[kind]
         assert before.bias is None or torch.equal(before.bias, layer.bias)
@@ -127,7 +128,7 @@ def test_gradients_are_those_of_the_dense_weights_that_are_left(
     for path, layer in layers(quantised_model.module).items():
         there = dense.module.get_submodule(path)
         with torch.no_grad():
-            there.weight.copy_(layer.weight.T if lora.is_conv1d(there) else layer.weight)
+            there.weight.copy_(layer.weight.T if is_conv1d(there) else layer.weight)
     rows = [Example(tuple(range(3, 30)), tuple(range(3, 30)), "a"), Example((5, 9, 7), (-100, 9, 7), "b")]
     gradients = []
     for loaded in (quantised_model, dense):

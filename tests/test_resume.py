@@ -32,6 +32,7 @@ OTHERS: dict[str, Any] = {
     "model.device": "cpu",
     "model.trust_remote_code": True,
     "lora.method": "rslora",
+    "lora.init": "pissa",
     "lora.rank": 2,
     "lora.alpha": 16,
     "lora.dropout": 0.1,

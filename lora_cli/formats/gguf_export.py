@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli import ends, model, room, storage
+from lora_cli.adapter import require_low_rank
 from lora_cli.errors import AdapterError, ModelError
 from lora_cli.formats import gguf_architecture, gguf_file, gguf_vocabulary
 from lora_cli.formats.gguf_architecture import Architecture, Place
@@ -91,6 +92,7 @@ def adapter_plan(result: Result) -> Plan:
 
     Each layer's own scale is multiplied into its B: `adapter.lora.alpha` of 0 tells llama.cpp to add none.
     """
+    require_low_rank(result.adapter, "--format gguf writes base and adapter as one model.")
     architecture, skeleton, weights = _read(result)
     place = gguf_architecture.placer(result.header.config, architecture, skeleton.base_model_prefix)
     adapter, tensors = result.adapter, []

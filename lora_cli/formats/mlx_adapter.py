@@ -1,11 +1,12 @@
-"""An adapter as mlx-lm reads it (load_adapters and LoRALinear of https://github.com/ml-explore/mlx-lm, 0.32).
+"""An adapter as mlx-lm reads it (load_adapters, LoRALinear, DoRALinear of https://github.com/ml-explore/mlx-lm, 0.32).
 
-adapters.safetensors    <path>.lora_a [in, rank] = A^T, <path>.lora_b [rank, out] = (scale * B)^T, float32
+adapters.safetensors    <path>.lora_a [in, rank] = A^T, <path>.lora_b [rank, out] = (scale * B)^T, float32;
+                        of DoRA <path>.m [out] too, the magnitude
 adapter_config.json     fine_tune_type, num_layers, lora_parameters: rank, scale, dropout, keys
 
 There is one rank and one scale for all layers, so smaller ranks are padded with zeros and each layer's scale is folded
 into its B. mlx-lm wraps what `keys` name inside the last `num_layers` blocks, or by a whole path; a layer it wraps that
-has no tensors here starts with lora_b = 0 and changes nothing.
+has no tensors here starts with lora_b = 0, and with m as its weight has it, and changes nothing.
 """
 
 import json
@@ -66,9 +67,11 @@ def write(result: Result, folder: Path) -> None:
         missing = rank - down.shape[0]
         tensors[f"{names[path]}.lora_a"] = F.pad(down, (0, 0, 0, missing)).T.contiguous()
         tensors[f"{names[path]}.lora_b"] = F.pad(up, (0, missing)).T.contiguous()
+        if path in adapter.magnitudes:
+            tensors[f"{names[path]}.m"] = adapter.magnitudes[path].contiguous()
     blocks, keys = _where(list(names.values()), int(result.header.config.get_text_config().num_hidden_layers))
     values: dict[str, Any] = {
-        "fine_tune_type": "lora",
+        "fine_tune_type": "dora" if adapter.magnitudes else "lora",
         "num_layers": blocks,
         "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": keys},
     }
@@ -98,5 +101,6 @@ def _compare(adapter: Adapter, names: Mapping[str, str], file: Path) -> None:
         x = torch.randn(down.shape[1], generator=generator)
         ours = up @ (down @ x) * adapter.scales[path]
         read = x @ tensors[f"{name}.lora_a"] @ tensors[f"{name}.lora_b"]
-        if not (read - ours).abs().max() <= _BOUND * ours.abs().max():
+        same = torch.equal(tensors.get(f"{name}.m", down), adapter.magnitudes.get(path, down))
+        if not same or not (read - ours).abs().max() <= _BOUND * ours.abs().max():
             raise AdapterError(f"{adapter.folder}: {path} was read back from {file.name} as another update.")

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 
 import torch
 
-from lora_cli import examples, launch, runtimes
+from lora_cli import examples, launch, notices, runtimes
 from lora_cli.config import RunConfig
 from lora_cli.data_reader import News
 from lora_cli.dataset import Dataset
@@ -68,7 +68,7 @@ def check(config: RunConfig, row: str | None = None, nproc: int = 1) -> Generato
         total_parameters=total,
         memory=memory,
         runtimes=runtimes.verdicts(produced) if prepared.targets else [],
-        notices=[*_not_here(prepared, config), *prepared.notices],
+        notices=[*_not_here(prepared, config), *notices.of(prepared, config)],
     )
 
 

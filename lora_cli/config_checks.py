@@ -28,7 +28,10 @@ def problem_of_remote_code(model: ModelConfig) -> str | None:
 
 
 # What lora.method: full leaves without effect: only the default is not a mistake.
-_OF_ADAPTERS = ("lora.rank", "lora.alpha", "lora.dropout", "lora.target_modules", "train.loraplus_ratio")
+_OF_ADAPTERS = (
+    *("lora.rank", "lora.alpha", "lora.dropout", "lora.init", "lora.target_modules"),
+    "train.loraplus_ratio",
+)
 
 
 def _problems_of_full(config: RunConfig) -> dict[str, str]:

@@ -1,18 +1,17 @@
 """Everything a run needs to know before a weight is read: data as tokens, template, the layers to adapt."""
 
 import hashlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 
-from lora_cli import data, dataset, full_folder, lora, model, quantised, remote_code
-from lora_cli.chat_template import ChatTemplate, begins_with_bos
-from lora_cli.config import FULL_LEARNING_RATE, LoraConfig, RunConfig
+from lora_cli import data, dataset, full_folder, lora, model, quantised
+from lora_cli.chat_template import ChatTemplate
+from lora_cli.config import LoraConfig, RunConfig
 from lora_cli.data_reader import DataReader, News
 from lora_cli.dataset import Dataset, TrainingSet
-from lora_cli.ends import configured_ends
 from lora_cli.errors import ModelError
 from lora_cli.examples import IGNORED, Example
 from lora_cli.general import read_general
@@ -39,7 +38,6 @@ class Prepared:
     replay_counts: DataCounts | None
     overlap: Overlap | None
     ends: frozenset[int]  # the tokens that answers end with
-    notices: Sequence[str]
 
     @property
     def templated(self) -> bool:
@@ -67,6 +65,11 @@ class Prepared:
             "tokenizer": _hash(tokenizer.backend_tokenizer.to_str() + str(special)),
             "template": _hash(str(self.template)) if self.templated else None,
         }
+
+    @property
+    def width(self) -> int:
+        """The base's hidden size."""
+        return int(self.header.config.get_text_config().hidden_size)
 
     @property
     def base_parameters(self) -> int:
@@ -120,18 +123,6 @@ def prepare(config: RunConfig, weights: bool = True) -> Generator[News, None, Pr
     general = (yield from read_general(config.eval, reader)) if validation is not None else None
     ratio = config.data.replay.ratio if config.data.replay else 0.0
     training_set = dataset.mix(train, sets.weights, replay, ratio)
-    ends = _ends(train)
-    notices = [
-        *_code_notices(header, config),
-        *(_full_notices(config) if config.lora.method == "full" else _adapter_notices(skeleton, targets, config)),
-        *_data_notices("train", train_counts),
-        *(_data_notices("validation", validation_counts) if validation_counts else ()),
-        *(_data_notices("test", test_counts) if test_counts else ()),
-        *(_data_notices("replay", replay_counts) if replay_counts else ()),
-        *_set_notices(training_set, overlap, config),
-        *_template_notices(reader.template, train, header),
-        *_end_notices(ends, header),
-    ]
     return Prepared(
         header=header,
         template=reader.template,
@@ -146,8 +137,7 @@ def prepare(config: RunConfig, weights: bool = True) -> Generator[News, None, Pr
         test_counts=test_counts,
         replay_counts=replay_counts,
         overlap=overlap,
-        ends=ends,
-        notices=notices,
+        ends=_ends(train),
     )
 
 
@@ -172,107 +162,8 @@ def _require_singular_vectors(skeleton: nn.Module, targets: Sequence[str], confi
         )
 
 
-# --- what a user should know ---
-
-
-def _code_notices(header: ModelHeader, config: RunConfig) -> Iterator[str]:
-    if config.model.trust_remote_code and (files := remote_code.hashes(header.folder)):
-        named = ", ".join(f"{name} (SHA-256 {digest[:12]})" for name, digest in files.items())
-        yield f"model.trust_remote_code: Python code of the model's own is run: {named}."
-
-
-def _full_notices(config: RunConfig) -> Iterator[str]:
-    rate = config.train.learning_rate
-    if isinstance(rate, float) and rate >= 10 * FULL_LEARNING_RATE:
-        yield (
-            f"train.learning_rate {rate:g}: full fine-tuning does best at about a tenth of LoRA's rate; its default "
-            f"is {FULL_LEARNING_RATE:g}."
-        )
-
-
-def _adapter_notices(skeleton: nn.Module, targets: Sequence[str], config: RunConfig) -> Iterator[str]:
-    stacked = [name for name, p in skeleton.named_parameters() if p.ndim == 3 and ".experts." in name]
-    if stacked and config.lora.target_modules == "all-linear":
-        yield f"The experts of this model ({len(stacked)} stacked weights) are not adapted, only its linear layers."
-    if stacked and config.model.quantization is not None:
-        yield (
-            f"model.quantization {config.model.quantization}: the experts of this model ({len(stacked)} stacked "
-            "weights) stay as they are, only its linear layers are quantised."
-        )
-    shapes = (linear_shape(skeleton.get_submodule(path)) for path in targets)
-    if config.lora.rank > (smallest := min(min(shape) for shape in shapes)):
-        rank = config.lora.rank
-        yield f"lora.rank {rank} is larger than the smallest adapted layer ({smallest}); it is wasted there."
-
-
-def _data_notices(name: str, counts: DataCounts) -> Iterator[str]:
-    if counts.dropped or counts.truncated:
-        yield (
-            f"{name}: {counts.dropped} sequences dropped and {counts.truncated} cut as too long; "
-            f"{counts.lost_targets} answer tokens lost."
-        )
-    for source in counts.sources:
-        if misspelt := [column for column in source.unread if "did you mean" in column]:
-            yield f"{source.name}: a column that is not read: {', '.join(misspelt)}"
-    if counts.duplicates:
-        yield f"{name}: {counts.duplicates} rows repeat another row."
-    if counts.control_tokens:
-        yield (
-            f"{name}: {counts.control_tokens} control tokens stand inside the content of {counts.control_rows} rows; "
-            "data.allow_control_tokens says whether they are taken as text (the default) or as control tokens."
-        )
-    if counts.blank:
-        yield f"{name}: {counts.blank} rows have a question that is only white space."
-    if counts.without_tools:
-        yield (
-            f"{name}: the chat template leaves out the tools of {counts.without_tools} rows; the model learns to call "
-            "tools that it is not shown. Write them into the system message, or choose a template that knows tools."
-        )
-    if counts.secrets:
-        yield (
-            f"{name}: {counts.secrets} rows hold what looks like a key or a password; a model may repeat what it is "
-            "trained on."
-        )
-    if counts.lossy:
-        yield f"{name}: {counts.lossy} answers hold characters that the tokenizer writes differently."
-
-
-def _set_notices(train: TrainingSet, overlap: Overlap | None, config: RunConfig) -> Iterator[str]:
-    if overlap is None and config.train.early_stopping.patience:
-        yield "Without validation data there is no early stopping; the last adapter is kept."
-    if overlap is not None and overlap.prompts:
-        yield f"{overlap.prompts} of {overlap.of} validation rows have a prompt that is trained on (allowed)."
-    if config.data.replay and (times := train.mixture.parts[-1].times) > 1:
-        yield f"{config.data.replay.path}: the replay rows are seen {times:.1f} times an epoch; more would help."
-
-
-def _template_notices(template: ChatTemplate | None, train: Dataset, header: ModelHeader) -> Iterator[str]:
-    bos = header.tokenizer.bos_token_id
-    if train.corpora[0].templated and train[0].input_ids[0] != bos and begins_with_bos(header.tokenizer):
-        yield (
-            f"The chat template writes no {header.tokenizer.decode([bos or 0])}, with which the tokenizer begins plain "
-            "text: the model may know no text without it."
-        )
-    if template is not None and template.writes_date:
-        day = f"it is told {template.date} (data.template_date), so that runs repeat"
-        if not template.repeats:
-            day = "it cannot be told another, so a run cannot be continued on another day"
-        yield f"The chat template writes today's date; {day}."
-
-
 def _ends(train: Dataset) -> frozenset[int]:
     """Return the tokens that answers end with, one sequence of each file looked at."""
     whole = np.flatnonzero(train.whole_lengths <= train.limit)
     begins = np.searchsorted(whole, np.cumsum([0, *train.sizes[:-1]]))  # of each file, its first sequence that is whole
     return frozenset(train[int(whole[begin])].labels[-1] for begin in begins if begin < len(whole)) - {IGNORED}
-
-
-def _end_notices(ends: frozenset[int], header: ModelHeader) -> Iterator[str]:
-    """Say where answers end with a token at which generation does not stop."""
-    stops = configured_ends(header)
-    for token in sorted(ends - stops):
-        name, known = (header.tokenizer.decode(ids) for ids in ([token], sorted(stops)))
-        yield (
-            f"Answers end with {name}, at which this model's generation does not stop by itself (it stops at "
-            f"{known or 'nothing'}): name it as eos_token_id in generation_config.json, or when you generate."
-        )

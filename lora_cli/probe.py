@@ -13,8 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lora_cli import json_file, run_dir, storage
-from lora_cli.config import LoraConfig, RunConfig
+from lora_cli.config import RunConfig
 from lora_cli.errors import TrainingStopped
+from lora_cli.optim import start_rate
 from lora_cli.records import Event, Finished, Notice, Probed
 from lora_cli.resume import create
 from lora_cli.run_dir import RunDir
@@ -24,16 +25,6 @@ from lora_cli.timetable import Timetable
 SHARE = 0.12  # of the run's steps, for each trial
 _FEWEST = 8  # steps that say something
 _APART = math.sqrt(10)
-# Thinking Machines 2025, "LoRA Without Regret": 9.8 times 5e-5 at a width of 2000, falling with a power of the width
-# that is 0.08 for Qwen and 0.78 for Llama models; here the one between.
-_AT_2000, _POWER = 4.9e-4, 0.43
-_LOWER = 0.1  # of that for full fine-tuning (the same source), and for PiSSA (2026, arXiv 2602.04998)
-
-
-def start_rate(width: int, config: LoraConfig) -> float:
-    """Return the rate around which to look, for a model's hidden size."""
-    share = _LOWER if config.method == "full" or config.init == "pissa" else 1.0
-    return float(f"{share * _AT_2000 * (2000 / width) ** _POWER:.1g}")
 
 
 def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[Event, None, float]:
@@ -47,7 +38,7 @@ def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[E
     known = world.from_main(json_file.read_object(run.probe) if world.is_main and run.probe.exists() else None)
     if known:
         return float(known["chosen"])
-    center = start_rate(session.width, config.lora)
+    center = start_rate(session.prepared.width, config.lora)
     steps = round(SHARE * Timetable.of(session.prepared.train.mixture.drawn, config).total_steps)
     losses = dict[float, float]()
     if steps < _FEWEST:

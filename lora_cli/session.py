@@ -32,11 +32,6 @@ class Session:
     stop: StopRequest
     world: World
 
-    @property
-    def width(self) -> int:
-        """The base's hidden size."""
-        return int(self.prepared.header.config.get_text_config().hidden_size)
-
     def run(
         self, config: RunConfig, run: RunDir, changes: Sequence[Change] = (), rate: float | None = None
     ) -> Iterator[Event]:

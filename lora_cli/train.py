@@ -40,6 +40,7 @@ def train(config: RunConfig, stop: StopRequest, override: bool = False) -> Itera
         if is_main:
             room.require_writable(run.path, "output_dir")
 
+        from lora_cli import notices
         from lora_cli.distributed import joined
         from lora_cli.prepare import prepare
 
@@ -47,7 +48,7 @@ def train(config: RunConfig, stop: StopRequest, override: bool = False) -> Itera
             with world.main_first():  # it keeps the tokens that the others then open
                 prepared = yield from prepare(config)
             interrupt.poll()
-            for text in prepared.notices:
+            for text in notices.of(prepared, config):
                 yield Notice(text)
             if is_main and not is_held:  # another process may have made it by now
                 _hold(run, holding)

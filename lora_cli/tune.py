@@ -33,10 +33,10 @@ def tune(
 
     place = search_dir.of(config)
     session = yield from open_search(config, place, stop)
-    from lora_cli.probe import start_rate
+    from lora_cli.optim import start_rate
     from lora_cli.session import with_rate
 
-    rate = start_rate(session.width, config.lora)
+    rate = start_rate(session.prepared.width, config.lora)
     wanted = config.tune.space or space.default_space(config, rate)
     known = run_dir.read_environment(place.as_run)
     searched = with_rate(config, rate) if config.train.learning_rate == "auto" else config
@@ -70,7 +70,7 @@ def open_search(config: RunConfig, place: SearchDir, stop: StopRequest) -> Gener
     data.require_readable(config.data, config.eval.general_source)
     room.require_writable(place.path, "output_dir")
 
-    from lora_cli import environment
+    from lora_cli import environment, notices
     from lora_cli.distributed import current_world
     from lora_cli.prepare import prepare
     from lora_cli.session import open_session, untrained_ends
@@ -78,7 +78,7 @@ def open_search(config: RunConfig, place: SearchDir, stop: StopRequest) -> Gener
     world = current_world(config.model.device)
     prepared = yield from prepare(config)
     interrupt.poll()
-    for text in prepared.notices:
+    for text in notices.of(prepared, config):
         yield Notice(text)
     largest = space.largest(config, config.tune.space)
     here = environment.describe(largest, place.as_run, prepared, [], world)

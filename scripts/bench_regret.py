@@ -23,6 +23,7 @@ from lora_cli.config import RunConfig  # noqa: E402
 from lora_cli.distributed import current_world  # noqa: E402
 from lora_cli.errors import TrainingStopped  # noqa: E402
 from lora_cli.interrupt import StopRequest  # noqa: E402
+from lora_cli.optim import start_rate  # noqa: E402
 from lora_cli.prepare import prepare  # noqa: E402
 from lora_cli.records import Finished  # noqa: E402
 from lora_cli.session import Session, open_session, with_rate  # noqa: E402
@@ -71,7 +72,7 @@ def main() -> None:
         loss = loss_of(session, with_rate(config, chosen).model_copy(update={"output_dir": f"{folder}/chosen"}))
         costs.append((tried - began) / (time.perf_counter() - tried))
         print(f"seed {seed}: auto takes {chosen:.2g}: {loss:.4f}; trials cost {costs[-1]:.0%} of the run", flush=True)
-        start = probe.start_rate(session.width, config.lora)
+        start = start_rate(session.prepared.width, config.lora)
         grid = dict[float, float]()
         for power in range(-3, 5):
             rate = start * 2.0**power

@@ -94,6 +94,7 @@ FLOORS = [
     "blocks",
     "memory",
     "prepare",
+    "notices",
     "generate",
     "questions",
     "scoring",

@@ -28,7 +28,7 @@ from conftest import (
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli import chat_template, config_file, corpus, dataset, examples, limits, prepare
+from lora_cli import chat_template, config_file, corpus, dataset, examples, limits, notices, prepare
 from lora_cli.compare import Asked, compare
 from lora_cli.data_config import DataConfig
 from lora_cli.errors import ConfigError, DataError, ModelError, SurroundingsError
@@ -126,6 +126,11 @@ def finish(generator: Generator[Any, None, Any]) -> tuple[Any, list[str]]:
 
 def prepared(config: Path) -> Prepared:
     return finish(prepare.prepare(config_file.load(config)))[0]
+
+
+def noticed(config: Path) -> list[str]:
+    """What is said of a run before it starts."""
+    return list(notices.of(prepared(config), config_file.load(config)))
 
 
 def contents(path: Path, **settings: Any) -> list[tuple[str, ...]]:
@@ -239,10 +244,10 @@ def test_a_tokenizer_that_changes_the_answer_is_counted(
     tokenizer.save_pretrained(shutil.copytree(model_folder("llama"), tmp_path / "lower"))
     rows = [{"prompt": "a", "completion": "Red."}, {"prompt": "b", "completion": "red."}]
     settings = {"data.train": write_rows(tmp_path / "r.jsonl", rows), "data.validation": 0}
-    found = prepared(make_config(**settings, **{"model.path": str(tmp_path / "lower")}))
+    config = make_config(**settings, **{"model.path": str(tmp_path / "lower")})
 
-    assert found.train_counts.lossy == 1
-    assert any("1 answers hold characters that the tokenizer writes differently" in text for text in found.notices)
+    assert prepared(config).train_counts.lossy == 1
+    assert any("1 answers hold characters that the tokenizer writes differently" in text for text in noticed(config))
 
 
 def test_messages_that_are_not_trained(tmp_path: Path):
@@ -372,7 +377,7 @@ def test_a_date_that_cannot_be_told_is_said(make_config: Callable[..., Path], tm
     said = []
     for call in ("strftime_now('%Y')", "strftime_now('%' ~ 'Y')"):
         source.write_text("{% if strftime_now is defined %}{{ " + call + " }}{% endif %}" + CHATML)
-        said += prepared(make_config(**{"data.chat_template": str(source)})).notices
+        said += [text for text in noticed(make_config(**{"data.chat_template": str(source)})) if "date" in text]
 
     assert "so that runs repeat" in said[0]
     assert "it cannot be told another, so a run cannot be continued on another day" in said[1]
@@ -488,7 +493,7 @@ def test_tools_that_the_template_leaves_out_are_counted(tmp_path: Path):
     counted = [build_examples(source, speaking(template))[1] for template in (CHATML, TOOLS)]
 
     assert [counts.without_tools for counts in counted] == [1, 0]
-    assert "the tools of 1 rows" in next(prepare._data_notices("train", counted[0]))
+    assert "the tools of 1 rows" in next(notices.of_data("train", counted[0]))
 
 
 def test_a_call_in_another_form_is_a_tool_call(tmp_path: Path):
@@ -661,7 +666,7 @@ def test_a_misspelt_optional_column_is_said(tmp_path: Path):
     _, counts = build_examples(write_rows(tmp_path / "r.jsonl", rows))
 
     assert counts.sources[0].unread == ['inptu (did you mean "input"?)', "source"]
-    assert any("inptu (did you mean" in text for text in prepare._data_notices("train", counts))
+    assert any("inptu (did you mean" in text for text in notices.of_data("train", counts))
 
 
 def test_blank_questions_are_counted(tmp_path: Path):
@@ -670,7 +675,7 @@ def test_blank_questions_are_counted(tmp_path: Path):
     _, counts = build_examples(write_rows(tmp_path / "r.jsonl", rows))
 
     assert counts.blank == 1
-    assert "1 rows have a question that is only white space" in next(prepare._data_notices("train", counts))
+    assert "1 rows have a question that is only white space" in next(notices.of_data("train", counts))
 
 
 def test_a_prompt_is_not_made_of_nothing(tmp_path: Path):
@@ -737,8 +742,8 @@ def test_a_row_in_both_sets_is_refused(make_config: Callable[..., Path], tmp_pat
     said = conversation(0)["messages"][1]["content"]
     with pytest.raises(DataError, match=r"1 of 2 validation rows have .* \(1 of them are the same row\).*v\.jsonl:1"):
         prepared(validated(make_config, tmp_path, said))
-    notices = prepared(validated(make_config, tmp_path, said, **{"data.allow_overlap": True})).notices
-    assert any("1 of 2 validation rows have a prompt that is trained on" in text for text in notices)
+    said_of_it = noticed(validated(make_config, tmp_path, said, **{"data.allow_overlap": True}))
+    assert any("1 of 2 validation rows have a prompt that is trained on" in text for text in said_of_it)
 
 
 def test_a_prompt_in_both_sets_is_refused(make_config: Callable[..., Path], tmp_path: Path):
@@ -777,11 +782,9 @@ def test_eval_does_not_split_changed_data_anew(make_config: Callable[..., Path],
 def test_duplicates_are_counted(make_config: Callable[..., Path], tmp_path: Path):
     """Rows that stand there again are counted and said before training."""
     rows = [conversation(n % 9) for n in range(12)]
-    notices = prepared(
-        make_config(**{"data.train": write_rows(tmp_path / "d.jsonl", rows), "data.validation": 0})
-    ).notices
+    said = noticed(make_config(**{"data.train": write_rows(tmp_path / "d.jsonl", rows), "data.validation": 0}))
 
-    assert any("train: 3 rows repeat another row" in text for text in notices)
+    assert any("train: 3 rows repeat another row" in text for text in said)
 
 
 def test_a_small_weight_of_many_files_is_a_share_of_their_rows(tmp_path: Path):
@@ -948,3 +951,37 @@ def test_an_end_token_that_was_never_trained_is_named(make_config: Callable[...,
     assert len(said) == 1
     assert "<|im_end|>, whose output weights are those of 3 other tokens" in said[0]
     assert not [event for event in usual if isinstance(event, Notice) and "never trained" in event.text]
+
+
+# --- settings that the evidence calls mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"lora.rank": 1, "data.validation": 0},
+            r"lora.rank 1: the adapter has 848 parameters for 10\d\d trained tokens",
+        ),
+        ({"train.learning_rate": 1e-4}, "train.learning_rate 0.0001 with lora.alpha 8 (scale 2) is low"),
+        ({"train.learning_rate": 0.1}, "is high: the run may not settle; for a model of width 32 about 0.01 is usual"),
+        ({"lora.method": "rslora", "lora.alpha": 64.0}, "with lora.alpha 64 (scale 32) is high"),
+        ({"data.validation": 0, "train.epochs": 5}, "train.epochs 5: 40 examples are gone through so often"),
+        ({"lora.method": "full", "train.learning_rate": 3e-3}, "full fine-tuning does best at about a tenth"),
+    ],
+)
+def test_a_setting_that_is_a_known_mistake_is_said(
+    settings: dict[str, Any], said: str, make_config: Callable[..., Path]
+):
+    """With its numbers, and what is usual."""
+    if settings.get("lora.method") == "full":
+        settings = settings | {"lora.rank": 32, "lora.alpha": 32.0}
+    assert any(re.search(said, text) or said in text for text in noticed(make_config(**settings)))
+
+
+def test_settings_without_a_known_mistake_are_not_spoken_of(make_config: Callable[..., Path]):
+    """Nor is a rate that is looked for, or epochs that validation sees."""
+    quiet = ({}, {"train.learning_rate": "auto"}, {"train.epochs": 5})
+    said = [text for settings in quiet for text in noticed(make_config(**settings))]
+
+    assert not [text for text in said if "usual" in text or "gone through" in text or "parameters for" in text]

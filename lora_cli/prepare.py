@@ -168,7 +168,7 @@ def _code_notices(header: ModelHeader, config: RunConfig) -> Iterator[str]:
 
 def _full_notices(config: RunConfig) -> Iterator[str]:
     rate = config.train.learning_rate
-    if isinstance(rate, float) and rate >= 10 * FULL_LEARNING_RATE:
+    if isinstance(rate, float) and rate > 5 * FULL_LEARNING_RATE:
         yield (
             f"train.learning_rate {rate:g}: full fine-tuning does best at about a tenth of LoRA's rate; its default "
             f"is {FULL_LEARNING_RATE:g}."

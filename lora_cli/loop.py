@@ -27,7 +27,7 @@ from lora_cli.optim import build_optimizer, clip_gradients, lr_at, set_rate
 from lora_cli.product import Product
 from lora_cli.records import Evaluated, Event, Finished, Notice, Saved, StepDone, Tested
 from lora_cli.run_dir import RunDir
-from lora_cli.step import WINDOW, Summed, add_gradients, flat_gradients, jump, worst_rows
+from lora_cli.step import WINDOW, Summed, add_gradients, flat_gradients, jump, lost, worst_rows
 from lora_cli.timetable import Timetable
 
 
@@ -141,6 +141,7 @@ class Loop:
         self.state.step = number
         self.state.evaluated = not (self.validation and self.timetable.is_due(number, self.config.eval.per_epoch))
         self.losses.append(loss.mean)
+        self._require_not_lost()
         yield StepDone(
             step=number,
             epoch=number / self.timetable.steps_per_epoch,
@@ -166,6 +167,13 @@ class Loop:
         if (usual := jump(loss, self.losses, factor)) is not None:
             what = f"the loss is {loss:.4g}, more than {factor:g} times (train.max_loss_jump) the usual {usual:.4g}"
             raise self._stopped(number, what, summed)
+
+    def _require_not_lost(self) -> None:
+        """Raise TrainingStopped where training has made the model far worse than its base: that is not made good."""
+        base = self.state.stopping.base_loss
+        if (mean := lost(self.losses, base)) is not None:
+            what = f"the last {WINDOW} steps had a mean loss of {mean:.4g}; the base has {base:.4g}"
+            raise self._stopped(self.state.step, what)
 
     def _stopped(self, number: int, what: str, summed: Summed | None = None) -> TrainingStopped:
         """Return the error of a step that must not be applied; without `summed` it was applied before."""

@@ -6,7 +6,7 @@ from torch import nn
 
 from lora_cli import lora, remote_code
 from lora_cli.chat_template import ChatTemplate, begins_with_bos
-from lora_cli.config import FULL_LEARNING_RATE, RunConfig
+from lora_cli.config import RunConfig
 from lora_cli.dataset import Dataset, TrainingSet
 from lora_cli.ends import configured_ends
 from lora_cli.lora_linear import linear_shape
@@ -24,7 +24,7 @@ def of(prepared: Prepared, config: RunConfig) -> Iterator[str]:
     header, train = prepared.header, prepared.train
     yield from _of_code(header, config)
     if config.lora.method == "full":
-        yield from _of_full(config)
+        yield from _of_full(prepared.width, config)
     else:
         yield from _of_adapter(prepared.skeleton, prepared.targets, config)
         yield from _of_capacity(prepared, config)
@@ -78,12 +78,12 @@ def _of_code(header: ModelHeader, config: RunConfig) -> Iterator[str]:
         yield f"model.trust_remote_code: Python code of the model's own is run: {named}."
 
 
-def _of_full(config: RunConfig) -> Iterator[str]:
-    rate = config.train.learning_rate
-    if isinstance(rate, float) and rate >= 10 * FULL_LEARNING_RATE:
+def _of_full(width: int, config: RunConfig) -> Iterator[str]:
+    rate, usual = config.train.learning_rate, start_rate(width, config.lora)
+    if rate != "auto" and rate > _FAR * usual:
         yield (
-            f"train.learning_rate {rate:g}: full fine-tuning does best at about a tenth of LoRA's rate; its default "
-            f"is {FULL_LEARNING_RATE:g}."
+            f"train.learning_rate {rate:g}: full fine-tuning does best at about a tenth of LoRA's rate; for a model of "
+            f"width {width} about {usual:.1g} is usual."
         )
 
 

@@ -23,6 +23,7 @@ from lora_cli.model import LanguageModel
 from lora_cli.randomness import derive_seed
 
 WINDOW = 32  # steps whose losses a jump is seen against
+_LOST = 1.0  # nats
 _LEAST = 8  # before there are so many, nothing is a jump
 
 Suspect = tuple[float, list[str]]  # the highest mean loss of a forward (infinite: it is not finite), and its rows
@@ -110,3 +111,11 @@ def jump(loss: float, before: Sequence[float], factor: float | None) -> float | 
         return None
     median = statistics.median(before)
     return median if loss > factor * median else None
+
+
+def lost(losses: Sequence[float], base_loss: float | None) -> float | None:
+    """Return the mean loss of the last WINDOW steps, where it is above the base's by more than a nat; else None."""
+    if len(losses) < WINDOW or base_loss is None:
+        return None
+    mean = statistics.fmean(losses)
+    return mean if mean > base_loss + _LOST else None

@@ -227,6 +227,23 @@ def test_runs_of_both_methods_on_one_base_are_what_they_would_be_alone(make_conf
         assert facts(tmp_path / f"{name}-1") == facts(tmp_path / f"{name}-2") == facts(tmp_path / name)
 
 
+def test_a_finished_run_is_taken_back_where_it_goes_on(make_config: Make, tmp_path: Path):
+    """With other settings and --override: model/ is gone, and there again at the end, made of another step."""
+    config, place = make_config(**SMALL | {"train.max_steps": 2}), tmp_path / "run"
+    first = run(config)[-1]
+    before = (place / "model" / "model.safetensors").read_bytes()
+    (place / "run.json").unlink()  # as where a process was killed before its last word
+    assert run(config)[-1] == first
+    longer = train(config_file.load(config, ["train.max_steps=4"]), StopRequest(), override=True)
+    while not isinstance(next(longer), Started):
+        pass
+    assert not (place / "model").exists()
+    with pytest.raises(AdapterError, match="not finished, so it has no model/ yet"):
+        tuned.find_any(place)
+    assert list(longer)[-1].step == 4
+    assert (place / "model" / "model.safetensors").read_bytes() != before
+
+
 def test_two_processes_train_as_one(make_config: Make, tmp_path: Path):
     """Losses and gradient norms to 1e-5."""
     runs = []
@@ -347,6 +364,16 @@ def test_a_rate_and_a_dtype_that_nobody_gave_are_those_of_full(make_config: Make
     assert [start_rate(2000, LoraConfig(method=method)) for method in ("lora", "full")] == [5e-4, 5e-5]
 
 
+def test_the_rate_of_an_adapter_is_remarked_on(make_config: Make):
+    """3e-4 is: about a tenth of it is what full fine-tuning does best at."""
+    notices = {}
+    for rate in (3e-4, 1e-4, "auto"):
+        report = run_to_end(check.check(config_file.load(make_config(**SMALL | {"train.learning_rate": rate}))))
+        notices[rate] = [notice for notice in report.notices if "about a tenth" in notice]
+
+    assert [len(found) for found in notices.values()] == [1, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -384,7 +411,8 @@ def test_a_check_counts_all_weights(make_config: Make, model_folder: Make):
     assert (report.modules, report.runtimes) == ({}, [])
 
 
-def test_a_model_that_could_not_be_written_back_is_refused(make_config: Make):
-    """Experts that are stored one by one and run together: before a weight is read, and an adapter can be trained."""
+def test_a_model_that_could_not_be_written_back_is_refused(make_config: Make, tmp_path: Path):
+    """Experts that are stored one by one and run together: before a weight is read or anything written."""
     with pytest.raises(ModelError, match="could not be written back"):
         run(make_config("mixtral", **SMALL))
+    assert not (tmp_path / "run").exists()

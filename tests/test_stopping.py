@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import facts, save_base, save_with_peft
+from conftest import facts, save_base, save_with_peft, write_rows
 from processes import disturb, end, fork, lora, send
 from torture import kills
 
@@ -29,10 +29,12 @@ from lora_cli import (
     step,
     tensor_file,
 )
-from lora_cli.errors import Interrupted
+from lora_cli.errors import Interrupted, TrainingStopped
+from lora_cli.interrupt import StopRequest
 from lora_cli.loss import LossSum
-from lora_cli.records import Preparing
+from lora_cli.records import Finished, Preparing
 from lora_cli.run_dir import RunDir
+from lora_cli.step import lost
 from lora_cli.train import train
 
 Whole = tuple[Path, Path]
@@ -273,6 +275,23 @@ def test_a_loss_that_jumps_stops_the_run_again_and_again(make_config: Callable[.
     assert said[0] == said[1]
     assert "more than 3 times (train.max_loss_jump) the usual" in said[0]
     assert "rows.jsonl:" in said[0]
+
+
+def test_a_run_that_only_gets_worse_is_stopped(make_config: Callable[..., Path], shared_model: str, tmp_path: Path):
+    """Where 32 steps are worse than the base by more than a nat; a rate at which it learns goes on."""
+    story = "Once upon a time, there was a little girl named Lily. She loved to play with her {} in the park. "
+    rows = [{"text": story.format(f"{colour} {toy}")} for colour in ("red", "blue", "big") for toy in ("ball", "car")]
+    settings = {"model.path": shared_model, "data.train": write_rows(tmp_path / "stories.jsonl", rows)}
+    settings |= {"data.validation": 2, "eval.general": False, "train.max_steps": 40, "train.epochs": 40}
+    settings |= {"train.early_stopping.patience": None, "train.schedule": "constant"}
+    with pytest.raises(TrainingStopped, match=r"step 3\d: the last 32 steps had a mean loss of [\d.]+; the base"):
+        list(train(config_file.load(make_config(**settings | {"train.learning_rate": 1.0})), StopRequest()))
+    fine = make_config(**settings | {"train.learning_rate": 1e-3, "output_dir": f"{tmp_path}/fine"})
+
+    assert isinstance(list(train(config_file.load(fine), StopRequest()))[-1], Finished)
+    assert lost([5.0] * 31, 1.0) is None
+    assert lost([5.0] * 32, 4.5) is None
+    assert lost([5.0] * 32, None) is None
 
 
 def test_other_processes_are_not_waited_for():

@@ -3,6 +3,7 @@
 The description of each field is the comment `lora init` writes and the text editors show from the JSON Schema.
 """
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -47,6 +48,11 @@ class LoraConfig(Section):
         "all-linear",
         description="all-linear, or a list of names as they stand in the model (q_proj, down_proj, ...)",
     )
+
+    @property
+    def plain_alpha(self) -> float:
+        """The alpha of plain LoRA with the same scale."""
+        return self.alpha * (math.sqrt(self.rank) if self.method == "rslora" else 1.0)
 
     @property
     def written_rank(self) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lora_cli.config import LoraConfig, TrainConfig
+from lora_cli.config import RunConfig, TrainConfig
 
 # Thinking Machines 2025, "LoRA Without Regret": 9.8 times 5e-5 at a width of 2000, falling with a power of the width
 # that is 0.08 for Qwen and 0.78 for Llama models; here the one between.
@@ -39,10 +39,17 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["ratio"]
 
 
-def start_rate(width: int, config: LoraConfig) -> float:
-    """Return the rate around which to look, for a model's hidden size."""
-    share = _LOWER if config.method == "full" or config.init == "pissa" else 1.0
-    return float(f"{share * _AT_2000 * (2000 / width) ** _POWER:.1g}")
+def start_rate(width: int, config: RunConfig) -> float:
+    """Return the rate around which to look, for a model's hidden size.
+
+    The best rate falls with the root of the update's scale (Chen et al. 2026, arXiv 2602.06204), and with that of
+    LoRA+'s ratio, which under Adam is the same knob (LoRA Without Regret).
+    """
+    rate = _AT_2000 * (2000 / width) ** _POWER
+    if config.lora.method == "full":
+        return float(f"{_LOWER * rate:.1g}")
+    rate *= math.sqrt(32 / config.lora.plain_alpha / config.train.loraplus_ratio)
+    return float(f"{rate * (_LOWER if config.lora.init == 'pissa' else 1.0):.1g}")
 
 
 def lr_at(step: int, total_steps: int, config: TrainConfig) -> float:

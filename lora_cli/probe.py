@@ -38,7 +38,7 @@ def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[E
     known = world.from_main(json_file.read_object(run.probe) if world.is_main and run.probe.exists() else None)
     if known:
         return float(known["chosen"])
-    center = start_rate(session.prepared.width, config.lora)
+    center = start_rate(session.prepared.width, config)
     steps = round(SHARE * Timetable.of(session.prepared.train.mixture.drawn, config).total_steps)
     losses = dict[float, float]()
     if steps < _FEWEST:

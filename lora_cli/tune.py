@@ -36,7 +36,7 @@ def tune(
     from lora_cli.optim import start_rate
     from lora_cli.session import with_rate
 
-    rate = start_rate(session.prepared.width, config.lora)
+    rate = start_rate(session.prepared.width, config)
     wanted = config.tune.space or space.default_space(config, rate)
     known = run_dir.read_environment(place.as_run)
     searched = with_rate(config, rate) if config.train.learning_rate == "auto" else config

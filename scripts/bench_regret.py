@@ -72,7 +72,7 @@ def main() -> None:
         loss = loss_of(session, with_rate(config, chosen).model_copy(update={"output_dir": f"{folder}/chosen"}))
         costs.append((tried - began) / (time.perf_counter() - tried))
         print(f"seed {seed}: auto takes {chosen:.2g}: {loss:.4f}; trials cost {costs[-1]:.0%} of the run", flush=True)
-        start = start_rate(session.prepared.width, config.lora)
+        start = start_rate(session.prepared.width, config)
         grid = dict[float, float]()
         for power in range(-3, 5):
             rate = start * 2.0**power

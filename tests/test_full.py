@@ -361,13 +361,14 @@ def test_a_rate_and_a_dtype_that_nobody_gave_are_those_of_full(make_config: Make
     assert config_file.load(tmp_path / "run" / "config.yaml") == config_file.load(path)
     assert config_file.load(path, ["train.learning_rate=3e-4"]).train.learning_rate == 3e-4
     assert config_file.load(path, ["lora.method=lora"]).train.learning_rate == 3e-4
-    assert [start_rate(2000, LoraConfig(method=method)) for method in ("lora", "full")] == [5e-4, 5e-5]
+    both = (config_file.load(path, [f"lora.method={method}", "lora.alpha=32"]) for method in ("lora", "full"))
+    assert [start_rate(2000, config) for config in both] == [5e-4, 5e-5]
 
 
 def test_the_rate_of_an_adapter_is_remarked_on(make_config: Make):
-    """3e-4 is: about a tenth of it is what full fine-tuning does best at."""
+    """One of ten times what is usual for full fine-tuning is, others are not."""
     notices = {}
-    for rate in (3e-4, 1e-4, "auto"):
+    for rate in (3e-3, 1e-4, "auto"):
         report = run_to_end(check.check(config_file.load(make_config(**SMALL | {"train.learning_rate": rate}))))
         notices[rate] = [notice for notice in report.notices if "about a tenth" in notice]
 

@@ -81,7 +81,7 @@ def test_a_run_too_short_for_trials_takes_the_rate_of_its_width(make_config: Cal
     notice = next(event.text for event in events if isinstance(event, Notice) and "auto" in event.text)
 
     assert not rates(events)
-    assert "too few to try rates on; 0.003 is taken" in notice
+    assert "too few to try rates on; 0.006 is taken" in notice
 
 
 @pytest.mark.parametrize(("best", "fourth"), [(0.5, 10**0.25), (-0.5, 10**-0.25), (2.0, 10.0), (-2.0, 0.1)])

@@ -11,7 +11,7 @@ from lora_cli import adapter, config_file, lora, model
 from lora_cli.config import LoraConfig, ModelConfig, TrainConfig
 from lora_cli.forward import target_loss
 from lora_cli.interrupt import StopRequest
-from lora_cli.optim import build_optimizer, set_rate
+from lora_cli.optim import build_optimizer, set_rate, start_rate
 from lora_cli.records import Finished
 from lora_cli.train import train
 
@@ -75,3 +75,16 @@ def test_a_ratio_of_rates_is_that_of_the_first_updates(make_config: Callable[...
 
     assert moved[1.0].abs().max() > 1e-3
     assert torch.allclose(moved[4.0], 4 * moved[1.0], rtol=1e-4)
+
+
+def test_the_usual_rate_falls_with_scale_and_ratio(make_config: Callable[..., Path]):
+    """With the root of both; that of PiSSA and of full fine-tuning is a tenth."""
+
+    def usual(*settings: str) -> float:
+        return start_rate(2000, config_file.load(make_config(**{"lora.rank": 16, "lora.alpha": 32.0}), settings))
+
+    assert usual() == 5e-4
+    assert usual("lora.alpha=128") == 2e-4
+    assert usual("lora.method=rslora", "lora.rank=256") == 1e-4
+    assert usual("train.loraplus_ratio=16") == 1e-4
+    assert usual("lora.init=pissa") == 5e-5

@@ -1,0 +1,108 @@
+"""`lora tune` beside random search and a grid that may train on as many tokens, from several seeds.
+
+    python scripts/bench_tune.py OUT CONFIG [--seeds 5] [KEY=VALUE ...]
+
+For each seed `lora tune` searches as the config says; its trained tokens are counted. Random search draws from the same
+space, a grid goes through it in even steps, in an order of chance; neither gives a trial up, and each stops before the
+trial that would take it over those tokens. Every trial is a whole run (tune.budget=1), so that the best trial's
+validation loss is what a user ends with. Overhead is the share of a trial's time that is neither step nor validation.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import optuna  # noqa: E402
+
+from lora_cli import config_file, space, study, tune  # noqa: E402
+from lora_cli.config import Range, RunConfig  # noqa: E402
+from lora_cli.interrupt import StopRequest  # noqa: E402
+from lora_cli.records import TrialEnded  # noqa: E402
+from lora_cli.reports import TuneReport  # noqa: E402
+
+
+def grid_of(searched: space.Space, points: int) -> dict[str, list[Any]]:
+    """Return the values of a grid: all of a list, so many of a range."""
+    values: dict[str, list[Any]] = {}
+    for key, wanted in searched.items():
+        if isinstance(wanted, Range):
+            steps = [step / (points - 1) for step in range(points)]
+            values[key] = [wanted.low * (wanted.high / wanted.low) ** step for step in steps]
+        else:
+            values[key] = [repr(value) for value in wanted]
+    return values
+
+
+def best_within(trials: Sequence[TrialEnded], tokens: int) -> tuple[TrialEnded, int]:
+    """Return the best of the trials that fit into so many trained tokens, and how many they are."""
+    fitting = [
+        one
+        for one, total in zip(trials, itertools.accumulate(one.tokens for one in trials), strict=True)
+        if total <= tokens
+    ]
+    finished = [one for one in fitting if one.state == "finished" and one.loss is not None]
+    return min(finished, key=lambda one: one.loss or 0.0), len(fitting)
+
+
+def searched(config: RunConfig, name: str, sampling: study.Sampling | None, prune: bool, trials: int) -> TuneReport:
+    """Search in a folder of its own."""
+    own = config.tune.model_copy(update={"prune": prune, "trials": trials})
+    config = config.model_copy(update={"tune": own, "output_dir": f"{config.output_dir}-{name}"})
+    events = tune.tune(config, StopRequest(), sampling)
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            return end.value
+
+
+def main() -> None:
+    """Search and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--seeds", type=int, default=5)
+    arguments = parser.parse_args()
+    losses: dict[str, list[float]] = {"tune": [], "random": [], "grid": []}
+    overhead = list[float]()
+    for seed in range(arguments.seeds):
+        settings = [*arguments.overrides, "tune.budget=1", f"seed={seed}", f"output_dir={arguments.out}/seed-{seed}"]
+        config = config_file.load(arguments.config, settings)
+        assert config.tune.space is not None, "the config says what is searched"
+        values = grid_of(config.tune.space, 4)
+        size = len(list(itertools.product(*values.values())))
+        report = searched(config, "tune", None, True, config.tune.trials)
+        tokens = sum(one.tokens for one in report.trials)
+        overhead += [1 - one.training / one.seconds for one in report.trials]
+        spent = sum(one.seconds for one in report.trials), sum(one.training for one in report.trials)
+        kinds: dict[str, tuple[study.Sampling, int]] = {
+            "random": (lambda number: optuna.samplers.RandomSampler(number), config.tune.trials),
+            "grid": (lambda number: optuna.samplers.GridSampler(values, seed=seed), size),  # noqa: B023
+        }
+        found = {"tune": (report, tokens)}
+        for name, (sampling, trials) in kinds.items():
+            found[name] = (searched(config, name, sampling, False, trials), tokens)
+        for name, (result, most) in found.items():
+            best, tried = best_within(result.trials, most)
+            losses[name].append(best.loss or 0.0)
+            print(
+                f"seed {seed} {name:6} {tried:2} trials in {min(most, sum(o.tokens for o in result.trials)):,} tokens: "
+                f"best {best.loss:.4f} at {dict(best.values)}",
+                flush=True,
+            )
+        print(f"seed {seed} overhead of the search's trials: {1 - spent[1] / spent[0]:.1%}", flush=True)
+    for name, each in losses.items():
+        print(f"{name:6} median {median(each):.4f}, {min(each):.4f} to {max(each):.4f}")
+    print(f"overhead of a trial: median {median(overhead):.1%}, largest {max(overhead):.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """DoRA: the magnitude of each output beside A and B, with its formula and PEFT as references."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import Invoke, build_examples, facts, save_with_peft, write_adapter
+from conftest import Invoke, build_examples, build_model, build_tokenizer, facts, save_with_peft, write_adapter
 from test_loop import step_gradients
 from test_lora import CPU, load, logits
 from test_merge import tensors_of
@@ -28,9 +29,29 @@ from lora_cli.fused import fuse
 from lora_cli.lora_linear import LoraLinear, SharedInput
 from lora_cli.merge import Together, combine, merge
 from lora_cli.optim import build_optimizer, set_rate
+from lora_cli.update import Update
+from lora_cli.weights import Weights
 
 KINDS = ["llama", "qwen2", "gpt2"]  # without biases, with some, with weights that lie the other way
 DORA = LoraConfig(method="dora", rank=4, alpha=8)
+
+
+@pytest.fixture(scope="module")
+def biased_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Return a function from an architecture to a folder of it in which no bias is zero."""
+
+    @functools.cache
+    def folder(kind: str) -> str:
+        path, module = tmp_path_factory.mktemp(kind), build_model(kind)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(0.0, 0.5)
+        module.save_pretrained(path)
+        build_tokenizer().save_pretrained(path)
+        return str(path)
+
+    return folder
 
 
 def randomise(module: Any) -> None:
@@ -132,13 +153,11 @@ def test_half_precision_rounds_outputs_and_not_magnitudes():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fresh_adapter_and_gain_0_are_the_base(kind: str, model_folder: Callable[[str], str]):
+def test_a_fresh_adapter_and_gain_0_are_the_base(kind: str, biased_folder: Callable[[str], str]):
     """Gain 0 bit for bit; the start too, but for how a bias is added; the norm of a row of zeros divides nothing."""
-    loaded, _ = load(model_folder(kind))
-    with torch.no_grad():
-        next(iter(lora.linear_modules(loaded.module).values())).weight[0 if kind != "gpt2" else slice(None), 0] = 0
-        first = next(iter(lora.linear_modules(loaded.module).values())).weight
-        (first[:, 1] if kind == "gpt2" else first[1]).zero_()
+    loaded, _ = load(biased_folder(kind))
+    first = next(iter(lora.linear_modules(loaded.module).values())).weight.data
+    (first.T if kind == "gpt2" else first)[1] = 0
     base = logits(loaded.module)
     lora.apply_lora(loaded.module, DORA, seed=0)
 
@@ -170,10 +189,10 @@ def test_the_norm_is_computed_once_a_step(model_folder: Callable[[str], str]):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_split_into_micro_batches_gives_the_same_step(
-    kind: str, model_folder: Callable[[str], str], make_rows: Callable[[int], str]
+    kind: str, biased_folder: Callable[[str], str], make_rows: Callable[[int], str]
 ):
     """All in one forward, in some, or one row in each: loss and gradients in float64."""
-    loaded = adapted(model_folder(kind), torch.float64)
+    loaded = adapted(biased_folder(kind), torch.float64)
     found, _ = build_examples(make_rows(8))
     together, *others = (step_gradients(loaded, found[:], tokens, True) for tokens in (100_000, 150, 0))
 
@@ -229,6 +248,7 @@ def test_memory_and_parameters_are_counted(
     assert kept[1] == pytest.approx(real, rel=0.1)
     trained = sum(parameter.numel() for parameter in lora.trainable(loaded.module).values())
     assert json.loads(out)["trainable_parameters"] == trained
+    assert json.loads(out)["memory"]["adapter"] == 16 * trained
 
 
 # --- its files ---
@@ -236,12 +256,12 @@ def test_memory_and_parameters_are_counted(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_loads_ours_with_the_same_logits_and_gradients(
-    kind: str, model_folder: Callable[[str], str], tmp_path: Path
+    kind: str, biased_folder: Callable[[str], str], tmp_path: Path
 ):
     """To 1e-5, with all three tensors away from their start; packed, shared and fused here, plain there."""
-    loaded = adapted(model_folder(kind))
-    adapter_folder.save(tmp_path, loaded.module, DORA, Origin(model_folder(kind), None, "f", {}))
-    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder(kind), attn_implementation="eager")
+    loaded = adapted(biased_folder(kind))
+    adapter_folder.save(tmp_path, loaded.module, DORA, Origin(biased_folder(kind), None, "f", {}))
+    base = transformers.AutoModelForCausalLM.from_pretrained(biased_folder(kind), attn_implementation="eager")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()
     example = Example(tuple(range(3, 30)), tuple(range(3, 30)), "")
     loss, gradients, _ = step_gradients(loaded, [example], 0, False)
@@ -260,11 +280,11 @@ def test_peft_loads_ours_with_the_same_logits_and_gradients(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_peft_trained_gives_its_logits_here_and_merged(
-    kind: str, model_folder: Callable[[str], str], tmp_path: Path
+    kind: str, biased_folder: Callable[[str], str], tmp_path: Path
 ):
     """After steps of its own, of unequal ranks and alphas: attached, merged in place, and merged into files."""
     theirs = save_with_peft(
-        model_folder(kind),
+        biased_folder(kind),
         tmp_path / "a",
         use_dora=True,
         rank_pattern={"c_proj" if kind == "gpt2" else "q_proj": 2},
@@ -291,6 +311,10 @@ def test_what_peft_trained_gives_its_logits_here_and_merged(
     assert report.agreement.largest_logit_difference < 1e-5 * report.agreement.largest_logit
     assert report.adapted_tensors == len(moved) / 3
     assert all(relative(tensor, merged[name]) < 1e-6 for name, tensor in found.items() if name in merged)
+    result = tuned.find(tmp_path / "a")  # as a GGUF file has them
+    weights = Weights(result.header.folder, model.build_skeleton(result.header), Update.of(result.adapter))
+    assert len(weights.adapted) == report.adapted_tensors
+    assert all(relative(weights.read(name), found[name]) < 1e-6 for name in weights.adapted)
 
 
 def test_a_stopped_run_goes_on_to_the_bit(make_config: Callable[..., Path], tmp_path: Path):

@@ -16,7 +16,8 @@ from test_lora import CPU, load, logits
 from test_resume import going, stop_after
 from torch import nn
 
-from lora_cli import adapter, checkpoint, lora, model, tuned
+from lora_cli import adapter, adapter_folder, checkpoint, lora, model, tuned
+from lora_cli.adapter_folder import Origin
 from lora_cli.config import LoraConfig, ModelConfig
 from lora_cli.dropout import token_keys
 from lora_cli.examples import Example
@@ -95,11 +96,36 @@ def test_outputs_and_gradients_are_those_of_the_formula():
         assert torch.allclose(layer(x), nn.functional.linear(x, layer.merged(), layer.base.bias))
 
 
+@pytest.mark.parametrize("method", ["lora", "rslora"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_peft_gives_the_logits_of_what_is_trained(
+    kind: str, method: Any, model_folder: Callable[[str], str], tmp_path: Path
+):
+    """On the base as it was: its own logits at the start, ours after A and B have moved."""
+    loaded, _ = load(model_folder(kind))
+    base = logits(loaded.module)
+    config = PISSA.model_copy(update={"method": method})
+    lora.apply_lora(loaded.module, config, seed=0)
+    for moved in (0.0, 0.1):
+        with torch.no_grad():
+            for parameter in lora.trainable(loaded.module).values():
+                parameter.add_(moved * torch.randn_like(parameter))
+        folder = tmp_path / str(moved)
+        folder.mkdir()
+        adapter_folder.save(folder, loaded.module, config, Origin(model_folder(kind), None, "f", {}))
+        theirs = peft.PeftModel.from_pretrained(
+            transformers.AutoModelForCausalLM.from_pretrained(model_folder(kind)), folder
+        )
+        ours = logits(loaded.module)
+        assert (logits(theirs) - ours).norm() < 1e-5 * ours.norm()
+        assert torch.equal(ours, base) == (moved == 0.0)
+
+
 @pytest.mark.parametrize(("kind", "method"), [("llama", "lora"), ("gpt2", "rslora")])
 def test_a_run_is_written_as_a_plain_adapter_of_twice_the_rank(
     kind: str, method: str, make_config: Callable[..., Path], model_folder: Callable[[str], str], tmp_path: Path
 ):
-    """PEFT gives our logits with it on the base as it was, and so does the merge."""
+    """Loaded on the base as it was, and merged, it gives the logits of the run."""
     going(make_config(kind, **SETTINGS | {"lora.method": method, "train.learning_rate": 0.02}))
     run = tmp_path / "run"
     found, values = adapter.read(run / "adapter"), json.loads((run / "adapter" / adapter.CONFIG).read_text())
@@ -107,16 +133,12 @@ def test_a_run_is_written_as_a_plain_adapter_of_twice_the_rank(
     base = logits(loaded.module)
     lora.apply_lora(loaded.module, PISSA.model_copy(update={"method": method}), seed=0)
     adapter.load_weights(loaded.module, found)
-    theirs = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(model_folder(kind)), run / "adapter"
-    )
     scale = 8 / math.sqrt(4) if method == "rslora" else 8 / 4
     ours = logits(loaded.module)
 
     assert (values["r"], values["init_lora_weights"], values["use_rslora"]) == (8, True, method == "rslora")
     assert found.scales == pytest.approx(dict.fromkeys(found.lora_A, scale))
     assert not torch.allclose(ours, base, atol=0.05)
-    assert (logits(theirs) - ours).norm() < 1e-5 * ours.norm()
     assert (logits(tuned.load(tuned.find(run), CPU).module) - ours).norm() < 1e-5 * ours.norm()
     assert merge([run], tmp_path / "merged").agreement.largest_logit_difference < 1e-4
     assert (logits(load(str(tmp_path / "merged"))[0].module) - ours).norm() < 1e-5 * ours.norm()
@@ -158,10 +180,11 @@ def test_a_quantised_base_is_started_from_as_it_is_left(model_folder: Callable[[
 
 
 def test_the_rate_and_the_rank_of_what_is_written_follow(make_config: Callable[..., Path], invoke: Invoke):
-    """Trials begin at a tenth of the usual rate; `check` tells runtimes of twice the rank."""
+    """Trials begin at a tenth of the usual rate; `check` tells runtimes of twice the rank, and counts the start."""
     settings: dict[str, Any] = SETTINGS | {"train.learning_rate": "auto", "lora.rank": 8}
     out = json.loads(invoke("check", make_config(**settings), "--json")[1])
     said = [event.text for event in going(make_config(**settings)) if isinstance(event, Notice)]
 
     assert any("too few to try rates on; 0.0003 is taken" in text for text in said)
+    assert out["memory"]["adapter"] == 2 * 16 * out["trainable_parameters"]
     assert [each["note"] for each in out["runtimes"] if each["name"] == "vLLM"] == ["as it is, with --max-lora-rank 16"]

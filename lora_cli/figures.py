@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from rich.markup import escape
 from rich.table import Table
 
+from lora_cli import results
 from lora_cli.console import out
 from lora_cli.records import Forgetting, with_interval
 from lora_cli.reports import CombineReport, EvalReport, MergedLayer, MergeReport, ScaleReport, ScanPoint, ScanReport
@@ -15,10 +16,11 @@ _LITTLE = 0.95  # of an update left after rounding
 
 
 def show_eval(report: EvalReport) -> None:
-    """Show base and adapter side by side with their intervals, and three rows of what they said."""
+    """Show base and adapter, or tuned model, side by side with their intervals, and three rows of what they said."""
+    tuned = "model" if results.is_whole_model(report.adapter) else "adapter"
     counts = f"{report.rows:,} rows, {report.targets:,} targets, {report.answers:,} answers"
     out.print(f"{report.data}: {counts}; 95 % intervals in brackets", markup=False, soft_wrap=True)
-    table = Table("", "base", "adapter", "difference", "the adapter is", "n", box=None)
+    table = Table("", "base", tuned, "difference", f"the {tuned} is", "n", box=None)
     for name, both in {**report.figures, **report.tasks}.items():
         spec = ".1%" if name in _PERCENT else ",.2f" if name == "perplexity" else ".4f"
         cells = [
@@ -34,7 +36,7 @@ def show_eval(report: EvalReport) -> None:
         show_scan(report.scan)
     for sample in report.samples[:3]:
         out.print(f"\n[bold]{escape(sample.row)}[/bold]")
-        for name, text in (("expected", sample.expected), ("base", sample.base), ("adapter", sample.tuned)):
+        for name, text in (("expected", sample.expected), ("base", sample.base), (tuned, sample.tuned)):
             out.print(f"  {name:9}{text[:300]}", markup=False, soft_wrap=True)
     if report.saved is not None:
         out.print(f"\nKept in {report.saved}, all answers beside it.", markup=False, soft_wrap=True)

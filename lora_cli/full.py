@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lora_cli.errors import ModelError
+
 _PLACE = "_full_tuning"  # in a module's own dictionary, where nothing of torch's looks
 
 
@@ -51,7 +53,10 @@ def of(model: nn.Module) -> Tuning | None:
 
 
 def apply_full(model: nn.Module) -> None:
-    """Make every parameter of a model a trained one, in place, its numbers those of the base."""
+    """Make every parameter of a model a trained one, in place, its numbers those of the base. Raises ModelError."""
+    if others := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+        raise ModelError(f"lora.method: full trains weights in float32, and this base is loaded in {found}.")
     weights = {}
     for name, parameter in model.named_parameters():
         base = parameter.data

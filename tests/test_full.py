@@ -176,6 +176,14 @@ def test_the_pull_is_towards_the_base_and_its_own_head(kind: str, model_folder: 
         assert (trained[name].grad - parameter.grad).norm() <= 3e-5 * parameter.grad.norm(), name
 
 
+def test_weights_are_trained_in_float32_only(model_folder: Make):
+    """A base that other runs loaded otherwise is refused: steps as small as these would be lost in it."""
+    config = ModelConfig(path=model_folder("llama"), dtype="bfloat16")
+    loaded = model.load_model(model.read_header(config), config, CPU)
+    with pytest.raises(ModelError, match="loaded in bfloat16"):
+        tuning.apply(loaded.module, FULL, 0)
+
+
 # --- a run ---
 
 SMALL = {"lora": {"method": "full"}, "train.learning_rate": 1e-3, "train.max_steps": 8, "eval.general_tokens": 512}
@@ -319,10 +327,12 @@ def test_eval_holds_it_beside_its_base(make_config: Make, tmp_path: Path, invoke
     assert points[0.0] > points[0.5] > points[1.0]
     best = run_dir.read_finished(run_dir.RunDir(tmp_path / "run")).best_step
     checkpoint = run_dir.checkpoint_path(run_dir.RunDir(tmp_path / "run"), best)
-    code, said, _ = invoke("eval", checkpoint, "--data", held_out, "--answers", 0, "--json")
+    code, said, _ = invoke("eval", checkpoint, "--data", held_out, "--answers", 0)
+    kept = json.loads((tmp_path / "run" / "evaluations" / f"{checkpoint.name}-held.json").read_text())
 
     assert code == 0
-    assert json.loads(said)["figures"]["loss"]["tuned"]["value"] == report.figures["loss"].tuned.value
+    assert "the model is" in said
+    assert kept["figures"]["loss"]["tuned"]["value"] == report.figures["loss"].tuned.value
 
 
 def test_what_is_for_adapters_says_what_this_is(make_config: Make, tmp_path: Path):

@@ -29,8 +29,8 @@ from lora_cli.config import LoraConfig, RunConfig
 from lora_cli.errors import ConfigError, Interrupted, SurroundingsError
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import as_json
-from lora_cli.reports import AgainstFullReport, Side
 from lora_cli.search_dir import SearchDir
+from lora_cli.search_reports import AgainstFullReport, Side
 
 KIND = "against-full"
 _PEAK = "peak-memory.json"

@@ -18,7 +18,7 @@ from lora_cli import (
 from lora_cli.arguments import Config, Json, Overrides, Processes, Restarts
 from lora_cli.errors import ConfigError, InputError
 from lora_cli.records import Finished, as_json
-from lora_cli.reports import AgainstFullReport, SensitivityReport, TuneReport
+from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport
 
 
 def init(

@@ -10,9 +10,9 @@ from lora_cli import intervals, run_dir, search_dir, space, storage, tornado
 from lora_cli.config import RunConfig
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Event, TrialEnded, as_json
-from lora_cli.reports import Knob, SensitivityReport
 from lora_cli.schema import value_of
 from lora_cli.search_dir import SearchDir
+from lora_cli.search_reports import Knob, SensitivityReport
 from lora_cli.tune import open_search
 
 if TYPE_CHECKING:  # torch is imported only once config and rows are good

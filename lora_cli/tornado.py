@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from html import escape
 
 from lora_cli.records import short
-from lora_cli.reports import Knob, SensitivityReport
+from lora_cli.search_reports import Knob, SensitivityReport
 
 _LEFT, _PLOT, _RIGHT, _ROW, _TOP = 200, 440, 40, 34, 56  # pixels
 _HALVED, _DOUBLED, _NOISE, _TEXT = "#3b78b5", "#d1762a", "#e6e6e6", "#222222"

@@ -5,7 +5,7 @@ from rich.table import Table
 
 from lora_cli.console import gigabytes, out
 from lora_cli.records import TrialEnded, short, with_interval
-from lora_cli.reports import AgainstFullReport, SensitivityReport, TuneReport
+from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport
 
 
 def show(report: TuneReport | SensitivityReport | AgainstFullReport) -> None:

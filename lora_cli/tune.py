@@ -12,8 +12,8 @@ from lora_cli.config import RunConfig
 from lora_cli.errors import AdapterError, ConfigError
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Event, Finished, Notice, TrialEnded, as_json
-from lora_cli.reports import TuneReport
 from lora_cli.search_dir import SearchDir
+from lora_cli.search_reports import TuneReport
 
 if TYPE_CHECKING:  # torch is imported only once config and rows are good
     from lora_cli.session import Session

@@ -19,6 +19,7 @@ FLOORS = [
     "time_limit",
     "records",
     "reports",
+    "search_reports",
     "runtimes",
     "randomness",
     "schema",

@@ -15,8 +15,8 @@ from lora_cli.data_reader import run_to_end
 from lora_cli.interrupt import StopRequest
 from lora_cli.intervals import student
 from lora_cli.records import TrialEnded
-from lora_cli.reports import SensitivityReport
 from lora_cli.run_dir import RunDir
+from lora_cli.search_reports import SensitivityReport
 from lora_cli.sensitivity import one_at_a_time
 
 SETTINGS: dict[str, Any] = {

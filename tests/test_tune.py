@@ -16,8 +16,8 @@ from lora_cli import config_file, run_dir, search_dir, space
 from lora_cli.errors import ConfigError, Interrupted, UserError
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Event, TrialEnded
-from lora_cli.reports import TuneReport
 from lora_cli.run_dir import RunDir
+from lora_cli.search_reports import TuneReport
 from lora_cli.train import ended, train
 from lora_cli.tune import tune
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lora_cli import config_file, manifest
+from lora_cli import manifest
 from lora_cli.errors import AdapterError
 from lora_cli.run_dir import RunDir, is_run_dir, require_own, step_folders
 
@@ -47,10 +47,15 @@ def find_result(path: Path) -> tuple[Path, RunDir | None]:
         if found := [folder for folder in (run.adapter, run.model) if _is_adapter(folder) or is_whole_model(folder)]:
             _require_whole(found[0])
             return found[0], run
-        steps = [str(folder) for _, folder in step_folders(run)]
+        steps = [folder for _, folder in step_folders(run)]
+        expected = run.model if any(map(is_whole_model, steps)) else run.adapter
         raise AdapterError(
-            f"{path}: this run is not finished, so it has no {_expected(run)} yet. "
-            + (f"Its checkpoints can be used: {', '.join(steps[:3])}." if steps else "It has no checkpoint either.")
+            f"{path}: this run is not finished, so it has no {expected.name}/ yet. "
+            + (
+                f"Its checkpoints can be used: {', '.join(map(str, steps[:3]))}."
+                if steps
+                else "It has no checkpoint either."
+            )
             + f" `lora train {run.config}` goes on with it.",
             state="Nothing was read.",
         )
@@ -58,11 +63,6 @@ def find_result(path: Path) -> tuple[Path, RunDir | None]:
     raise AdapterError(
         f"{path}: {what}; name a run directory, a checkpoint or an adapter folder.", state="Nothing was read."
     )
-
-
-def _expected(run: RunDir) -> str:
-    """Return which folder a run will end with."""
-    return f"{run.result(config_file.load(run.config).lora.method).name}/"
 
 
 def _require_whole(folder: Path) -> None:

@@ -271,6 +271,10 @@ EDITS = [
     (173, "sensitivity", "any(abs(change or 0.0) > noise for change in changes)", "True"),
     (174, "loop", "        self._require_not_lost()\n", ""),
     (175, "notices", "if _FAR > rate / usual > 1 / _FAR:", "if True:"),
+    (176, "full", "return self.tuned if gain else self.base", "return self.tuned"),
+    (177, "loss", "of_weight.addmm_(exponentials.T, x * scale)", "pass"),
+    (178, "loss", "*(pull.head or (weight, bias))", "weight, bias"),
+    (179, "config", '{"learning_rate": FULL_LEARNING_RATE}', "{}"),
 ]
 
 

@@ -44,8 +44,9 @@ def _parts(report: SensitivityReport, reach: float) -> Iterator[str]:
 
 def _knob(knob: Knob, top: float, middle: float, unit: float, reach: float) -> Iterator[str]:
     yield _text(_LEFT - 10, top + 15, knob.key, "end")
-    yield _text(_LEFT - 10, top + 28, " · ".join(map(short, (knob.values[0], knob.value, *knob.values[1:]))), "end")
-    for row, (change, colour) in enumerate(zip(knob.changes, (_HALVED, _DOUBLED), strict=False)):
+    yield _text(_LEFT - 10, top + 28, " · ".join(map(short, sorted((knob.value, *knob.values)))), "end")
+    for value, change in zip(knob.values, knob.changes, strict=True):
+        row, colour = (0, _HALVED) if value < knob.value else (1, _DOUBLED)
         to = reach if change is None else change
         yield _bar(min(middle, middle + to * unit), top + 4 + 13 * row, abs(to) * unit, 11, colour)
         if change is None:

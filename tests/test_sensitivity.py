@@ -96,9 +96,11 @@ def test_the_picture_says_what_the_report_does(report: SensitivityReport):
     names = {"half": "#3b78b5", "twice": "#d1762a", "noise": "#e6e6e6"}
     bars = {name: [b for b in svg.findall(".//{*}rect") if b.get("fill") == colour] for name, colour in names.items()}
     texts = [text.text for text in svg.findall(".//{*}text")]
-    changes = sum(len(knob.changes) for knob in report.knobs)
+    halves = sum(value < knob.value for knob in report.knobs for value in knob.values)
+    doubles = sum(value > knob.value for knob in report.knobs for value in knob.values)
 
-    assert len(bars["half"]) + len(bars["twice"]) == changes + 2  # in the legend
+    assert (len(bars["half"]), len(bars["twice"])) == (halves + 1, doubles + 1)  # one in the legend
+    assert halves < doubles
     assert len(bars["noise"]) == 2
     assert {knob.key for knob in report.knobs} <= set(texts)
     assert json.loads(report.saved.read_text())["knobs"][0]["key"] == report.knobs[0].key

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_cli import storage
 from lora_cli.config import Range, RunConfig
 from lora_cli.errors import AdapterError, ConfigError, SurroundingsError, shown
 from lora_cli.randomness import derive_seed
@@ -31,7 +32,7 @@ except ImportError:
         "train.learning_rate: auto and lora tune --one-at-a-time need nothing."
     ) from None
 
-_OUTCOME = "outcome"
+_OUTCOME, _BEHIND = "outcome", "behind"
 _STARTUP = 5  # trials drawn at random before the estimator says anything
 _OPENINGS = 4
 _UNHELD_SECONDS = 60.0  # after which a trial without a run was left by a process that was killed at once
@@ -144,8 +145,13 @@ class Study:
 
     def is_behind(self, claim: Claim, resource: int, loss: float) -> bool:
         """Take in a validation loss at `resource` ninths of a trial; return whether it should be given up."""
+        if resource == claim.trial.user_attrs.get(_BEHIND):  # found before by a process that could not say so any more
+            return True
         claim.trial.report(loss, resource)
-        return claim.trial.should_prune()
+        is_behind = claim.trial.should_prune()
+        if is_behind:
+            claim.trial.set_user_attr(_BEHIND, resource)
+        return is_behind
 
     def end(self, claim: Claim, ended: TrialEnded) -> None:
         """Write down how a trial ended."""
@@ -239,6 +245,7 @@ def _storage(place: str) -> optuna.storages.BaseStorage:
         try:
             if "://" in place:
                 return optuna.storages.RDBStorage(place)
+            _mend(Path(place))
             return optuna.storages.JournalStorage(JournalFileBackend(place))
         except Exception as error:  # of whichever database it is
             if not left:
@@ -246,3 +253,13 @@ def _storage(place: str) -> optuna.storages.BaseStorage:
                 raise SurroundingsError(f"tune.storage: {shown(place)} cannot be opened: {reason}.") from None
             time.sleep(0.3)
     raise AssertionError("the last opening returns or raises")
+
+
+def _mend(journal: Path) -> None:
+    """Cut off a last line that a power cut or a full disk left unfinished: with another after it none could be read."""
+    if not journal.exists() or time.time() - journal.stat().st_mtime < _UNHELD_SECONDS:  # somebody may be writing it
+        return
+    lines = journal.read_bytes()
+    whole = lines.rfind(b"\n") + 1
+    if whole < len(lines):
+        storage.write_file(journal, lines[:whole])

@@ -161,6 +161,20 @@ def test_more_trials_go_on_with_the_same_search(make_config: Callable[..., Path]
     assert again == more
 
 
+def test_a_journal_cut_short_by_a_power_cut_is_mended(make_config: Callable[..., Path]):
+    """Of its last line a part is left; the trial that it told of goes on, and is told of again."""
+    config = make_config(**SETTINGS | {"tune.trials": 2})
+    whole = search(config)
+    journal = search_dir.of(config_file.load(config)).journal
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:-9])
+    os.utime(journal, (0, 0))
+    again = search(config)
+
+    assert figures(again.trials) == figures(whole.trials)
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+
+
 def test_a_trial_whose_training_stops_is_not_the_best(make_config: Callable[..., Path]):
     """It counts as tried, and the search goes on."""
     searched = {"train.learning_rate": [1e-2, 1e30], "lora.rank": [2, 4]}

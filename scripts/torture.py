@@ -28,6 +28,7 @@ PARTS = {  # the count of each that docs/reliability.md reports
     "agreement": 0,  # ways to run a config, all of which have the same numbers
     "kills": 100,  # SIGKILL of whole processes at random times
     "ranks": 20,  # SIGKILL and SIGSTOP of one of two processes of a run
+    "search": 20,  # SIGKILL of one of two processes that share a search
     "power": 2000,  # states that a power cut leaves
     "faults": 300,  # operations that the system refuses
     "rot": 5000,  # flipped bits; a tenth as many cut files

@@ -10,6 +10,8 @@ OUTPUT_DIR-tune/
 OUTPUT_DIR-sensitivity/ is the same for --one-at-a-time, its runs named by what they change, with tornado.svg.
 """
 
+import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +19,10 @@ from typing import Any
 
 from lora_cli import config_file, resume, run_dir, storage
 from lora_cli.config import RunConfig
-from lora_cli.errors import ConfigError
+from lora_cli.errors import AdapterError, ConfigError
 from lora_cli.run_dir import RunDir
+
+_ATTEMPTS = 50  # to be alone in it for a moment
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,29 @@ def require_place(config: RunConfig, place: SearchDir) -> None:
                 *(f"  {change}" for change in other),
                 "To go on with that search, use its config. To start anew, set another output_dir.",
             )
-    elif place.path.is_dir() and (found := sorted(p.name for p in place.path.iterdir() if not storage.is_temporary(p))):
+        return
+    there = place.path.iterdir() if place.path.is_dir() else ()
+    names = sorted(p.name for p in there if not storage.is_temporary(p))
+    if found := [name for name in names if name != place.as_run.environment.name]:  # of one that is being begun
         raise ConfigError(f"{place.path}: holds other files ({', '.join(found[:5])}); name another output_dir.")
 
 
 def create(config: RunConfig, place: SearchDir, environment: Mapping[str, Any]) -> None:
-    """Write down what is searched around, and on what, where nobody did before."""
+    """Write down what is searched around, and on what, where no other process did before.
+
+    In the environment is a name for this folder, by which processes know whether they work in the same.
+    """
     with storage.explained(place.path):
         storage.make_folder(place.path)
-    if not place.config.is_file():
-        storage.write_json(place.as_run.environment, {"format": run_dir.FORMAT, **environment})
-        storage.write_file(place.config, config_file.dump(config))
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            with storage.lock(place.path):
+                if not place.config.is_file():
+                    known = {"format": run_dir.FORMAT, **environment, "search": uuid.uuid4().hex}
+                    storage.write_json(place.as_run.environment, known)
+                    storage.write_file(place.config, config_file.dump(config))
+                return
+        except AdapterError:
+            if not left:
+                raise
+            time.sleep(0.1)

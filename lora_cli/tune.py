@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import time
-import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +82,7 @@ def open_search(config: RunConfig, place: SearchDir, stop: StopRequest) -> Gener
     largest = space.largest(config, config.tune.space)
     here = environment.describe(largest, place.as_run, prepared, [], world)
     resume.require_same(place.as_run, here)
-    search_dir.create(config, place, {**here, "search": uuid.uuid4().hex})
+    search_dir.create(config, place, here)
     session = open_session(config, prepared, here, stop, world)
     for text in untrained_ends(session):
         yield Notice(text)
@@ -150,13 +149,14 @@ def _train_best(
 
     run = place.trial(best.number) if config.tune.budget == 1 else place.best
     ours = space.changed(config, best.values).model_copy(update={"output_dir": str(run.path)})
-    if run == place.best and run.config.is_file() and config_file.load(run.config) != ours:
-        with run_dir.held(run):  # more trials were asked for, and one of them is better
-            storage.remove_directory(run.path)
-    storage.write_file(place.best_config, config_file.dump(ours))
-    try:
-        with run_dir.held(run):
-            return (yield from train_whole(session, ours, run))
-    except AdapterError as error:
-        yield Notice(f"The best is trained whole by another process: {error.problems[0]}")
-        return None
+    with contextlib.ExitStack() as holding:
+        try:
+            if run == place.best and run.config.is_file() and config_file.load(run.config) != ours:
+                with run_dir.held(run):  # more trials were asked for, and one of them is better
+                    storage.remove_directory(run.path)
+            holding.enter_context(run_dir.held(run))
+        except AdapterError as error:
+            yield Notice(f"The best is trained whole by another process: {error.problems[0]}")
+            return None
+        storage.write_file(place.best_config, config_file.dump(ours))
+        return (yield from train_whole(session, ours, run))

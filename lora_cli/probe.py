@@ -22,7 +22,7 @@ from lora_cli.run_dir import RunDir
 from lora_cli.session import Session, as_trial, for_trials, with_rate
 from lora_cli.timetable import Timetable
 
-SHARE = 0.12  # of the run's steps, for each trial
+SHARE = 0.1  # of the run's steps, for each trial
 _FEWEST = 8  # steps that say something
 _APART = math.sqrt(10)
 

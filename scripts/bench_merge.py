@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, models
 
 from lora_cli import adapter_folder, lora
 from lora_cli.adapter_folder import Origin
+from lora_cli.base_folder import fingerprint
 from lora_cli.config import LoraConfig
-from lora_cli.model import fingerprint
 
 HIDDEN, INNER, VOCABULARY = 2048, 5632, 32_000
 BYTES_A_BLOCK = 2 * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * 512 + 3 * HIDDEN * INNER)

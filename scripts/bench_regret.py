@@ -25,8 +25,8 @@ from lora_cli.errors import TrainingStopped  # noqa: E402
 from lora_cli.interrupt import StopRequest  # noqa: E402
 from lora_cli.optim import start_rate  # noqa: E402
 from lora_cli.prepare import prepare  # noqa: E402
-from lora_cli.records import Finished  # noqa: E402
 from lora_cli.session import Session, open_session, with_rate  # noqa: E402
+from lora_cli.trial import train_whole  # noqa: E402
 
 
 def result_of(steps: Generator[Any, None, Any]) -> Any:
@@ -42,9 +42,7 @@ def loss_of(session: Session, config: RunConfig) -> float:
     """Return a run's validation loss, infinite where training stopped."""
     loss = float("inf")
     try:
-        for event in session.run(config, run_dir.of(config)):
-            if isinstance(event, Finished):
-                loss = event.best_loss or loss
+        loss = result_of(train_whole(session, config, run_dir.of(config))).best_loss
     except TrainingStopped as stopped:
         print(f"  {stopped.problems[0]}", file=sys.stderr)
     return loss

@@ -27,7 +27,7 @@ from lora_cli import config_file, space, study, tune  # noqa: E402
 from lora_cli.config import Range, RunConfig  # noqa: E402
 from lora_cli.interrupt import StopRequest  # noqa: E402
 from lora_cli.records import TrialEnded  # noqa: E402
-from lora_cli.reports import TuneReport  # noqa: E402
+from lora_cli.search_reports import TuneReport  # noqa: E402
 
 
 class Grid(optuna.samplers.BaseSampler):

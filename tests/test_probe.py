@@ -39,7 +39,7 @@ def test_the_rate_comes_from_trials_and_is_kept(make_config: Callable[..., Path]
     tried = [event for event in events if isinstance(event, Probed)]
 
     assert len(tried) == len(table["tried"]) == 4
-    assert {event.steps for event in tried} == {10}
+    assert {event.steps for event in tried} == {8}
     assert (
         min(each["rate"] for each in table["tried"]) <= table["chosen"] <= max(each["rate"] for each in table["tried"])
     )
@@ -67,7 +67,7 @@ def test_a_stop_between_trials_loses_none(make_config: Callable[..., Path], tmp_
     trials = [run_dir.RunDir(place) for place in (tmp_path / "run" / "probes").iterdir()]
     assert sorted(run_dir.read_status(trial)["status"] for trial in trials) == ["finished", "finished", "stopped"]
     ended = [run_dir.read_finished(trial) for trial in trials]
-    assert [finished.step for finished in ended if finished] == [10, 10]
+    assert [finished.step for finished in ended if finished] == [8, 8]
     again = run(config)
 
     assert rates(again) == rates(whole)

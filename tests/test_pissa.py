@@ -185,6 +185,6 @@ def test_the_rate_and_the_rank_of_what_is_written_follow(make_config: Callable[.
     out = json.loads(invoke("check", make_config(**settings), "--json")[1])
     said = [event.text for event in going(make_config(**settings)) if isinstance(event, Notice)]
 
-    assert any("too few to try rates on; 0.0003 is taken" in text for text in said)
+    assert any("too few to try rates on; 0.0006 is taken" in text for text in said)
     assert out["memory"]["adapter"] == 2 * 16 * out["trainable_parameters"]
     assert [each["note"] for each in out["runtimes"] if each["name"] == "vLLM"] == ["as it is, with --max-lora-rank 16"]

@@ -216,7 +216,7 @@ def test_forgetting_is_a_bound_or_a_second_objective(
 @pytest.mark.parametrize(
     ("searched", "said"),
     [
-        ({"lora.ranks": [1, 2]}, "lora.ranks cannot be searched; what can be: lora.method, lora.rank"),
+        ({"lora.ranks": [1, 2]}, "lora.ranks cannot be searched; what can be: lora.method, lora.init"),
         ({"data.max_length": [1, 2]}, "data.max_length cannot be searched"),
         ({"train.micro_batch_tokens": [64, 128]}, "train.micro_batch_tokens cannot be searched"),
         ({"lora.rank": [2, 0.5]}, "lora.rank: 0.5 cannot be its value"),

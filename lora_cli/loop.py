@@ -141,7 +141,6 @@ class Loop:
         self.state.step = number
         self.state.evaluated = not (self.validation and self.timetable.is_due(number, self.config.eval.per_epoch))
         self.losses.append(loss.mean)
-        self._require_not_lost()
         yield StepDone(
             step=number,
             epoch=number / self.timetable.steps_per_epoch,
@@ -160,20 +159,17 @@ class Loop:
         )
 
     def _require_sound(self, number: int, loss: float, summed: Summed) -> None:
-        """Raise TrainingStopped where a step's loss is not finite, or jumped."""
+        """Raise TrainingStopped where a step's loss is not finite, or jumped, or training only made the model worse."""
         if not math.isfinite(loss):
             raise self._stopped(number, f"the loss is {loss}", summed)
         factor = self.config.train.max_loss_jump
         if (usual := jump(loss, self.losses, factor)) is not None:
             what = f"the loss is {loss:.4g}, more than {factor:g} times (train.max_loss_jump) the usual {usual:.4g}"
             raise self._stopped(number, what, summed)
-
-    def _require_not_lost(self) -> None:
-        """Raise TrainingStopped where training has made the model far worse than its base: that is not made good."""
         base = self.state.stopping.base_loss
-        if (mean := lost(self.losses, base)) is not None:
+        if (mean := lost([*self.losses, loss][-WINDOW:], base)) is not None:
             what = f"the last {WINDOW} steps had a mean loss of {mean:.4g}; the base has {base:.4g}"
-            raise self._stopped(self.state.step, what)
+            raise self._stopped(number, what, summed)
 
     def _stopped(self, number: int, what: str, summed: Summed | None = None) -> TrainingStopped:
         """Return the error of a step that must not be applied; without `summed` it was applied before."""

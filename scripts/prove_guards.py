@@ -269,7 +269,7 @@ EDITS = [
     (171, "space", "if key not in known:", "if False:"),
     (172, "study", 'derive_seed(self._seed, "tune", trial.number)', 'derive_seed(self._seed, "tune")'),
     (173, "sensitivity", "any(abs(change or 0.0) > noise for change in changes)", "True"),
-    (174, "loop", "        self._require_not_lost()\n", ""),
+    (174, "step", "mean if mean > base_loss + _LOST else None", "None"),
     (175, "notices", "if _FAR > rate / usual > 1 / _FAR:", "if True:"),
     (176, "full", "return self.tuned if gain else self.base", "return self.tuned"),
     (177, "loss", "of_weight.addmm_(exponentials.T, x * scale)", "pass"),

@@ -1,6 +1,6 @@
 """Variants of LoRA, each at the learning rate that it finds, on the same rows and steps: losses, intervals, agreement.
 
-    python scripts/bench_methods.py OUT CONFIG [--methods lora,rslora,dora,lora+,pissa] [KEY=VALUE ...]
+    python scripts/bench_methods.py OUT CONFIG [KEY=VALUE ...] [--methods lora,rslora,dora,lora+,pissa]
 
 Each is trained with `train.learning_rate: auto` and measured on the held-out rows: its loss, and the difference from
 plain LoRA's with a 95 % interval, row by row. Its adapter is run by PEFT too: the largest difference of the logits on

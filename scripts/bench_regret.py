@@ -1,6 +1,6 @@
 """What `train.learning_rate: auto` loses against the best of eight rates, and what its trials cost.
 
-    python scripts/bench_regret.py OUT CONFIG [--seeds 1] [KEY=VALUE ...]
+    python scripts/bench_regret.py OUT CONFIG [KEY=VALUE ...] [--seeds 1]
 
 Eight runs of the config, whose rates double from an eighth of the one that the model's width gives, and one with the
 rate that `auto` finds; all on one base in memory. Regret is the loss of that run over the best of the eight, as a

@@ -1,6 +1,6 @@
 """`lora tune` beside random search and a grid that may train on as many tokens, from several seeds.
 
-    python scripts/bench_tune.py OUT CONFIG [--seeds 5] [KEY=VALUE ...]
+    python scripts/bench_tune.py OUT CONFIG [KEY=VALUE ...] [--seeds 5]
 
 For each seed `lora tune` searches as the config says; its trained tokens are counted. Random search draws from the same
 space, a grid goes through it in even steps, in an order of chance. Neither gives a trial up; each tries the config
@@ -103,9 +103,10 @@ def main() -> None:
         tokens = sum(one.tokens for one in report.trials)
         overhead += [1 - one.training / one.seconds for one in report.trials]
         spent = sum(one.seconds for one in report.trials), sum(one.training for one in report.trials)
+        enough = tokens // min(one.tokens for one in report.trials if one.state == "finished") + 1
         kinds: dict[str, tuple[study.Sampling, int]] = {
-            "random": (lambda number: optuna.samplers.RandomSampler(number), config.tune.trials),
-            "grid": (lambda number: Grid(values, seed), size + 1),  # noqa: B023
+            "random": (lambda number: optuna.samplers.RandomSampler(number), enough),
+            "grid": (lambda number: Grid(values, seed), min(size + 1, enough)),  # noqa: B023
         }
         found = {"tune": (report, tokens)}
         for name, (sampling, trials) in kinds.items():

@@ -10,16 +10,15 @@ share of it. Cost is the time of the trials over that of the run.
 import argparse
 import sys
 import time
-from collections.abc import Generator
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lora_cli import config_file, environment, probe, run_dir  # noqa: E402
 from lora_cli.config import RunConfig  # noqa: E402
+from lora_cli.data_reader import run_to_end  # noqa: E402
 from lora_cli.distributed import current_world  # noqa: E402
 from lora_cli.errors import TrainingStopped  # noqa: E402
 from lora_cli.interrupt import StopRequest  # noqa: E402
@@ -29,20 +28,11 @@ from lora_cli.session import Session, open_session, with_rate  # noqa: E402
 from lora_cli.trial import train_whole  # noqa: E402
 
 
-def result_of(steps: Generator[Any, None, Any]) -> Any:
-    """Run a generator to its end and return its value."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
-
-
 def loss_of(session: Session, config: RunConfig) -> float:
     """Return a run's validation loss, infinite where training stopped."""
     loss = float("inf")
     try:
-        loss = result_of(train_whole(session, config, run_dir.of(config))).best_loss
+        loss = run_to_end(train_whole(session, config, run_dir.of(config))).best_loss
     except TrainingStopped as stopped:
         print(f"  {stopped.problems[0]}", file=sys.stderr)
     return loss
@@ -61,11 +51,11 @@ def main() -> None:
         folder = arguments.out / f"seed-{seed}"
         settings = [*arguments.overrides, f"seed={seed}", "train.learning_rate=auto", f"output_dir={folder}/auto"]
         config = config_file.load(arguments.config, settings)
-        prepared, world = result_of(prepare(config)), current_world(config.model.device)
+        prepared, world = run_to_end(prepare(config)), current_world(config.model.device)
         here = environment.describe(config, run_dir.of(config), prepared, [], world)
         session = open_session(config, prepared, here, StopRequest(), world)
         began = time.perf_counter()
-        chosen = result_of(probe.choose_rate(session, config, run_dir.of(config)))
+        chosen = run_to_end(probe.choose_rate(session, config, run_dir.of(config)))
         tried = time.perf_counter()
         loss = loss_of(session, with_rate(config, chosen).model_copy(update={"output_dir": f"{folder}/chosen"}))
         costs.append((tried - began) / (time.perf_counter() - tried))

@@ -25,6 +25,7 @@ import optuna  # noqa: E402
 
 from lora_cli import config_file, space, study, tune  # noqa: E402
 from lora_cli.config import Range, RunConfig  # noqa: E402
+from lora_cli.data_reader import run_to_end  # noqa: E402
 from lora_cli.interrupt import StopRequest  # noqa: E402
 from lora_cli.records import TrialEnded  # noqa: E402
 from lora_cli.search_reports import TuneReport  # noqa: E402
@@ -75,12 +76,7 @@ def searched(config: RunConfig, name: str, sampling: study.Sampling | None, prun
     """Search in a folder of its own."""
     own = config.tune.model_copy(update={"prune": prune, "trials": trials})
     config = config.model_copy(update={"tune": own, "output_dir": f"{config.output_dir}-{name}"})
-    events = tune.tune(config, StopRequest(), sampling)
-    while True:
-        try:
-            next(events)
-        except StopIteration as end:
-            return end.value
+    return run_to_end(tune.tune(config, StopRequest(), sampling))
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import facts, save_base, save_with_peft, write_rows
+from conftest import facts, save_base, save_with_peft
 from processes import disturb, end, fork, lora, send
 from torture import kills
 
@@ -277,18 +277,32 @@ def test_a_loss_that_jumps_stops_the_run_again_and_again(make_config: Callable[.
     assert "rows.jsonl:" in said[0]
 
 
-def test_a_run_that_only_gets_worse_is_stopped(make_config: Callable[..., Path], shared_model: str, tmp_path: Path):
-    """Where 32 steps are worse than the base by more than a nat; a rate at which it learns goes on."""
-    story = "Once upon a time, there was a little girl named Lily. She loved to play with her {} in the park. "
-    rows = [{"text": story.format(f"{colour} {toy}")} for colour in ("red", "blue", "big") for toy in ("ball", "car")]
-    settings = {"model.path": shared_model, "data.train": write_rows(tmp_path / "stories.jsonl", rows)}
-    settings |= {"data.validation": 2, "eval.general": False, "train.max_steps": 40, "train.epochs": 40}
-    settings |= {"train.early_stopping.patience": None, "train.schedule": "constant"}
-    with pytest.raises(TrainingStopped, match=r"step 3\d: the last 32 steps had a mean loss of [\d.]+; the base"):
-        list(train(config_file.load(make_config(**settings | {"train.learning_rate": 1.0})), StopRequest()))
-    fine = make_config(**settings | {"train.learning_rate": 1e-3, "output_dir": f"{tmp_path}/fine"})
+def test_a_run_that_only_gets_worse_is_stopped(make_config: Callable[..., Path], tmp_path: Path):
+    """Where 32 steps are worse than a base that knew the rows, by more than a nat; at a rate that learns it goes on."""
+    settings = {"train.max_steps": 40, "train.epochs": 20, "train.early_stopping.patience": None}
+    settings |= {
+        "data.split_by": "row",
+        "data.allow_overlap": True,
+        "eval.general": False,
+        "train.schedule": "constant",
+    }
+    known = {"lora.method": "full", "lora.rank": 32, "lora.alpha": 32.0, "train.learning_rate": 0.01}
+    taught = list(train(config_file.load(make_config(**settings | known)), StopRequest()))[-1]
+    assert isinstance(taught, Finished)
+    assert (taught.best_loss or 9.0) < 2.0
+    settings |= {"model.path": str(taught.adapter)}
+    with pytest.raises(TrainingStopped, match=r"step 3\d: the last 32 steps had a mean loss of [\d.]+; the base has"):
+        list(
+            train(
+                config_file.load(
+                    make_config(**settings | {"train.learning_rate": 1.0}), [f"output_dir={tmp_path}/bad"]
+                ),
+                StopRequest(),
+            )
+        )
+    fine = config_file.load(make_config(**settings | {"train.learning_rate": 1e-3}), [f"output_dir={tmp_path}/fine"])
 
-    assert isinstance(list(train(config_file.load(fine), StopRequest()))[-1], Finished)
+    assert isinstance(list(train(fine, StopRequest()))[-1], Finished)
     assert lost([5.0] * 31, 1.0) is None
     assert lost([5.0] * 32, 4.5) is None
     assert lost([5.0] * 32, None) is None

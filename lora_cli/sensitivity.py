@@ -1,5 +1,6 @@
 """`lora tune --one-at-a-time`: each knob halved and doubled around a config, beside what another seed alone changes."""
 
+import itertools
 import math
 import statistics
 import time
@@ -30,10 +31,12 @@ def one_at_a_time(config: RunConfig, stop: StopRequest, seeds: int = 4) -> Gener
     place = search_dir.of(config, KIND)
     session = yield from open_search(config, place, stop)
     config = config if config.train.learning_rate != "auto" else (yield from _settled(session, config, place))
-    same = list[TrialEnded]()
+    same, numbers = list[TrialEnded](), itertools.count()
     for number in range(seeds):
         seed = config.seed + number
-        same.append((yield from _run(session, config.model_copy(update={"seed": seed}), place, {"seed": seed})))
+        same.append(
+            (yield from _run(session, config.model_copy(update={"seed": seed}), place, {"seed": seed}, next(numbers)))
+        )
     losses = [one.loss for one in same if one.loss is not None and one.state == "finished"]
     middle = statistics.fmean(losses) if losses else math.nan
     noise = _noise(losses)
@@ -41,7 +44,7 @@ def one_at_a_time(config: RunConfig, stop: StopRequest, seeds: int = 4) -> Gener
     for key, values in space.halved_and_doubled(config).items():
         changes = list[float | None]()
         for value in values:
-            ended = yield from _run(session, space.changed(config, {key: value}), place, {key: value})
+            ended = yield from _run(session, space.changed(config, {key: value}), place, {key: value}, next(numbers))
             changes.append(ended.loss - middle if ended.state == "finished" and ended.loss is not None else None)
         knobs.append(Knob(key, value_of(config, key), values, changes, _matters(changes, noise)))
     knobs.sort(
@@ -63,7 +66,7 @@ def _settled(session: "Session", config: RunConfig, place: SearchDir) -> Generat
 
 
 def _run(
-    session: "Session", config: RunConfig, place: SearchDir, values: Mapping[str, Any]
+    session: "Session", config: RunConfig, place: SearchDir, values: Mapping[str, Any], number: int
 ) -> Generator[Event, None, TrialEnded]:
     """Run one of them, or find what it came to."""
     from lora_cli.session import for_trials
@@ -72,7 +75,7 @@ def _run(
     name = ",".join(f"{key}={value}" for key, value in values.items())
     run = place.named(name)
     with run_dir.held(run):
-        trial = Trial(for_trials(session), config, run, 0, values, config.tune.budget, time.perf_counter())
+        trial = Trial(for_trials(session), config, run, number, values, config.tune.budget, time.perf_counter())
         ended = yield from trial.outcome(None)
     yield ended
     return ended

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_cli import intervals, run_dir, search_dir, space, storage, tornado
 from lora_cli.config import RunConfig
+from lora_cli.errors import TrainingStopped
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Event, TrialEnded, as_json
 from lora_cli.schema import value_of
@@ -38,8 +39,12 @@ def one_at_a_time(config: RunConfig, stop: StopRequest, seeds: int = 4) -> Gener
             (yield from _run(session, config.model_copy(update={"seed": seed}), place, {"seed": seed}, next(numbers)))
         )
     losses = [one.loss for one in same if one.loss is not None and one.state == "finished"]
-    middle = statistics.fmean(losses) if losses else math.nan
-    noise = _noise(losses)
+    if not losses:
+        raise TrainingStopped(
+            f"{place.path}: training of the config itself stopped with each of {seeds} seeds, so that there is nothing "
+            "to hold changes against. A lower train.learning_rate is the usual way out."
+        )
+    middle, noise = statistics.fmean(losses), _noise(losses)
     knobs = []
     for key, values in space.halved_and_doubled(config).items():
         changes = list[float | None]()

@@ -12,6 +12,7 @@ from conftest import conversation, write_config, write_rows
 
 from lora_cli import config_file, metrics, run_dir
 from lora_cli.data_reader import run_to_end
+from lora_cli.errors import TrainingStopped
 from lora_cli.interrupt import StopRequest
 from lora_cli.intervals import student
 from lora_cli.records import TrialEnded
@@ -119,3 +120,9 @@ def test_a_rate_of_auto_is_settled_before(make_config: Callable[..., Path]):
 
     assert rate.values == [rate.value / 2, rate.value * 2]
     assert (report.noise, rate.matters) == (None, None)
+
+
+def test_a_config_that_does_not_train_is_told(make_config: Callable[..., Path]):
+    """There is nothing to compare with then."""
+    with pytest.raises(TrainingStopped, match="stopped with each of 2 seeds"):
+        look(make_config(**SETTINGS | {"train.learning_rate": 1e30}), seeds=2)

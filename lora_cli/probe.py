@@ -20,7 +20,6 @@ from lora_cli.records import Event, Finished, Notice, Probed
 from lora_cli.resume import create
 from lora_cli.run_dir import RunDir
 from lora_cli.session import Session, as_trial, for_trials, with_rate
-from lora_cli.timetable import Timetable
 
 SHARE = 0.1  # of the run's steps, for each trial
 _FEWEST = 8  # steps that say something
@@ -39,7 +38,7 @@ def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[E
     if known:
         return float(known["chosen"])
     center = start_rate(session.prepared.width, config)
-    steps = round(SHARE * Timetable.of(session.prepared.train.mixture.drawn, config).total_steps)
+    steps = round(SHARE * session.total_steps(config))
     losses = dict[float, float]()
     if steps < _FEWEST:
         yield Notice(

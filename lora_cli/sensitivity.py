@@ -32,6 +32,9 @@ def one_at_a_time(config: RunConfig, stop: StopRequest, seeds: int = 4) -> Gener
     place = search_dir.of(config, KIND)
     session = yield from open_search(config, place, stop)
     config = config if config.train.learning_rate != "auto" else (yield from _settled(session, config, place))
+    from lora_cli.session import for_trials
+
+    session = for_trials(session)  # once: what it finds of the base is kept
     same, numbers = list[TrialEnded](), itertools.count()
     for number in range(seeds):
         seed = config.seed + number
@@ -74,13 +77,12 @@ def _run(
     session: "Session", config: RunConfig, place: SearchDir, values: Mapping[str, Any], number: int
 ) -> Generator[Event, None, TrialEnded]:
     """Run one of them, or find what it came to."""
-    from lora_cli.session import for_trials
     from lora_cli.trial import Trial
 
     name = ",".join(f"{key}={value}" for key, value in values.items())
     run = place.named(name)
     with run_dir.held(run):
-        trial = Trial(for_trials(session), config, run, number, values, config.tune.budget, time.perf_counter())
+        trial = Trial(session, config, run, number, values, config.tune.budget, time.perf_counter())
         ended = yield from trial.outcome(None)
     yield ended
     return ended

@@ -18,6 +18,7 @@ from lora_cli.prepare import Prepared
 from lora_cli.records import Evaluated, Event, Finished, Notice, Started, StepDone, as_json
 from lora_cli.resume import Change
 from lora_cli.run_dir import RunDir
+from lora_cli.timetable import Timetable
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Session:
     environment: Mapping[str, Any]
     stop: StopRequest
     world: World
+
+    def total_steps(self, config: RunConfig) -> int:
+        """Return how many steps a run of the config takes."""
+        return Timetable.of(self.prepared.train.mixture.drawn, config).total_steps
 
     def run(
         self, config: RunConfig, run: RunDir, changes: Sequence[Change] = (), rate: float | None = None

@@ -12,15 +12,9 @@ from lora_cli.probe import choose_rate
 from lora_cli.records import Event, Finished, StepDone, TrialEnded
 from lora_cli.run_dir import RunDir
 from lora_cli.session import Session, as_trial
-from lora_cli.timetable import Timetable
 
 RUNGS = (1, 3)  # ninths of a trial after which it is held against the others
 IsBehind = Callable[[int, float], bool]  # of the ninths done, and the validation loss there
-
-
-def total_steps(session: Session, config: RunConfig) -> int:
-    """Return how many steps a run of the config takes."""
-    return Timetable.of(session.prepared.train.mixture.drawn, config).total_steps
 
 
 def train_whole(session: Session, config: RunConfig, run: RunDir) -> Generator[Event, None, Finished]:
@@ -52,7 +46,7 @@ class Trial:
 
     def outcome(self, is_behind: IsBehind | None) -> Generator[Event, None, TrialEnded]:
         """Run; return how it ended. Its checkpoints are gone then, and a finished one has its adapter."""
-        steps = max(1, round(self.share * total_steps(self.session, self.config)))
+        steps = max(1, round(self.share * self.session.total_steps(self.config)))
         events = train_whole(self.session, as_trial(self.config, self.run, steps), self.run)
         state, ended = "finished", None
         rungs = {max(1, round(steps * ninths / 9)): ninths for ninths in reversed(RUNGS)} if is_behind else {}

@@ -14,13 +14,10 @@ import numpy as np
 
 from lora_cli import (
     config_file,
-    data,
     interrupt,
     intervals,
     json_file,
-    launch,
     metrics,
-    room,
     run_dir,
     search_dir,
     storage,
@@ -39,15 +36,10 @@ _BYTES = 1 if sys.platform == "darwin" else 1024  # what getrusage counts in
 
 def against_full(config: RunConfig, stop: StopRequest) -> AgainstFullReport:
     """Train both, or what is left of them, and compare them on the rows that are held out. Raises UserError."""
-    launch.require_alone("both runs are started here")
     if config.lora.method == "full":
         raise ConfigError("lora.method: is full already; name the method that is held against it.")
-    if config.data.validation == 0:
-        raise ConfigError("data.validation: is 0, and the runs are compared on rows that are held out.")
-    data.require_readable(config.data, config.eval.general_source)
     place = search_dir.of(config, KIND)
-    search_dir.require_place(config, place)
-    room.require_writable(place.path, "output_dir")
+    search_dir.require_ready(config, place, "both runs are started here")
     sides = {name: _config_of(name, config, place) for name in ("lora", "full")}
     with storage.explained(place.path):
         storage.make_folder(place.path)

@@ -6,9 +6,9 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_cli import config_file, data, interrupt, json_file, launch, resume, room, run_dir, search_dir, space, storage
+from lora_cli import config_file, interrupt, json_file, resume, run_dir, search_dir, space, storage
 from lora_cli.config import RunConfig
-from lora_cli.errors import AdapterError, ConfigError
+from lora_cli.errors import AdapterError
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Event, Finished, Notice, TrialEnded, as_json
 from lora_cli.search_dir import SearchDir
@@ -62,12 +62,8 @@ def tune(
 
 def open_search(config: RunConfig, place: SearchDir, stop: StopRequest) -> Generator[Event, None, "Session"]:
     """Load what all trials share, once it is known to be good, and make the search's folder."""
-    launch.require_alone("several processes share a search when each is started with the same command")
-    if config.data.validation == 0:
-        raise ConfigError("data.validation: is 0, and trials are held against each other by validation loss.")
-    search_dir.require_place(config, place)
-    data.require_readable(config.data, config.eval.general_source)
-    room.require_writable(place.path, "output_dir")
+    alone = "several processes share a search when each is started with the same command"
+    search_dir.require_ready(config, place, alone)
 
     from lora_cli import environment, notices
     from lora_cli.distributed import current_world

@@ -32,7 +32,7 @@ class DataCounts:
     blank: int  # rows with a question of white space
     without_tools: int  # rows whose tools the chat template leaves out
     secrets: int  # rows with what looks like a key or a password
-    sources: Sequence["SourceCounts"]
+    sources: Sequence["SourceCounts"]  # one a file
 
 
 @dataclass(frozen=True)

@@ -191,10 +191,10 @@ class FromTrained:
 class Speed:
     """Tokens a second of one model, and as a share of the base's, with 95 % intervals over rounds."""
 
-    prompt: Estimate  # read at once
-    answer: Estimate  # one after the other
-    prompt_of_base: Estimate
-    answer_of_base: Estimate
+    prompt: Estimate  # tokens a second, read at once
+    answer: Estimate  # tokens a second, written one after the other
+    prompt_of_base: Estimate  # the first, as a share of the base's
+    answer_of_base: Estimate  # the second, as a share of the base's
 
 
 @dataclass(frozen=True)

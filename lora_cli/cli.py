@@ -4,6 +4,8 @@ import typer
 
 from lora_cli import __version__, config_commands, console, ending, run_commands
 from lora_cli.arguments import Json
+from lora_cli.records import as_json
+from lora_cli.reports import VersionReport
 
 app = typer.Typer(
     help="Fine-tune Hugging Face language models with LoRA, from one YAML file.",
@@ -18,7 +20,7 @@ def version(json: Json = False) -> None:
     """Print the version."""
     from importlib import metadata
 
-    versions = {"lora": __version__} | {name: metadata.version(name) for name in ("torch", "transformers")}
+    versions = as_json(VersionReport(__version__, metadata.version("torch"), metadata.version("transformers")))
     if json:
         console.print_json(versions)
     else:

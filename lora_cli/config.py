@@ -152,8 +152,8 @@ class SaveConfig(Section):
 class Range(Section):
     """Values between which lora tune searches; whole numbers for keys that take only those."""
 
-    low: Int | Float
-    high: Int | Float
+    low: Int | Float  # the smallest value
+    high: Int | Float  # the largest
     log: Bool = False  # even in the logarithm
 
 

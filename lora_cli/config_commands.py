@@ -18,6 +18,7 @@ from lora_cli import (
 from lora_cli.arguments import Config, Json, Overrides, Processes, Restarts
 from lora_cli.errors import ConfigError, InputError
 from lora_cli.records import Finished, as_json
+from lora_cli.reports import InitReport
 from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport
 
 
@@ -39,7 +40,7 @@ def init(
         raise ConfigError(f"{path}: the folder {path.parent} does not exist; make it first (mkdir -p {path.parent}).")
     storage.write_file(path, config_file.commented(model, data, output_dir))
     if json:
-        console.print_json({"config": str(path)})
+        console.print_json(as_json(InitReport(path)))
     else:
         console.print_text(f"Wrote {path}. Next: lora check {path}")
 

@@ -3,7 +3,7 @@
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,9 +12,9 @@ from pydantic import BaseModel, ValidationError
 from lora_cli.config import ModelConfig, RunConfig
 from lora_cli.config_checks import check_config
 from lora_cli.errors import NOTHING_READ, ConfigError, SurroundingsError, shown
-from lora_cli.redact import redact
+from lora_cli.records import plain
 from lora_cli.schema import Section
-from lora_cli.strict_yaml import Document, Key, dump_inline, parse, read_value
+from lora_cli.strict_yaml import Document, Key, dump_inline, parse, read_value, require_no_secret
 from lora_cli.strict_yaml import dump as dump_yaml
 
 MAX_BYTES = 200_000
@@ -248,28 +248,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(
             f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.", state=NOTHING_READ
         ) from None
-    document = _override(parse(text, str(path)), overrides)
-    _require_no_secret(document, str(path))
-    return _validate(document, str(path))
+    return _config_of(parse(text, str(path)), overrides, str(path))
 
 
-def _require_no_secret(document: Document, name: str) -> None:
-    """Raise ConfigError where a key or a value looks like a secret, without repeating it."""
+def from_values(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Make a config of plain values, as `load` does of a file's. Raises ConfigError."""
+    places: dict[Key, str] = {(key,): "config" for key in values}
+    return _config_of(Document(plain(values), places), overrides, "config")
 
-    def places(value: Any, at: Key) -> Iterator[str]:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from places(key, (*at, str(key)))
-                yield from places(inner, (*at, str(key)))
-        elif isinstance(value, list):
-            for index, inner in enumerate(value):
-                yield from places(inner, (*at, index))
-        elif isinstance(value, str) and redact(value) != value:
-            yield f"{document.place(at) or name}: {'.'.join(map(str, at))} holds what looks like a key or a password."
 
-    if problems := list(dict.fromkeys(places(document.values, ()))):
-        way = "Take it out: a config is copied into its run. The hub's token comes from `hf auth login` or HF_TOKEN."
-        raise ConfigError(*problems, way, state=NOTHING_READ)
+def _config_of(document: Document, overrides: Sequence[str], name: str) -> RunConfig:
+    document = _override(document, overrides)
+    require_no_secret(document, name)
+    return _validate(document, name)
 
 
 def dump(config: RunConfig) -> str:

@@ -37,8 +37,8 @@ def _columns_only(template: str) -> str:
 class ReplayConfig(Section):
     """General data mixed in against forgetting."""
 
-    path: Text
-    ratio: Float = Field(0.05, gt=0, lt=1)
+    path: Text  # as in data.train
+    ratio: Float = Field(0.05, gt=0, lt=1)  # share of all tokens
 
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference"]
@@ -53,8 +53,8 @@ PromptTemplate = Annotated[Text, AfterValidator(_columns_only)]
 class SourceConfig(Section):
     """One of several sources of training rows."""
 
-    path: Text
-    weight: Annotated[Float, Field(gt=0)] = 1.0
+    path: Text  # a file, folder, glob or hub id
+    weight: Annotated[Float, Field(gt=0)] = 1.0  # how often each row is seen in an epoch
     format: Format | None = None  # null: as data.format
     subset: Text | None = None  # of a hub data set that has several (its "config name")
     split: Text | None = None  # of a hub data set; null: train

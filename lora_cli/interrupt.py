@@ -22,6 +22,10 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number: int | None = None
 
+    def ask(self, number: int = signal.SIGTERM) -> None:
+        """Ask, as that signal would."""
+        self.signal_number = number
+
     @property
     def wanted(self) -> bool:
         """Whether somebody asked."""

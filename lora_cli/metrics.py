@@ -2,9 +2,10 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
-from dataclasses import fields
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import reduce
+from typing import Any, get_args, get_type_hints
 
 from lora_cli import json_file, run_dir, storage
 from lora_cli.records import Evaluated, StepDone, as_json, event_name
@@ -33,6 +34,32 @@ def _lines(run: RunDir) -> list[dict[str, Any] | None]:
         is_ours = isinstance(record, dict) and isinstance(record.get("step"), int) and "event" in record
         records.append(record if is_ours else None)
     return records
+
+
+def _leaves(record: type, prefix: str = "") -> Iterator[str]:
+    """Iterate over the keys of a record, those of records inside it joined by dots."""
+    for name, hint in get_type_hints(record).items():
+        inner = [one for one in (hint, *get_args(hint)) if is_dataclass(one) and isinstance(one, type)]
+        if inner:
+            yield from _leaves(inner[0], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+# event, then what every step has, then what only a validation pass has: forgetting.rise.value, ...
+COLUMNS = tuple(dict.fromkeys(("event", *_leaves(StepDone), *_leaves(Evaluated))))
+
+
+def table(run: RunDir) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl as flat rows, all with `COLUMNS`, None where a record has no such value.
+
+    That is what `pandas.DataFrame` and `csv.DictWriter` take as it is.
+    """
+
+    def inside(value: Any, key: str) -> Any:
+        return value.get(key) if isinstance(value, Mapping) else None
+
+    return [{column: reduce(inside, column.split("."), record) for column in COLUMNS} for record in read(run)]
 
 
 def rewind(run: RunDir, step: int, evaluated: bool = True) -> Iterator[str]:

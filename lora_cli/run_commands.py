@@ -135,13 +135,14 @@ def merge(
         if adapter
         else merging.merge(paths, output, base, together, form, force, speed)
     )
-    pushed = hub.push(output, push) if push is not None else None
+    if push is not None:
+        report = replace(report, pushed=hub.push(output, push))
     if json:
-        console.print_json({**as_json(report), "pushed": pushed})
+        console.print_json(as_json(report))
         return
     figures.show_merge(report)
-    if pushed is not None:
-        console.print_text(f"Pushed to {pushed}.")
+    if report.pushed is not None:
+        console.print_text(f"Pushed to {report.pushed}.")
 
 
 def export(
@@ -173,10 +174,11 @@ def export(
             raise InputError(f"--push: sends folders, and {chosen} is one file: hf upload {push} {output}")
         hub.require_pushable(push)
     report = exporting.export(run, chosen, output, kind, base)
-    pushed = hub.push(output, push) if push is not None else None
+    if push is not None:
+        report = replace(report, pushed=hub.push(output, push))
     if json:
-        console.print_json({**as_json(report), "pushed": pushed})
+        console.print_json(as_json(report))
         return
     console.show_export(report)
-    if pushed is not None:
-        console.print_text(f"Pushed to {pushed}.")
+    if report.pushed is not None:
+        console.print_text(f"Pushed to {report.pushed}.")

@@ -158,7 +158,7 @@ def _written_down(loop: Loop, run: RunDir, world: World) -> Iterator[Event]:
     except BaseException as caught:
         error = memory_error(caught) or caught
         if not finished and world.is_main:
-            state = "stopped" if isinstance(error, Interrupted | GeneratorExit) else "failed"
+            state = "stopped" if isinstance(error, Interrupted | GeneratorExit | KeyboardInterrupt) else "failed"
             reason = error.problems[0] if isinstance(error, UserError) else type(error).__name__
             progress = asdict(loop.state.stopping)
             with contextlib.suppress(UserError):  # on a full disk, what is said is why the run stopped

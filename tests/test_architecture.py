@@ -144,6 +144,7 @@ FLOORS = [
     "config_commands",
     "run_commands",
     "cli",
+    "api",
     "__main__",
 ]
 

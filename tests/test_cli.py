@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers
 from conftest import CHATML, SHARED, Invoke, build_tokenizer, conversation, write_rows
+from shapes import require_shape
 
 from lora_cli import config_file
+from lora_cli.reports import MergeReport
 
 
 def test_from_config_to_merged_model(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
@@ -260,7 +262,7 @@ def test_several_adapters_by_weight(invoke: Invoke, make_config: Callable[..., P
     record = json.loads((tmp_path / "m" / "merge.json").read_text())
 
     assert (code, [each["weight"] for each in record["adapters"]]) == (0, [0.7, 0.3])
-    assert report["speeds"].keys() == {"base", "base + first adapter", "merged"}
+    assert require_shape(MergeReport, out).speeds.keys() == {"base", "base + first adapter", "merged"}
     assert not (tmp_path / "m" / "README.md").exists()
     assert all(speed["answer"]["value"] > 0 for speed in report["speeds"].values())
     code, out, _ = invoke("merge", *both, "--weights", "0.7,0.3", "--adapter", "--output", tmp_path / "one")

@@ -8,7 +8,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import conversation, write_config, write_rows
+from conftest import Invoke, conversation, write_config, write_rows
+from shapes import require_shape
 
 from lora_cli import config_file, metrics, run_dir
 from lora_cli.data_reader import run_to_end
@@ -74,6 +75,13 @@ def test_every_knob_is_halved_and_doubled(report: SensitivityReport, config: Pat
     sizes = [max(abs(change or 0) for change in knob.changes) for knob in report.knobs]
     assert sizes == sorted(sizes, reverse=True)
     assert {record["tokens"] for record in metrics.read(RunDir(trials / "seed=0")) if record["event"] == "step"}
+
+
+def test_what_is_printed_has_its_shape(report: SensitivityReport, config: Path, invoke: Invoke):
+    """The command finds the runs of the report, and prints it."""
+    code, out, _ = invoke("tune", config, "--one-at-a-time", "--seeds", 3, "--json")
+
+    assert (code, require_shape(SensitivityReport, out)) == (0, report)
 
 
 def test_what_was_run_is_not_run_again(report: SensitivityReport, config: Path):

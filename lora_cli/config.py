@@ -70,6 +70,9 @@ class EarlyStoppingConfig(Section):
     min_delta: Override[Float] = Field(0.0, ge=0, description="smaller gains in validation loss do not count")
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+
+
 class TrainConfig(Section):
     """The training loop."""
 
@@ -119,6 +122,9 @@ class TrainConfig(Section):
     )
     neftune_alpha: Override[Float | None] = Field(
         None, gt=0, description="noise on the embeddings while training (NEFTune), 5 for example; null is none"
+    )
+    trackers: Free[tuple[TrackerName, ...]] = Field(
+        (), description="where else the run's figures go: any of [tensorboard, wandb, mlflow]"
     )
 
 

@@ -13,6 +13,7 @@ from lora_cli import (
     launch,
     outlook,
     storage,
+    tracking,
     trial_tables,
 )
 from lora_cli.arguments import Config, Json, Overrides, Processes, Restarts
@@ -85,13 +86,16 @@ def train(
 
     ended = training.ended(run_config, override)
     already = ended is not None
+    if ended is None and is_main:
+        tracking.require(run_config)
     if ended is None and is_to_start:
         from lora_cli import data, launcher
 
         data.require_readable(run_config.data, run_config.eval.general_source)
         launcher.launch(nproc, restarts)
     if ended is None:
-        last = follower.Follower(silent=not is_main).follow(training.train(run_config, interrupt.requested(), override))
+        events = tracking.tracked(training.train(run_config, interrupt.requested(), override), run_config)
+        last = follower.Follower(silent=not is_main).follow(events)
         assert isinstance(last, Finished), "the loop ends with Finished or raises"
         ended = last
     if not is_main:
@@ -138,6 +142,7 @@ def tune(
 
         report = comparing.against_full(run_config, stop)
     else:
+        tracking.require(run_config)
         from lora_cli import tune as tuning
 
         report = follow(tuning.tune(run_config, stop))

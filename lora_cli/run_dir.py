@@ -3,6 +3,7 @@
 output_dir/
   config.yaml  environment.json  metrics.jsonl  run.json  holder.json (while a process holds it)
   checkpoints/step-000200/  adapter/ (model/ of lora.method full)  evaluations/
+  trackers.json (of train.trackers, which write tensorboard/  wandb/  mlruns/ by themselves)
 """
 
 import contextlib
@@ -49,6 +50,16 @@ class RunDir:
     @property
     def holder(self) -> Path:
         return self.path / "holder.json"
+
+    @property
+    def trackers(self) -> Path:
+        """What is remembered of the places that the run's figures are sent to."""
+        return self.path / "trackers.json"
+
+    @property
+    def foreign(self) -> Path:
+        """What W&B writes here, with links to logs of its own elsewhere; nothing of it is trusted."""
+        return self.path / "wandb"
 
     @property
     def checkpoints(self) -> Path:
@@ -139,6 +150,7 @@ def require_own(run: RunDir) -> None:
     if problems := [
         f"{link}: is a link that leads out of the run directory, which is not followed; put what it names in its place."
         for link in names.iter_links_out(run.path)
+        if run.foreign not in link.parents
     ]:
         raise AdapterError(*problems, state="Nothing was read or written.")
 

@@ -1,7 +1,7 @@
 """`lora train`: a run from its config to its adapter, written down as it goes."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 from lora_cli import data, interrupt, launch, resume, room, run_dir
@@ -23,7 +23,7 @@ def ended(config: RunConfig, override: bool = False) -> Finished | None:
     return None if changed else run_dir.read_finished(run)
 
 
-def train(config: RunConfig, stop: StopRequest, override: bool = False) -> Iterator[Event]:
+def train(config: RunConfig, stop: StopRequest, override: bool = False) -> Generator[Event, None, None]:
     """Train, or continue an interrupted run of the same config; yield what happens and write it down.
 
     Started by torchrun, the processes share the work; all yield, the main one writes. With `override` the config may

@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_cli import config_file, interrupt, json_file, resume, run_dir, search_dir, space, storage
+from lora_cli import config_file, interrupt, json_file, resume, run_dir, search_dir, space, storage, tracking
 from lora_cli.config import RunConfig
 from lora_cli.errors import AdapterError
 from lora_cli.interrupt import StopRequest
@@ -155,4 +155,5 @@ def _train_best(
             yield Notice(f"The best is trained whole by another process: {error.problems[0]}")
             return None
         storage.write_file(place.best_config, config_file.dump(ours))
-        return (yield from train_whole(session, ours, run))
+        whole = tracking.tracked(train_whole(session, ours, run), ours, f"{place.path.name}/{run.path.name}")
+        return (yield from whole)

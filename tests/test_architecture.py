@@ -39,6 +39,12 @@ FLOORS = [
     "results",
     "metrics",
     "resume",
+    "trackers.tracker",
+    "trackers.recorder",
+    "trackers.tensorboard",
+    "trackers.wandb",
+    "trackers.mlflow",
+    "tracking",
     "loss",
     "optim",
     "dropout",
@@ -166,6 +172,10 @@ DOORS = {
     "optuna": {"study"},
     "gguf": {"formats.gguf_file"},
     "typer": {"arguments", "cli", "config_commands", "run_commands"},
+    "tensorboard": {"trackers.tensorboard"},
+    "wandb": {"trackers.wandb"},
+    "google": {"trackers.wandb"},  # protobuf, which wandb's records are made of
+    "mlflow": {"trackers.mlflow"},
     "lm_eval": {"harness"},
     "onnxruntime": {"formats.onnx_graph"},
     "sacrebleu": {"scoring"},
@@ -237,7 +247,7 @@ def test_nothing_that_runs_what_it_reads(path: Path):
 
 
 # What changes the disk. `storage` alone may, by the operations in `disk`; two libraries write by themselves into a
-# folder that storage made: gguf's writer and transformers' ONNX exporter (save_pretrained).
+# folder that storage made: gguf's writer and transformers' ONNX exporter (save_pretrained). Trackers keep their own.
 WRITES = {
     *("write_text", "write_bytes", "mkdir", "makedirs", "unlink", "rmdir", "rmtree", "rename", "renames", "touch"),
     *("chmod", "truncate", "link", "symlink", "symlink_to", "hardlink_to", "link_to", "utime", "mkstemp", "mkdtemp"),

@@ -2,7 +2,7 @@
 
 import typer
 
-from lora_cli import __version__, config_commands, console, ending, run_commands
+from lora_cli import __version__, chat_commands, config_commands, console, ending, run_commands
 from lora_cli.arguments import Json
 from lora_cli.records import as_json
 from lora_cli.reports import VersionReport
@@ -35,6 +35,7 @@ app.command(name="eval")(run_commands.evaluate)
 app.command()(run_commands.scale)
 app.command()(run_commands.merge)
 app.command()(run_commands.export)
+app.command()(chat_commands.chat)
 app.command()(version)
 
 

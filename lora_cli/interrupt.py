@@ -67,6 +67,24 @@ def patience() -> Iterator[None]:
         _patient -= 1
 
 
+def taken() -> bool:
+    """Return whether Ctrl-C was pressed, and forget it: what it was to stop has stopped."""
+    pressed = _request.signal_number == signal.SIGINT
+    if pressed:
+        _request.signal_number = None
+    return pressed
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """While the block runs, which does nothing but wait for a line, Ctrl-C raises KeyboardInterrupt in it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def poll() -> None:
     """Raise Interrupted where somebody asked to stop."""
     if _request.signal_number is not None:

@@ -10,6 +10,7 @@ from lora_cli import (
     console,
     follower,
     interrupt,
+    key_lists,
     launch,
     outlook,
     storage,
@@ -22,13 +23,20 @@ from lora_cli.records import Finished, as_json
 from lora_cli.reports import InitReport
 from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport
 
+DEFAULT_MODEL, DEFAULT_DATA, DEFAULT_OUTPUT = "HuggingFaceTB/SmolLM2-135M-Instruct", "train.jsonl", "runs/first"
+
 
 def init(
     path: Annotated[Path, typer.Argument(help="The config to write.")] = Path("train.yaml"),
-    model: Annotated[str, typer.Option(help="Hub id or folder.")] = "HuggingFaceTB/SmolLM2-135M-Instruct",
-    data: Annotated[str, typer.Option(help="The training data.")] = "train.jsonl",
-    output_dir: Annotated[str, typer.Option(help="Where the run will be written.")] = "runs/first",
+    model: Annotated[str, typer.Option(help="Hub id or folder.")] = DEFAULT_MODEL,
+    data: Annotated[str, typer.Option(help="The training data.")] = DEFAULT_DATA,
+    output_dir: Annotated[str, typer.Option(help="Where the run will be written.")] = DEFAULT_OUTPUT,
     schema: Annotated[bool, typer.Option("--schema", help="Print the config's JSON Schema and write nothing.")] = False,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", help="A config of Axolotl or LLaMA-Factory, to be converted.", show_default=False),
+    ] = None,
+    from_processes: Annotated[int, typer.Option(min=1, help="With --from: the processes that config was run on.")] = 1,
     json: Json = False,
 ) -> None:
     """Write a commented config to start from."""
@@ -39,6 +47,21 @@ def init(
         raise ConfigError(f"{path}: already exists; name another file, or delete it.")
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: the folder {path.parent} does not exist; make it first (mkdir -p {path.parent}).")
+    if from_ is not None:
+        if (model, data, output_dir) != (DEFAULT_MODEL, DEFAULT_DATA, DEFAULT_OUTPUT):
+            raise InputError(
+                "--from: takes model, data and output_dir from that config; leave the options for them out."
+            )
+        from lora_cli import convert
+
+        report = convert.convert(from_, path, from_processes)
+        if json:
+            console.print_json(as_json(report))
+        else:
+            key_lists.show(report)
+        return
+    if from_processes != 1:
+        raise InputError("--from-processes: has no effect without --from.")
     storage.write_file(path, config_file.commented(model, data, output_dir))
     if json:
         console.print_json(as_json(InitReport(path)))

@@ -189,10 +189,10 @@ def _show(value: Any) -> str:
     return f"{shown(text)} ({kind})" if kind else shown(text)
 
 
-def _validate(document: Document, name: str) -> RunConfig:
-    """Return the config, or raise ConfigError with every problem in the order of the file, each with its place."""
-    config: RunConfig | None
+def _check(document: Document) -> tuple[RunConfig | None, dict[Key, str]]:
+    """Return the config, None where keys that it needs are wrong, and a sentence for each wrong key."""
     sentences: dict[Key, str] = {}
+    config: RunConfig | None
     try:
         config = RunConfig.model_validate(document.values)
     except ValidationError as error:
@@ -201,6 +201,17 @@ def _validate(document: Document, name: str) -> RunConfig:
     if config is not None:
         for key, what in check_config(config).items():
             sentences.setdefault(tuple(key.split(".")), f"{key}: {what}.")
+    return config, sentences
+
+
+def refused(values: dict[str, Any]) -> dict[str, str]:
+    """Return what is wrong with plain values, as {dotted key: sentence}."""
+    return {".".join(map(str, path)): sentence for path, sentence in _check(Document(values, {}))[1].items()}
+
+
+def _validate(document: Document, name: str) -> RunConfig:
+    """Return the config, or raise ConfigError with every problem in the order of the file, each with its place."""
+    config, sentences = _check(document)
     if config is None or sentences:
         order = {path: index for index, path in enumerate(document.places)}
         paths = sorted(sentences, key=lambda path: order.get(path, -1))
@@ -224,8 +235,8 @@ def _without(values: dict[str, Any], wrong: Iterable[Key]) -> RunConfig | None:
         return None
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Load a config file and apply `a.b=value` overrides. Raises ConfigError with every problem and its place."""
+def read(path: Path) -> Document:
+    """Read a file of keys and values, whatever they mean. Raises ConfigError, SurroundingsError."""
     if not path.is_file():
         there = [*path.glob("*.y*ml"), *path.parent.glob("*.y*ml")]
         near = difflib.get_close_matches(path.name, [p.name for p in there], n=3, cutoff=0.4)
@@ -248,7 +259,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(
             f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.", state=NOTHING_READ
         ) from None
-    return _config_of(parse(text, str(path)), overrides, str(path))
+    return parse(text, str(path))
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load a config file and apply `a.b=value` overrides. Raises ConfigError with every problem and its place."""
+    return _config_of(read(path), overrides, str(path))
 
 
 def from_values(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:

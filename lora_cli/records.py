@@ -100,7 +100,7 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class Started:
-    """The loop is about to take its first step (or the first one after a resume)."""
+    """The loop is about to take its first step, or the first one after a resume; `before` was measured until then."""
 
     step: int
     total_steps: int
@@ -110,6 +110,9 @@ class Started:
     trainable_parameters: int
     total_parameters: int
     forward: str  # how a forward pass is laid out, in words
+    patience: int | None  # evaluations without improvement after which the run stops
+    forgetting_budget: float | None
+    before: Sequence["StepDone | Evaluated"]
 
 
 @dataclass(frozen=True)
@@ -222,9 +225,10 @@ class TrialEnded:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something the user should know, in one sentence."""
+    """Something the user should know, in one sentence; without `warns` it is only news."""
 
     text: str
+    warns: bool = True
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from lora_cli import (
 from lora_cli.config import LoraConfig, RunConfig
 from lora_cli.errors import ConfigError, Interrupted, SurroundingsError
 from lora_cli.interrupt import StopRequest
+from lora_cli.memory_use import PEAK_UNIT
 from lora_cli.records import as_json
 from lora_cli.search_dir import SearchDir
 from lora_cli.search_reports import AgainstFullReport, Side
 
 KIND = "against-full"
 _PEAK = "peak-memory.json"
-_BYTES = 1 if sys.platform == "darwin" else 1024  # what getrusage counts in
 
 
 def against_full(config: RunConfig, stop: StopRequest) -> AgainstFullReport:
@@ -90,7 +90,7 @@ def _wait(process: "subprocess.Popen[bytes]", stop: StopRequest) -> int:
         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         if ended:
             process.returncode = os.waitstatus_to_exitcode(status)
-            return usage.ru_maxrss * _BYTES
+            return usage.ru_maxrss * PEAK_UNIT
         if stop.signal_number is not None and not asked:
             asked = True
             process.send_signal(stop.signal_number)

@@ -31,6 +31,9 @@ Processes = Annotated[int, typer.Option("--nproc", min=1, help="Share the work o
 Restarts = Annotated[
     int, typer.Option(min=0, help="With --nproc: start again so often after a process was lost or a disk was full.")
 ]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Nothing on stderr but warnings and errors.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 

@@ -12,16 +12,20 @@ from lora_cli import (
     interrupt,
     key_lists,
     launch,
+    metrics,
     outlook,
+    run_dir,
     storage,
+    summary,
     tracking,
     trial_tables,
 )
-from lora_cli.arguments import Config, Json, Overrides, Processes, Restarts
+from lora_cli.arguments import Config, Json, Overrides, Processes, Quiet, Restarts
 from lora_cli.errors import ConfigError, InputError
 from lora_cli.records import Finished, as_json
 from lora_cli.reports import InitReport
 from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport
+from lora_cli.standing import SearchStanding
 
 DEFAULT_MODEL, DEFAULT_DATA, DEFAULT_OUTPUT = "HuggingFaceTB/SmolLM2-135M-Instruct", "train.jsonl", "runs/first"
 
@@ -76,6 +80,7 @@ def check(
         str | None, typer.Option(help="Show this row, by its number or as file:number.", show_default=False)
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="The memory of each of so many processes.")] = 1,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Show what a run would do: data, mask preview, targets, memory. Trains nothing."""
@@ -85,11 +90,12 @@ def check(
     rows.require_readable(run_config.data, run_config.eval.general_source)
     from lora_cli import check as checking
 
-    report = follower.follow_preparation(checking.check(run_config, row, nproc))
+    report = follower.follow_preparation(checking.check(run_config, row, nproc), quiet)
     if json:
         console.print_json(as_json(report))
     else:
         outlook.show_check(report, whole=row is not None)
+        console.show_next((["lora", "train", config, *(overrides or [])], "train it"))
 
 
 def train(
@@ -100,6 +106,7 @@ def train(
     ] = False,
     nproc: Processes = 1,
     restarts: Restarts = 0,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Train; an interrupted run of the same config is continued."""
@@ -118,7 +125,7 @@ def train(
         launcher.launch(nproc, restarts)
     if ended is None:
         events = tracking.tracked(training.train(run_config, interrupt.requested(), override), run_config)
-        last = follower.Follower(silent=not is_main).follow(events)
+        last = follower.Follower(silent=not is_main, quiet=quiet).follow(events)
         assert isinstance(last, Finished), "the loop ends with Finished or raises"
         ended = last
     if not is_main:
@@ -126,7 +133,8 @@ def train(
     if json:
         console.print_json(as_json(ended))
     else:
-        console.show_finished(ended, run_config.output_dir, already)
+        measured = metrics.read_measured(run_dir.of(run_config))
+        summary.show_finished(ended, run_config.output_dir, measured, already)
 
 
 def tune(
@@ -146,6 +154,7 @@ def tune(
     against_full: Annotated[
         bool, typer.Option("--against-full", help="No search: this config beside full fine-tuning, both trained.")
     ] = False,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Search hyperparameters; an interrupted search is continued, and several processes share one."""
@@ -154,7 +163,8 @@ def tune(
     run_config = config_file.load(config, [*(overrides or []), *more])
     if one_at_a_time and against_full:
         raise InputError("--one-at-a-time, --against-full: give one of them.")
-    stop, follow = interrupt.requested(), follower.Follower(brief=True).result_of
+    search = SearchStanding(None if one_at_a_time else run_config.tune.trials)
+    stop, follow = interrupt.requested(), follower.Follower(quiet=quiet, search=search).result_of
     report: TuneReport | SensitivityReport | AgainstFullReport
     if one_at_a_time:
         from lora_cli import sensitivity

@@ -5,11 +5,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import reduce
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from lora_cli import json_file, run_dir, storage
+from lora_cli.errors import AdapterError
 from lora_cli.records import Evaluated, StepDone, as_json, event_name
 from lora_cli.run_dir import RunDir
+
+Record = TypeVar("Record")
+_KINDS: dict[str, type[StepDone] | type[Evaluated]] = {"step": StepDone, "evaluated": Evaluated}
 
 
 def append(run: RunDir, record: StepDone | Evaluated) -> None:
@@ -100,6 +104,20 @@ def read_evaluated(run: RunDir) -> dict[int, Evaluated]:
     found = {}
     for record in read(run):
         if record.get("event") == "evaluated":
-            facts = {field.name: record.get(field.name) for field in fields(Evaluated)}
-            found[record["step"]] = json_file.checked(Evaluated, facts, run.metrics)
+            found[record["step"]] = _as(Evaluated, record, run)
     return found
+
+
+def read_measured(run: RunDir) -> list[StepDone | Evaluated]:
+    """Return the records of metrics.jsonl, in their order, to be looked at; those that are damaged are left out."""
+    measured = list[StepDone | Evaluated]()
+    for record in read(run):
+        if (kind := _KINDS.get(str(record["event"]))) is not None:
+            with contextlib.suppress(AdapterError):
+                measured.append(_as(kind, record, run))
+    return measured
+
+
+def _as(kind: type[Record], record: dict[str, Any], run: RunDir) -> Record:
+    facts = {field.name: record.get(field.name) for field in fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    return json_file.checked(kind, facts, run.metrics)

@@ -96,7 +96,7 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class Started:
-    """The loop is about to take its first step (or the first one after a resume)."""
+    """The loop is about to take its first step, or the first one after a resume; `before` was measured until then."""
 
     step: int  # the last that is done
     total_steps: int  # optimizer steps of the whole run
@@ -106,6 +106,9 @@ class Started:
     trainable_parameters: int  # numbers that are trained
     total_parameters: int  # numbers of the whole model
     forward: str  # how a forward pass is laid out, in words
+    patience: int | None  # evaluations without improvement after which the run stops
+    forgetting_budget: float | None
+    before: Sequence["StepDone | Evaluated"]
 
 
 @dataclass(frozen=True)
@@ -203,9 +206,10 @@ class TrialEnded:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something the user should know, in one sentence."""
+    """Something the user should know, in one sentence; without `warns` it is only news."""
 
     text: str  # the sentence
+    warns: bool = True  # false: it is only news
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,25 @@ from typing import Annotated
 
 import typer
 
-from lora_cli import arguments, console, figures, launch
-from lora_cli.arguments import Base, General, HeldOutRows, Json, Processes, Push, Run
+from lora_cli import arguments, console, figures, launch, results
+from lora_cli.arguments import Base, General, HeldOutRows, Json, Processes, Push, Quiet, Run
 from lora_cli.errors import InputError
 from lora_cli.records import as_json
+
+# The command of the program that loads each export, as its own documentation has it; the base's place is the user's.
+_LOADED_BY: dict[str, list[str]] = {
+    "peft": ["vllm", "serve", "BASE", "--enable-lora", "--lora-modules", "tuned={}"],
+    "gguf": ["llama-server", "-m", "{}"],
+    "gguf-lora": ["llama-server", "-m", "BASE.gguf", "--lora", "{}"],
+    "ollama": ["ollama", "create", "tuned", "-f", "{}/Modelfile"],
+    "mlx": ["mlx_lm.generate", "--model", "BASE", "--adapter-path", "{}", "--prompt", "..."],
+}
+
+
+def _begin(text: str, quiet: bool) -> None:
+    """Say on stderr what is about to take a while."""
+    if launch.is_main() and not quiet:
+        console.message(text)
 
 
 def evaluate(
@@ -36,6 +51,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.", show_default=False)] = None,
     nproc: Processes = 1,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Measure base and adapter side by side on held-out data."""
@@ -59,6 +75,7 @@ def evaluate(
         limit=limit,
         scan=scan,
     )
+    _begin(f"Measuring base and adapter of {run}.", quiet)
     report = compare(run, asked)
     if not launch.is_main():
         return
@@ -66,6 +83,9 @@ def evaluate(
         console.print_json(as_json(replace(report, samples=report.samples[:20])))
     else:
         figures.show_eval(report)
+        merge = (["lora", "merge", run, "--output", f"{run}-merged"], "an ordinary Hugging Face model")
+        whole = results.is_whole_model(report.adapter)
+        console.show_next((["lora", "chat", run], "talk to it"), *([] if whole else [merge]))
 
 
 def scale(
@@ -79,16 +99,22 @@ def scale(
     data: HeldOutRows = None,
     general: General = None,
     base: Base = None,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Write the adapter at another strength, which any reader of PEFT adapters honours."""
     from lora_cli import scale as scaling
 
+    _begin(f"Writing {run} at another strength.", quiet)
     report = scaling.scale(run, output, gain, budget, data, general, base)
     if json:
         console.print_json(as_json(report))
     else:
         figures.show_scale(report)
+        console.show_next(
+            (["lora", "eval", output, "--data", "FILE"], "beside the base, on held-out rows"),
+            (["lora", "merge", output, "--output", f"{output}-merged"], "an ordinary Hugging Face model"),
+        )
 
 
 def merge(
@@ -115,6 +141,7 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Write even what differs more than is allowed.")] = False,
     base: Base = None,
     push: Push = None,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Write base + adapter, or several adapters, as an ordinary Hugging Face model, verified."""
@@ -130,6 +157,7 @@ def merge(
     together = merging.Together(numbers, arguments.one_of("--method", method, update.Method), density)
     if push is not None:
         hub.require_pushable(push)
+    _begin(f"Merging {', '.join(map(str, paths))}.", quiet)
     report = (
         merging.combine(paths, output, base, together)
         if adapter
@@ -142,7 +170,12 @@ def merge(
         return
     figures.show_merge(report)
     if report.pushed is not None:
-        console.print_text(f"Pushed to {report.pushed}.")
+        console.say(f"Pushed to {report.pushed}.")
+    console.show_next(
+        (["lora", "eval", output, "--data", "FILE"], "beside the base, on held-out rows")
+        if adapter
+        else (["vllm", "serve", output], "one of many that load it; README.md beside it has more")
+    )
 
 
 def export(
@@ -160,6 +193,7 @@ def export(
     gguf_type: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0: how a GGUF file stores matrices.")] = "f16",
     base: Base = None,
     push: Push = None,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Write what other runtimes load."""
@@ -173,6 +207,7 @@ def export(
         if chosen in exporting.FILES:
             raise InputError(f"--push: sends folders, and {chosen} is one file: hf upload {push} {output}")
         hub.require_pushable(push)
+    _begin(f"Exporting {run} as {chosen}.", quiet)
     report = exporting.export(run, chosen, output, kind, base)
     if push is not None:
         report = replace(report, pushed=hub.push(output, push))
@@ -181,4 +216,6 @@ def export(
         return
     console.show_export(report)
     if report.pushed is not None:
-        console.print_text(f"Pushed to {report.pushed}.")
+        console.say(f"Pushed to {report.pushed}.")
+    if chosen in _LOADED_BY:
+        console.show_next(([word.format(output) for word in _LOADED_BY[chosen]], "runs it"))

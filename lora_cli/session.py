@@ -97,6 +97,9 @@ class Session:
             trainable_parameters=trainable,
             total_parameters=self.prepared.total_parameters(loop.config.lora),
             forward=str(self.model.layout),
+            patience=loop.config.train.early_stopping.patience,
+            forgetting_budget=loop.config.eval.forgetting_budget,
+            before=metrics.read_measured(loop.run) if self.world.is_main else (),
         )
 
 

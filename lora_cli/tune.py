@@ -152,7 +152,7 @@ def _train_best(
                     storage.remove_directory(run.path)
             holding.enter_context(run_dir.held(run))
         except AdapterError as error:
-            yield Notice(f"The best is trained whole by another process: {error.problems[0]}")
+            yield Notice(f"The best is trained whole by another process: {error.problems[0]}", warns=False)
             return None
         storage.write_file(place.best_config, config_file.dump(ours))
         whole = tracking.tracked(train_whole(session, ours, run), ours, f"{place.path.name}/{run.path.name}")

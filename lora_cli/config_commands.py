@@ -11,6 +11,7 @@ from lora_cli import (
     follower,
     interrupt,
     launch,
+    origins,
     outlook,
     storage,
     trial_tables,
@@ -90,7 +91,9 @@ def train(
         data.require_readable(run_config.data, run_config.eval.general_source)
         launcher.launch(nproc, restarts)
     if ended is None:
-        last = follower.Follower(silent=not is_main).follow(training.train(run_config, interrupt.requested(), override))
+        where = origins.of(run_config, config, overrides or [])
+        events = training.train(run_config, interrupt.requested(), override, where)
+        last = follower.Follower(silent=not is_main).follow(events)
         assert isinstance(last, Finished), "the loop ends with Finished or raises"
         ended = last
     if not is_main:
@@ -139,7 +142,8 @@ def tune(
     else:
         from lora_cli import tune as tuning
 
-        report = follow(tuning.tune(run_config, stop))
+        where = origins.of(run_config, config, [*(overrides or []), *more])
+        report = follow(tuning.tune(run_config, stop, origins=where))
     if json:
         console.print_json(as_json(report))
     else:

@@ -226,6 +226,11 @@ def _without(values: dict[str, Any], wrong: Iterable[Key]) -> RunConfig | None:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Load a config file and apply `a.b=value` overrides. Raises ConfigError with every problem and its place."""
+    return _validate(read_document(path, overrides), str(path))
+
+
+def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
+    """Return a config's values as they are written, each with its place. Raises ConfigError."""
     if not path.is_file():
         there = [*path.glob("*.y*ml"), *path.parent.glob("*.y*ml")]
         near = difflib.get_close_matches(path.name, [p.name for p in there], n=3, cutoff=0.4)
@@ -250,7 +255,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ) from None
     document = _override(parse(text, str(path)), overrides)
     _require_no_secret(document, str(path))
-    return _validate(document, str(path))
+    return document
 
 
 def _require_no_secret(document: Document, name: str) -> None:

@@ -29,6 +29,7 @@ FLOORS = [
     "config_checks",
     "strict_yaml",
     "config_file",
+    "origins",
     "launch",
     "interrupt",
     "disk",

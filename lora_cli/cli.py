@@ -33,6 +33,7 @@ app.command(name="eval")(run_commands.evaluate)
 app.command()(run_commands.scale)
 app.command()(run_commands.merge)
 app.command()(run_commands.export)
+app.command()(run_commands.report)
 app.command()(version)
 
 

@@ -7,10 +7,10 @@ from rich.table import Table
 
 from lora_cli import results
 from lora_cli.console import out
-from lora_cli.records import Forgetting, with_interval
+from lora_cli.records import with_interval
 from lora_cli.reports import CombineReport, EvalReport, MergedLayer, MergeReport, ScaleReport, ScanPoint, ScanReport
+from lora_cli.run_words import forgetting_in_words, scan_marks, spec_of
 
-_PERCENT = ("token_accuracy", "exact_match", "label_accuracy", "json_valid", "json_fields", "rouge_l", "bleu", "chrf")
 _ROUNDED = {"nearest": "to nearest", "stochastic": "by chance"}
 _LITTLE = 0.95  # of an update left after rounding
 
@@ -22,7 +22,7 @@ def show_eval(report: EvalReport) -> None:
     out.print(f"{report.data}: {counts}; 95 % intervals in brackets", markup=False, soft_wrap=True)
     table = Table("", "base", tuned, "difference", f"the {tuned} is", "n", box=None)
     for name, both in {**report.figures, **report.tasks}.items():
-        spec = ".1%" if name in _PERCENT else ",.2f" if name == "perplexity" else ".4f"
+        spec = spec_of(name)
         cells = [
             with_interval(both.base, spec),
             with_interval(both.tuned, spec),
@@ -42,24 +42,10 @@ def show_eval(report: EvalReport) -> None:
         out.print(f"\nKept in {report.saved}, all answers beside it.", markup=False, soft_wrap=True)
 
 
-def forgetting_in_words(found: Forgetting) -> str:
-    """Return the rise on general text and the KL to the base in one sentence."""
-    rise, kl = found.rise, found.kl
-
-    return (
-        f"loss on general text {found.base_loss:.4f} (base) {with_interval(rise, '+.4f')} on {found.tokens:,} tokens; "
-        f"KL to the base {with_interval(kl, '.4f')} on {found.kl_tokens:,} targets"
-    )
-
-
 def show_scan(report: ScanReport) -> None:
     """Show what each gain learns and forgets, as a table and as a curve."""
     table = Table("gain", "loss", "change", "token accuracy", "rise on general text", "KL to the base", "", box=None)
-    marks = {report.best: "lowest loss"}
-    marks[report.knee] = f"{marks[report.knee]}, knee" if report.knee in marks else "knee"
-    if report.best_within is not None:
-        what = f"best within {report.budget:g}"
-        marks[report.best_within] = f"{marks.get(report.best_within, '')}, {what}".removeprefix(", ")
+    marks = scan_marks(report)
     for point in report.points:
         change, rise = (with_interval(each, "+.4f") for each in (point.change, point.forgetting.rise))
         figures = (f"{point.loss.value:.4f}", change, f"{point.token_accuracy:.1%}", rise)

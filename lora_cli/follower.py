@@ -9,7 +9,6 @@ from typing import TypeVar
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from lora_cli.console import duration, err
-from lora_cli.figures import forgetting_in_words
 from lora_cli.records import (
     Evaluated,
     Event,
@@ -24,6 +23,7 @@ from lora_cli.records import (
     short,
 )
 from lora_cli.redact import redact
+from lora_cli.run_words import forgetting_in_words
 
 Result = TypeVar("Result")
 _QUIET_SECONDS = 5.0  # without a terminal, steps are reported no more often than this

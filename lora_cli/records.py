@@ -227,6 +227,9 @@ class Start:
     `origins` are by dotted keys of the config; empty where that is not known.
     """
 
+    total_steps: int
+    trainable_parameters: int
+    total_parameters: int
     data: Mapping[str, DataCounts]
     notices: Sequence[str]
     origins: Mapping[str, str]

@@ -139,7 +139,7 @@ def write_start(run: RunDir, start: Start, found: Sequence[Change]) -> None:
         before = run_dir.read_start(run)
     if before is not None:
         kept = {key: origin for key, origin in before.origins.items() if key not in {change.key for change in found}}
-        start = replace(before, origins={**start.origins, **kept})
+        start = replace(start, origins={**start.origins, **kept})
     if start != before:
         storage.write_json(run.start, {"format": FORMAT, **as_json(start)})
 

@@ -81,6 +81,9 @@ class Session:
         }
         own = {key for key, value in flat(config) if value != value_of(self.config, key)}
         return Start(
+            total_steps=self.total_steps(config),
+            trainable_parameters=prepared.trained_parameters(config.lora),
+            total_parameters=prepared.total_parameters(config.lora),
             data={name: count for name, count in counts.items() if count is not None},
             notices=[*notices.of(prepared, config), *untrained_ends(self)],
             origins={key: origins.SEARCH if key in own else origin for key, origin in self.origins.items()},

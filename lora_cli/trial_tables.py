@@ -4,7 +4,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lora_cli.console import gigabytes, out
-from lora_cli.records import TrialEnded, short, with_interval
+from lora_cli.records import short, with_interval
 from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport
 
 
@@ -24,25 +24,16 @@ def _tune(report: TuneReport) -> None:
     keys = list(dict.fromkeys(key for one in report.trials for key in one.values))
     both = any(one.forgetting is not None for one in report.trials)
     table = Table("trial", *keys, "loss", *(["rise on general text"] if both else []), "steps", "", box=None)
-    for one in sorted(report.trials, key=_order):
-        note = "" if one.state == "finished" else one.state
-        if one.number == report.best:
-            note = "the best"
-        elif one.number in report.front:
-            note = "not beaten in both"
-        elif one.excess > 0:
-            note = "over the budget"
+    for one in report.in_order():
         cells = [short(one.values.get(key)) for key in keys]
         loss = "-" if one.loss is None else f"{one.loss:.4f}"
         rise = ["-" if one.forgetting is None else f"{one.forgetting:+.4f}"] if both else []
-        table.add_row(str(one.number), *map(escape, cells), loss, *rise, f"{one.steps}/{one.of_steps}", note)
+        table.add_row(
+            str(one.number), *map(escape, cells), loss, *rise, f"{one.steps}/{one.of_steps}", report.note(one)
+        )
     out.print(table)
     for line in _what_next(report):
         out.print(line, markup=False, soft_wrap=True)
-
-
-def _order(one: TrialEnded) -> tuple[bool, float, float]:
-    return one.state != "finished", one.excess, one.loss if one.loss is not None else float("inf")
 
 
 def _what_next(report: TuneReport) -> list[str]:

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lora_cli"
 FLOORS = [
     "redact",
     "errors",
+    "markup",
     "names",
     "remote_code",
     "json_file",
@@ -20,6 +21,7 @@ FLOORS = [
     "records",
     "reports",
     "search_reports",
+    "run_reports",
     "runtimes",
     "randomness",
     "schema",
@@ -39,6 +41,7 @@ FLOORS = [
     "run_dir",
     "results",
     "metrics",
+    "curves",
     "resume",
     "loss",
     "optim",
@@ -118,7 +121,16 @@ FLOORS = [
     "search_dir",
     "study",
     "tune",
+    "charts",
+    "run_words",
+    "run_facts",
     "tornado",
+    "page_tables",
+    "page_charts",
+    "page_searches",
+    "page",
+    "metrics_table",
+    "report",
     "sensitivity",
     "against_full",
     "train",
@@ -157,7 +169,7 @@ DOORS = {
         "formats.onnx_graph",
         "model",
     },  # environment asks the version
-    "pyarrow": {"corpus", "data_file"},
+    "pyarrow": {"corpus", "data_file", "metrics_table"},
     "huggingface_hub": {"base_folder", "hub"},
     "datasets": {"sources"},
     "safetensors": {"adapter", "adapter_folder", "checkpoint", "environment", "formats.mlx_adapter", "model"},
@@ -292,7 +304,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["version"], ["init", "--schema"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["version"], ["init", "--schema"], ["report", "--help"]]
+)
 def test_no_torch_for_help(arguments: list[str]):
     """Help, version and the schema do not pay for torch."""
     done = run(*arguments)

@@ -36,6 +36,7 @@ app.command()(run_commands.scale)
 app.command()(run_commands.merge)
 app.command()(run_commands.export)
 app.command()(chat_commands.chat)
+app.command()(run_commands.report)
 app.command()(version)
 
 

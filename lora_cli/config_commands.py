@@ -13,6 +13,7 @@ from lora_cli import (
     key_lists,
     launch,
     metrics,
+    origins,
     outlook,
     run_dir,
     storage,
@@ -124,8 +125,10 @@ def train(
         data.require_readable(run_config.data, run_config.eval.general_source)
         launcher.launch(nproc, restarts)
     if ended is None:
-        events = tracking.tracked(training.train(run_config, interrupt.requested(), override), run_config)
-        last = follower.Follower(silent=not is_main, quiet=quiet).follow(events)
+        where = origins.of(run_config, config, overrides or [])
+        events = training.train(run_config, interrupt.requested(), override, where)
+        tracked = tracking.tracked(events, run_config)
+        last = follower.Follower(silent=not is_main, quiet=quiet).follow(tracked)
         assert isinstance(last, Finished), "the loop ends with Finished or raises"
         ended = last
     if not is_main:
@@ -178,7 +181,8 @@ def tune(
         tracking.require(run_config)
         from lora_cli import tune as tuning
 
-        report = follow(tuning.tune(run_config, stop))
+        where = origins.of(run_config, config, [*(overrides or []), *more])
+        report = follow(tuning.tune(run_config, stop, origins=where))
     if json:
         console.print_json(as_json(report))
     else:

@@ -264,19 +264,24 @@ def read(path: Path) -> Document:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Load a config file and apply `a.b=value` overrides. Raises ConfigError with every problem and its place."""
-    return _config_of(read(path), overrides, str(path))
+    return _validate(read_document(path, overrides), str(path))
+
+
+def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
+    """Return a config's values as they are written, each with its place. Raises ConfigError."""
+    return _overridden(read(path), overrides, str(path))
 
 
 def from_values(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Make a config of plain values, as `load` does of a file's. Raises ConfigError."""
     places: dict[Key, str] = {(key,): "config" for key in values}
-    return _config_of(Document(plain(values), places), overrides, "config")
+    return _validate(_overridden(Document(plain(values), places), overrides, "config"), "config")
 
 
-def _config_of(document: Document, overrides: Sequence[str], name: str) -> RunConfig:
+def _overridden(document: Document, overrides: Sequence[str], name: str) -> Document:
     document = _override(document, overrides)
     require_no_secret(document, name)
-    return _validate(document, name)
+    return document
 
 
 def dump(config: RunConfig) -> str:

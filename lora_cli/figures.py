@@ -7,10 +7,10 @@ from rich.text import Text
 from lora_cli import results, tables
 from lora_cli.console import out, say
 from lora_cli.curve import Series, plot
-from lora_cli.records import Forgetting, with_interval
+from lora_cli.records import with_interval
 from lora_cli.reports import CombineReport, EvalReport, MergedLayer, MergeReport, ScaleReport, ScanPoint, ScanReport
+from lora_cli.run_words import forgetting_in_words, scan_marks, spec_of
 
-_PERCENT = ("token_accuracy", "exact_match", "label_accuracy", "json_valid", "json_fields", "rouge_l", "bleu", "chrf")
 _ROUNDED = {"nearest": "to nearest", "stochastic": "by chance"}
 _WIDEST_CURVE, _CURVE_LINES = 70, 14
 _LITTLE = 0.95  # of an update left after rounding
@@ -23,7 +23,7 @@ def show_eval(report: EvalReport) -> None:
     say(f"{report.data}: {counts}; 95 % intervals in brackets")
     rows = list[list[str]]()
     for name, both in {**report.figures, **report.tasks}.items():
-        spec = ".1%" if name in _PERCENT else ",.2f" if name == "perplexity" else ".4f"
+        spec = spec_of(name)
         cells = [
             with_interval(both.base, spec),
             with_interval(both.tuned, spec),
@@ -45,24 +45,10 @@ def show_eval(report: EvalReport) -> None:
         say(f"Kept in {report.saved}, all answers beside it.")
 
 
-def forgetting_in_words(found: Forgetting) -> str:
-    """Return the rise on general text and the KL to the base in one sentence."""
-    rise, kl = found.rise, found.kl
-
-    return (
-        f"loss on general text {found.base_loss:.4f} (base) {with_interval(rise, '+.4f')} on {found.tokens:,} tokens; "
-        f"KL to the base {with_interval(kl, '.4f')} on {found.kl_tokens:,} targets"
-    )
-
-
 def show_scan(report: ScanReport) -> None:
     """Show what each gain learns and forgets, as a table and as a curve."""
     rows = list[list[str]]()
-    marks = {report.best: "lowest loss"}
-    marks[report.knee] = f"{marks[report.knee]}, knee" if report.knee in marks else "knee"
-    if report.best_within is not None:
-        what = f"best within {report.budget:g}"
-        marks[report.best_within] = f"{marks.get(report.best_within, '')}, {what}".removeprefix(", ")
+    marks = scan_marks(report)
     for point in report.points:
         change, rise = (with_interval(each, "+.4f") for each in (point.change, point.forgetting.rise))
         figures = (f"{point.loss.value:.4f}", change, f"{point.token_accuracy:.1%}", rise)

@@ -10,7 +10,6 @@ from rich.live import Live
 
 from lora_cli import interrupt
 from lora_cli.console import duration, err, is_live, say
-from lora_cli.figures import forgetting_in_words
 from lora_cli.panel import RunPanel
 from lora_cli.records import (
     Evaluated,
@@ -26,6 +25,7 @@ from lora_cli.records import (
     short,
 )
 from lora_cli.redact import redact
+from lora_cli.run_words import forgetting_in_words
 from lora_cli.search_panel import SearchPanel
 from lora_cli.standing import SearchStanding, Standing
 

@@ -205,6 +205,21 @@ class TrialEnded:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What was known of a run before its first step: each set of rows, what the user was told, where values came from.
+
+    `origins` are by dotted keys of the config; empty where that is not known.
+    """
+
+    total_steps: int
+    trainable_parameters: int
+    total_parameters: int
+    data: Mapping[str, DataCounts]
+    notices: Sequence[str]
+    origins: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something the user should know, in one sentence; without `warns` it is only news."""
 

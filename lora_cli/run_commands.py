@@ -1,4 +1,4 @@
-"""The commands that read a result: eval, scale, merge, export. What is slow to import is imported inside."""
+"""The commands that read a result: eval, scale, merge, export, report. What is slow to import is imported inside."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from lora_cli import arguments, console, figures, launch, results
 from lora_cli.arguments import Base, General, HeldOutRows, Json, Processes, Push, Quiet, Run
 from lora_cli.errors import InputError
 from lora_cli.records import as_json
+from lora_cli.redact import redacted
 
 # The command of the program that loads each export, as its own documentation has it; the base's place is the user's.
 _LOADED_BY: dict[str, list[str]] = {
@@ -219,3 +220,30 @@ def export(
         console.say(f"Pushed to {report.pushed}.")
     if chosen in _LOADED_BY:
         console.show_next(([word.format(output) for word in _LOADED_BY[chosen]], "runs it"))
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run directories, or those of searches.", show_default=False),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The HTML file; else RUN/report.html, of several ./report.html.", show_default=False),
+    ] = None,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also all measurements as one table: .csv or .parquet.", show_default=False),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show runs on one page: what they gained and forgot, curves, config, data, answers, searches."""
+    from lora_cli import report as reporting
+
+    made = reporting.report(runs, output, metrics)
+    if json:
+        console.print_json(redacted(as_json(made)))
+        return
+    console.say(f"Wrote {made.output}.")
+    if made.metrics is not None:
+        console.say(f"Wrote {made.metrics}.")

@@ -2,6 +2,7 @@
 
 output_dir/
   config.yaml  environment.json  metrics.jsonl  run.json  holder.json (while a process holds it)
+  start.json          counts of each set of rows, notices, where each value of the config came from
   checkpoints/step-000200/  adapter/ (model/ of lora.method full)  evaluations/
   trackers.json (of train.trackers, which write tensorboard/  wandb/  mlruns/ by themselves)
 """
@@ -20,7 +21,7 @@ from typing import Any
 from lora_cli import json_file, names, storage
 from lora_cli.config import RunConfig
 from lora_cli.errors import AdapterError, ConfigError, SurroundingsError, shown
-from lora_cli.records import Finished
+from lora_cli.records import Finished, Start
 
 FORMAT = 1  # of run.json, environment.json and a checkpoint's state.json; those without one are older, and read
 
@@ -46,6 +47,10 @@ class RunDir:
     @property
     def status(self) -> Path:
         return self.path / "run.json"
+
+    @property
+    def start(self) -> Path:
+        return self.path / "start.json"
 
     @property
     def holder(self) -> Path:
@@ -231,6 +236,12 @@ def read_finished(run: RunDir) -> Finished | None:
     return json_file.checked(
         Finished, facts | {"adapter": run.model if run.model.exists() else run.adapter}, run.status
     )
+
+
+def read_start(run: RunDir) -> Start | None:
+    """Return what was known of a run before its first step, where it was written down. Raises AdapterError."""
+    facts = read_facts(run.start)
+    return json_file.checked(Start, facts, run.start) if facts else None
 
 
 def step_folders(run: RunDir) -> Sequence[tuple[int, Path]]:

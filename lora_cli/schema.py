@@ -62,6 +62,15 @@ def rules(section: type[Section], prefix: str = "") -> Iterator[tuple[str, OnRes
             yield prefix + name, next((rule for rule in field.metadata if isinstance(rule, OnResume)), None)
 
 
+def defaults(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over (dotted key, its default) of a section; a key without one is left out."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from defaults(field.annotation, f"{prefix}{name}.")
+        elif not field.is_required():
+            yield prefix + name, field.default
+
+
 def value_of(config: Section, key: str) -> Any:
     """Return the value of a dotted key."""
     return reduce(getattr, key.split("."), config)

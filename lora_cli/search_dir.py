@@ -22,6 +22,7 @@ from lora_cli.config import RunConfig
 from lora_cli.errors import AdapterError, ConfigError
 from lora_cli.run_dir import RunDir
 
+KINDS = ("tune", "sensitivity", "against-full")  # OUTPUT_DIR-tune, ...
 _ATTEMPTS = 50  # to be alone in it for a moment
 
 

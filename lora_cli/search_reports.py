@@ -1,5 +1,6 @@
 """What `lora tune` reports, as plain frozen records: a search, a look at one knob at a time, LoRA beside full."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,23 @@ class TuneReport:
     config: Path | None  # of the best; null: it is not trained yet
     final: Finished | None  # how training the best whole ended
     saved: Path  # where this report lies
+
+    def in_order(self) -> list[TrialEnded]:
+        """Return the trials, the best first, those that did not end last."""
+        return sorted(
+            self.trials,
+            key=lambda one: (one.state != "finished", one.excess, math.inf if one.loss is None else one.loss),
+        )
+
+    def note(self, one: TrialEnded) -> str:
+        """Return what is special about a trial."""
+        if one.number == self.best:
+            return "the best"
+        if one.number in self.front:
+            return "not beaten in both"
+        if one.state != "finished":
+            return one.state
+        return "over the budget" if one.excess > 0 else ""
 
 
 @dataclass(frozen=True)

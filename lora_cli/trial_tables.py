@@ -2,7 +2,7 @@
 
 from lora_cli import tables
 from lora_cli.console import gigabytes, say, show_next
-from lora_cli.records import TrialEnded, short, with_interval
+from lora_cli.records import short, with_interval
 from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport
 
 
@@ -22,18 +22,11 @@ def _tune(report: TuneReport) -> None:
     keys = list(dict.fromkeys(key for one in report.trials for key in one.values))
     both = any(one.forgetting is not None for one in report.trials)
     heads, rows = ["trial", *keys, "loss", *(["rise on general text"] if both else []), "steps", ""], list[list[str]]()
-    for one in sorted(report.trials, key=_order):
-        note = "" if one.state == "finished" else one.state
-        if one.number == report.best:
-            note = "the best"
-        elif one.number in report.front:
-            note = "not beaten in both"
-        elif one.excess > 0:
-            note = "over the budget"
+    for one in report.in_order():
         cells = [short(one.values.get(key)) for key in keys]
         loss = "-" if one.loss is None else f"{one.loss:.4f}"
         rise = ["-" if one.forgetting is None else f"{one.forgetting:+.4f}"] if both else []
-        rows.append([str(one.number), *cells, loss, *rise, f"{one.steps}/{one.of_steps}", note])
+        rows.append([str(one.number), *cells, loss, *rise, f"{one.steps}/{one.of_steps}", report.note(one)])
     tables.show(heads, rows)
     for line in _came_to(report):
         say(line)
@@ -44,10 +37,6 @@ def _tune(report: TuneReport) -> None:
             (["lora", "chat", run], "talk to it"),
             (["lora", "report", run], "curves and figures on one page"),
         )
-
-
-def _order(one: TrialEnded) -> tuple[bool, float, float]:
-    return one.state != "finished", one.excess, one.loss if one.loss is not None else float("inf")
 
 
 def _came_to(report: TuneReport) -> list[str]:

@@ -21,7 +21,10 @@ if TYPE_CHECKING:  # torch is imported only once config and rows are good
 
 
 def tune(
-    config: RunConfig, stop: StopRequest, sampling: "Sampling | None" = None
+    config: RunConfig,
+    stop: StopRequest,
+    sampling: "Sampling | None" = None,
+    origins: Mapping[str, str] | None = None,
 ) -> Generator[Event, None, TuneReport]:
     """Search, or go on with a search; yield what happens and return what came of it.
 
@@ -31,7 +34,7 @@ def tune(
     from lora_cli import study  # where Optuna is not installed this says so, before torch is imported
 
     place = search_dir.of(config)
-    session = yield from open_search(config, place, stop)
+    session = yield from open_search(config, place, stop, origins)
     from lora_cli.optim import start_rate
     from lora_cli.session import with_rate
 
@@ -60,7 +63,9 @@ def tune(
     return report
 
 
-def open_search(config: RunConfig, place: SearchDir, stop: StopRequest) -> Generator[Event, None, "Session"]:
+def open_search(
+    config: RunConfig, place: SearchDir, stop: StopRequest, origins: Mapping[str, str] | None = None
+) -> Generator[Event, None, "Session"]:
     """Load what all trials share, once it is known to be good, and make the search's folder."""
     alone = "several processes share a search when each is started with the same command"
     search_dir.require_ready(config, place, alone)
@@ -79,7 +84,7 @@ def open_search(config: RunConfig, place: SearchDir, stop: StopRequest) -> Gener
     here = environment.describe(largest, place.as_run, prepared, [], world)
     resume.require_same(place.as_run, here)
     search_dir.create(config, place, here)
-    session = open_session(config, prepared, here, stop, world)
+    session = open_session(config, prepared, here, stop, world, origins)
     for text in untrained_ends(session):
         yield Notice(text)
     return session

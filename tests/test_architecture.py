@@ -14,6 +14,7 @@ FLOORS = [
     "redact",
     "errors",
     "stand_ins",
+    "markup",
     "names",
     "remote_code",
     "json_file",
@@ -21,6 +22,7 @@ FLOORS = [
     "records",
     "reports",
     "search_reports",
+    "run_reports",
     "runtimes",
     "randomness",
     "memory_use",
@@ -31,6 +33,7 @@ FLOORS = [
     "config_checks",
     "strict_yaml",
     "config_file",
+    "origins",
     "launch",
     "interrupt",
     "disk",
@@ -40,6 +43,7 @@ FLOORS = [
     "run_dir",
     "results",
     "metrics",
+    "curves",
     "resume",
     "trackers.tracker",
     "trackers.recorder",
@@ -143,7 +147,16 @@ FLOORS = [
     "search_dir",
     "study",
     "tune",
+    "charts",
+    "run_words",
+    "run_facts",
     "tornado",
+    "page_tables",
+    "page_charts",
+    "page_searches",
+    "page",
+    "metrics_table",
+    "report",
     "sensitivity",
     "against_full",
     "train",
@@ -194,7 +207,7 @@ DOORS = {
         "formats.onnx_graph",
         "model",
     },  # environment asks the version
-    "pyarrow": {"corpus", "data_file"},
+    "pyarrow": {"corpus", "data_file", "metrics_table"},
     "huggingface_hub": {"base_folder", "hub"},
     "datasets": {"sources"},
     "safetensors": {"adapter", "adapter_folder", "checkpoint", "environment", "formats.mlx_adapter", "model"},
@@ -333,7 +346,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["version"], ["init", "--schema"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["version"], ["init", "--schema"], ["report", "--help"]]
+)
 def test_no_torch_for_help(arguments: list[str]):
     """Help, version and the schema do not pay for torch."""
     done = run(*arguments)

@@ -102,8 +102,8 @@ def test_what_was_run_is_not_run_again(report: SensitivityReport, config: Path):
 def test_the_picture_says_what_the_report_does(report: SensitivityReport):
     """One bar for each change, in the direction of it, and the noise behind them."""
     svg = ElementTree.fromstring(report.plot.read_text())
-    names = {"half": "#3b78b5", "twice": "#d1762a", "noise": "#e6e6e6"}
-    bars = {name: [b for b in svg.findall(".//{*}rect") if b.get("fill") == colour] for name, colour in names.items()}
+    names = {"half": "f0", "twice": "f1", "noise": "noise"}
+    bars = {name: [b for b in svg.findall(".//{*}rect") if b.get("class") == kind] for name, kind in names.items()}
     texts = [text.text for text in svg.findall(".//{*}text")]
     halves = sum(value < knob.value for knob in report.knobs for value in knob.values)
     doubles = sum(value > knob.value for knob in report.knobs for value in knob.values)

@@ -8,7 +8,6 @@ from lora_cli.arguments import Json
 app = typer.Typer(
     help="Fine-tune Hugging Face language models with LoRA, from one YAML file.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -145,6 +145,7 @@ FLOORS = [
     "trial_tables",
     "follower",
     "launcher",
+    "completion",
     "arguments",
     "ending",
     "config_commands",
@@ -155,7 +156,7 @@ FLOORS = [
 
 DOORS = {
     "yaml": {"strict_yaml"},
-    "pydantic": {"config", "config_file", "data_config", "json_file", "schema", "space"},
+    "pydantic": {"completion", "config", "config_file", "data_config", "json_file", "schema", "space"},
     "transformers": {
         "chat_template",
         "environment",
@@ -170,7 +171,7 @@ DOORS = {
     "bitsandbytes": {"quantised"},
     "optuna": {"study"},
     "gguf": {"formats.gguf_file"},
-    "typer": {"arguments", "cli", "config_commands", "run_commands"},
+    "typer": {"arguments", "cli", "completion", "config_commands", "run_commands"},
     "tensorboard": {"trackers.tensorboard"},
     "wandb": {"trackers.wandb"},
     "google": {"trackers.wandb"},  # protobuf, which wandb's records are made of

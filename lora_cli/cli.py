@@ -2,8 +2,7 @@
 
 import typer
 
-from lora_cli import __version__, config_commands, console, ending, run_commands
-from lora_cli.arguments import Json
+from lora_cli import config_commands, ending, run_commands, tool_commands
 
 app = typer.Typer(
     help="Fine-tune Hugging Face language models with LoRA, from one YAML file.",
@@ -11,17 +10,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-def version(json: Json = False) -> None:
-    """Print the version."""
-    from importlib import metadata
-
-    versions = {"lora": __version__} | {name: metadata.version(name) for name in ("torch", "transformers")}
-    if json:
-        console.print_json(versions)
-    else:
-        console.print_text(", ".join(f"{name} {number}" for name, number in versions.items()))
 
 
 app.command()(config_commands.init)
@@ -32,7 +20,8 @@ app.command(name="eval")(run_commands.evaluate)
 app.command()(run_commands.scale)
 app.command()(run_commands.merge)
 app.command()(run_commands.export)
-app.command()(version)
+app.command()(tool_commands.doctor)
+app.command()(tool_commands.version)
 
 
 def main() -> None:

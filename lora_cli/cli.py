@@ -2,29 +2,14 @@
 
 import typer
 
-from lora_cli import __version__, chat_commands, config_commands, console, ending, run_commands
-from lora_cli.arguments import Json
-from lora_cli.records import as_json
-from lora_cli.reports import VersionReport
+from lora_cli import chat_commands, config_commands, ending, run_commands, tool_commands
 
 app = typer.Typer(
     help="Fine-tune Hugging Face language models with LoRA, from one YAML file.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-def version(json: Json = False) -> None:
-    """Print the version."""
-    from importlib import metadata
-
-    versions = as_json(VersionReport(__version__, metadata.version("torch"), metadata.version("transformers")))
-    if json:
-        console.print_json(versions)
-    else:
-        console.print_text(", ".join(f"{name} {number}" for name, number in versions.items()))
 
 
 app.command()(config_commands.init)
@@ -37,7 +22,8 @@ app.command()(run_commands.merge)
 app.command()(run_commands.export)
 app.command()(chat_commands.chat)
 app.command()(run_commands.report)
-app.command()(version)
+app.command()(tool_commands.doctor)
+app.command()(tool_commands.version)
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ import typer
 
 from lora_cli import arguments, console, figures, launch, results
 from lora_cli.arguments import Base, General, HeldOutRows, Json, Processes, Push, Quiet, Run
+from lora_cli.completion import runs as runs_begun
+from lora_cli.completion import words
 from lora_cli.errors import InputError
 from lora_cli.records import as_json
 from lora_cli.redact import redacted
@@ -34,7 +36,11 @@ def evaluate(
     base: Base = None,
     answers: Annotated[int, typer.Option(min=0, help="At most so many rows are answered by generation.")] = 200,
     metric: Annotated[
-        list[str], typer.Option(help="exact-match | json | rouge-l | bleu | chrf | label; may be given several times.")
+        list[str],
+        typer.Option(
+            help="exact-match | json | rouge-l | bleu | chrf | label; may be given several times.",
+            autocompletion=words("exact-match", "json", "rouge-l", "bleu", "chrf", "label"),
+        ),
     ] = ["exact-match"],  # noqa: B006 - typer copies it
     extract: Annotated[
         str | None,
@@ -120,19 +126,41 @@ def scale(
 
 def merge(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Runs, checkpoints or PEFT adapters.", show_default=False)
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Runs, checkpoints or PEFT adapters.", show_default=False, autocompletion=runs_begun
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
-    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16: what is written.")] = "keep",
-    rounding: Annotated[str, typer.Option(help="nearest, or stochastic: small updates are not lost.")] = "nearest",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="keep, float32, bfloat16 or float16: what is written.",
+            autocompletion=words("keep", "float32", "bfloat16", "float16"),
+        ),
+    ] = "keep",
+    rounding: Annotated[
+        str,
+        typer.Option(
+            help="nearest, or stochastic: small updates are not lost.", autocompletion=words("nearest", "stochastic")
+        ),
+    ] = "nearest",
     onto: Annotated[
-        str, typer.Option(help="stored, or dequantised: of a base that was trained quantised, which weights.")
+        str,
+        typer.Option(
+            help="stored, or dequantised: of a base that was trained quantised, which weights.",
+            autocompletion=words("stored", "dequantised"),
+        ),
     ] = "stored",
     weights: Annotated[
         str | None, typer.Option(metavar="W...", help="Of several adapters: 0.7 0.3; else 1 each.", show_default=False)
     ] = None,
     method: Annotated[
-        str, typer.Option(help="linear (the exact sum), ties or dare: how several are added.")
+        str,
+        typer.Option(
+            help="linear (the exact sum), ties or dare: how several are added.",
+            autocompletion=words("linear", "ties", "dare"),
+        ),
     ] = "linear",
     density: Annotated[
         float | None, typer.Option(help="Share of entries that ties (0.2) or dare (0.1) keeps.", show_default=False)
@@ -188,10 +216,17 @@ def export(
         str,
         typer.Option(
             help="The adapter: peft (PEFT, vLLM, transformers), mlx (mlx-lm), gguf-lora (llama.cpp). Base + adapter: "
-            "gguf (llama.cpp), ollama (with a Modelfile), onnx (a graph)."
+            "gguf (llama.cpp), ollama (with a Modelfile), onnx (a graph).",
+            autocompletion=words("peft", "gguf", "gguf-lora", "ollama", "mlx", "onnx"),
         ),
     ] = "peft",
-    gguf_type: Annotated[str, typer.Option(help="f32, f16, bf16 or q8_0: how a GGUF file stores matrices.")] = "f16",
+    gguf_type: Annotated[
+        str,
+        typer.Option(
+            help="f32, f16, bf16 or q8_0: how a GGUF file stores matrices.",
+            autocompletion=words("f32", "f16", "bf16", "q8_0"),
+        ),
+    ] = "f16",
     base: Base = None,
     push: Push = None,
     quiet: Quiet = False,

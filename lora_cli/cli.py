@@ -34,6 +34,7 @@ app.command()(run_commands.scale)
 app.command()(run_commands.merge)
 app.command()(run_commands.export)
 app.command()(chat_commands.chat)
+app.command()(chat_commands.serve)
 app.command()(version)
 
 

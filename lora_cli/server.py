@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 BASE = "base"  # the name of the model without any adapter
 MOST_BYTES = 4 << 20  # of a request
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
-_SECONDS_TO_END = 3  # in which answers under way end once the server is stopped
+_SECONDS_TO_END = 1  # in which answers under way end once the server is stopped
 
 
 class Server:

@@ -23,7 +23,7 @@ class Chat:
     manner: Manner = Manner()  # noqa: RUF009 - frozen
     system: str = ""
     turns: list[tuple[str, str]] = field(default_factory=list)  # (question, answer)
-    said: Said | None = None  # the last answer
+    said: Said | None = None  # the last answer, whoever gave it
     _draws: int = 0  # answers that the last question was given before
 
     def __post_init__(self) -> None:
@@ -63,12 +63,12 @@ class Chat:
     def by_base(self, stopped: Callable[[], bool] = never) -> Iterator[str]:
         """Answer the last question by the base, on the same history; the conversation stays as it is."""
         self._require_turn()
-        turns, said = self.turns, self.said
+        turns = self.turns
         self.turns = turns[:-1]
         try:
             yield from self._answer(turns[-1][0], stopped, gain=0.0)
         finally:
-            self.turns, self.said = turns, said
+            self.turns = turns
 
     def _answer(self, question: str, stopped: Callable[[], bool], gain: float | None = None) -> Iterator[str]:
         sampling = self.manner.sampling

@@ -3,13 +3,15 @@
 import os
 import stat
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from lora_cli import arguments
+from lora_cli import arguments, console
 from lora_cli.arguments import Base, Json, Run
 from lora_cli.errors import InputError
+from lora_cli.records import as_json
 
 _Device = Literal["auto", "cpu", "cuda", "mps"]
 _Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -101,3 +103,62 @@ def require_known(device: str | None, dtype: str | None) -> None:
         arguments.one_of("--device", device, _Device)
     if dtype is not None:
         arguments.one_of("--dtype", dtype, _Dtype)
+
+
+def serve(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Runs, checkpoints or adapters of one base.", show_default=False),
+    ],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The environment variable with the key to ask for.", show_default=False),
+    ] = None,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Answer clients of OpenAI's API, to try what was trained."""
+    key = _key(api_key_env)
+    require_known(device, dtype)
+    from lora_cli import server, tuned
+    from lora_cli.chat_reports import ServeReport
+    from lora_cli.distributed import current_world
+    from lora_cli.speaker import Speaker
+
+    with server.listen(host, port) as listening:
+        results = [tuned.find_any(run, base) for run in runs]
+        names = _names([tuned.name_of(result) for result in results], runs, server.BASE)
+        speaker = Speaker(results, current_world(device or results[0].base.device).device, dtype)
+        local = host in ("127.0.0.1", "localhost", "::1")
+        app = server.Server(speaker, names, key, local).app()
+        shown_host = f"[{host}]" if ":" in host else host
+        report = ServeReport(f"http://{shown_host}:{listening.getsockname()[1]}/v1", [*names, server.BASE])
+        if not local and key is None:
+            console.message(f"warning: whoever reaches {host} can use it; --api-key-env NAME asks for a key.")
+        if json:
+            console.print_json(as_json(report))
+        else:
+            console.print_text(f"{report.url} answers as {', '.join(report.models)}; Ctrl-C ends it.")
+        server.serve(app, listening)
+
+
+def _key(variable: str | None) -> str | None:
+    """Return the key that an environment variable holds. Raises InputError where it holds none."""
+    if variable is None:
+        return None
+    if not (key := os.environ.get(variable, "").strip()):
+        raise InputError(f"--api-key-env {variable[:40]}: this environment variable is not set.")
+    return key
+
+
+def _names(names: list[str], runs: list[Path], taken: str) -> list[str]:
+    """Return the name of each run: its short one, or its path where another has that too. Raises InputError."""
+    several = {name for name in names if names.count(name) > 1} | {taken}
+    found = [str(run) if name in several else name for name, run in zip(names, runs, strict=True)]
+    if len(set(found)) < len(found) or taken in found:
+        raise InputError(f"RUN: each needs a name of its own, and not {taken}; found {', '.join(found)[:200]}.")
+    return found

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +45,12 @@ class Answer:
         self._most = most
         self._manner = manner
         self._voice = voice
-        self._times: list[float] = []
+        self._times = [time.perf_counter()]
+        self._reused = 0
         self._ended = False
         self._pieces: list[str] = []
 
-    def pieces(self, stopped: Callable[[], bool] = never) -> Iterator[str]:
+    def pieces(self, stopped: Callable[[], bool] = never) -> Generator[str, None, None]:
         """Iterate over the text; `stopped` is asked before every token, and ends it. One answer at a time."""
         self._times = [time.perf_counter()]
         stream = TextStream(self._speaker.tokenizer, self._manner.stops)
@@ -65,6 +66,7 @@ class Answer:
         decoder = self._speaker.decoder
         for token in decoder.decode(self._prompt, self._manner.sampling, self._most, stopped):
             self._times.append(time.perf_counter())
+            self._reused = decoder.reused
             if token in decoder.ends:
                 self._ended = True
                 return
@@ -80,7 +82,7 @@ class Answer:
             text="".join(self._pieces),
             finish_reason=reason,
             prompt_tokens=len(self._prompt),
-            reused_tokens=self._speaker.decoder.reused,
+            reused_tokens=self._reused,
             left_out_turns=self._left_out,
             tokens=len(times),
             first_seconds=times[0] - began if times else None,

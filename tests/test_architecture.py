@@ -184,6 +184,8 @@ FLOORS = [
     "key_lists",
     "tables",
     "curve",
+    "openai_api",
+    "server",
     "figures",
     "summary",
     "outlook",
@@ -240,6 +242,8 @@ DOORS = {
     "google": {"trackers.wandb"},  # protobuf, which wandb's records are made of
     "mlflow": {"trackers.mlflow"},
     "lm_eval": {"harness"},
+    "starlette": {"server"},
+    "uvicorn": {"server"},
     "onnxruntime": {"formats.onnx_graph"},
     "sacrebleu": {"scoring"},
     "rouge_score": {"scoring"},

@@ -1,7 +1,7 @@
 """lora init --from: the config of another program as one of ours, with what became of each of its keys."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def convert(path: Path, written: Path, processes: int = 1) -> ConversionReport:
     source = Source({key: _hidden(key, value) for key, value in config_file.read(path).values.items()}, path, processes)
     peer = recognise(source)
     place = {key: index for index, key in enumerate(source.values)}
-    outcomes, problems = _accepted(list(_outcomes(peer, source)))
+    outcomes, problems = _accepted(list(_agreed(_outcomes(peer, source))))
     outcomes.sort(key=lambda one: place.get("" if isinstance(one, Unsaid) else one.key.split("[")[0], len(place)))
     report = ConversionReport(
         written,
@@ -120,6 +120,20 @@ def _by_table(peer: Peer, key: str, value: Any) -> Outcome:
     return NotPossible(key, value, reason_for(key, peer.other_training) or unknown, True)
 
 
+def _agreed(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+    """Iterate over outcomes of which no two set one key to different values: what is said first decides."""
+    kept = list(outcomes)
+    first: dict[str, Taken] = {}
+    for one in kept:
+        if isinstance(one, Taken):
+            first.setdefault(one.ours, one)
+    for one in kept:
+        if isinstance(one, Taken) and one.our_value != first[one.ours].our_value:
+            yield NotPossible(one.key, one.value, f"contradicts {first[one.ours].key}", True)
+        elif not isinstance(one, Unsaid) or one.ours not in first:
+            yield one
+
+
 def settings(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return the value of each key that is set here, by its dotted name."""
     return {one.ours: one.our_value for one in outcomes if isinstance(one, Taken | Unsaid)}
@@ -167,9 +181,9 @@ def _accepted(outcomes: list[Outcome]) -> tuple[list[Outcome], list[NotPossible]
 
 
 def _reason(key: str, refused: Mapping[str, str]) -> str | None:
-    """Return why a key is refused; a source of the list of sources is refused whole."""
-    plain = key.split("[")[0]
-    return next((why for name, why in refused.items() if name in (key, plain) or name.startswith(f"{key}.")), None)
+    """Return why a key is refused; what is wrong with the whole list of sources is wrong with each of them."""
+    dotted, whole = re.sub(r"\[(\d+)\]", r".\1", key), key.split("[")[0]
+    return next((why for name, why in refused.items() if name == whole or f"{name}.".startswith(f"{dotted}.")), None)
 
 
 # --- the file ---
@@ -188,9 +202,8 @@ def text(report: ConversionReport) -> str:
         if lost:
             lines += [f"# {head}:", *(f"#   {said(left.key, left.value)} - {left.why}" for left in lost)]
     values = settings([*report.unsaid, *report.taken])
-    order = {key: place for place, (key, _) in enumerate(rules(RunConfig))}
     above: list[str] = []
-    for key in sorted(values, key=lambda key: order[key.split("[")[0]]):
+    for key in sorted(values, key=_place):
         *sections, name = key.split(".")
         for depth, section in enumerate(sections):
             if above[: depth + 1] != sections[: depth + 1]:
@@ -201,6 +214,16 @@ def text(report: ConversionReport) -> str:
         lines.append(f"{head}: {dump_inline(values[key])}".ljust(34) + f" # {_origin(report, key)}")
         above = sections
     return "\n".join(lines) + "\n"
+
+
+_ORDER = {key: place for place, (key, _) in enumerate(rules(RunConfig))}
+
+
+def _place(key: str) -> tuple[int, int, bool]:
+    """Return where a key stands: as in the schema; sources of a list one after another, their paths first."""
+    base, _, rest = key.partition("[")
+    index, _, name = rest.partition("].")
+    return _ORDER[base], int(index or 0), name != "path"
 
 
 def _opened(outer: Sequence[str], section: str) -> list[str]:

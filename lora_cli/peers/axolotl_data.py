@@ -23,7 +23,15 @@ from lora_cli.sources import is_hub_id
 _LOADERS = ("json", "csv", "parquet")  # a path that only says how data_files are read
 _TEMPLATES = {"chatml": "chatml", "alpaca": "alpaca"}
 _ROLES = {"system": {"system"}, "user": {"user", "human"}, "assistant": {"assistant", "gpt", "model"}, "tool": {"tool"}}
-_MESSAGE_KEYS = ("field_messages", "message_property_mappings", "message_field_role", "message_field_content")
+# What the keys that are read may hold.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("path", "split", "name", "field", "field_messages", "field_tools"), str),
+    **dict.fromkeys(("message_field_role", "message_field_content"), str),
+    "type": (str, dict),
+    "data_files": (str, list),
+    "message_property_mappings": dict,
+}
+MESSAGE_KEYS = ("field_messages", "message_property_mappings", "message_field_role", "message_field_content")
 
 
 def holds_out(source: Source) -> bool:
@@ -49,7 +57,9 @@ def _datasets(source: Source) -> Iterator[Outcome]:
 
 def _entry(entry: Mapping[str, Any], at: str, place: Place) -> Iterator[Outcome]:
     """Iterate over what becomes of each key of one training set."""
-    found = [*_path(entry, at, place), *_rows(entry, at, place)]
+    given = {key: value for key, value in entry.items() if not is_off(value)}
+    readable = {key: value for key, value in given.items() if isinstance(value, _KINDS.get(key, object))}
+    found = [*_path(readable, at, place), *_rows(readable, at, place)]
     yield from found
     done = {getattr(outcome, "key", "").removeprefix(at) for outcome in found}
     for key, value in entry.items():
@@ -57,6 +67,8 @@ def _entry(entry: Mapping[str, Any], at: str, place: Place) -> Iterator[Outcome]
             continue
         if is_off(value):
             yield NotNeeded(at + key, value, "says nothing")
+        elif key in _KINDS:
+            yield NotPossible(at + key, value, "is not what their program takes here", True)
         elif key in ROW_FIXED:
             yield ROW_FIXED[key].outcome(at + key, value)
         elif key == "chat_template":
@@ -76,7 +88,10 @@ def _path(entry: Mapping[str, Any], at: str, place: Place) -> Iterator[Outcome]:
     files = [files] if isinstance(files, str) else files
     joined = [str(file) if path in _LOADERS else f"{path}/{file}" for file in files]
     place_path = joined[0] if joined else path
-    yield Taken(f"{at}path", entry.get("path"), place.key("path"), place_path)
+    if path:
+        yield Taken(f"{at}path", path, place.key("path"), place_path)
+    else:
+        yield Unsaid(place.key("path"), place_path or "train.jsonl", "no path is said there; put yours here")
     if joined and (len(joined) > 1 or (path not in _LOADERS and is_hub_id(path))):
         why = f"name each file as a source of its own under data.train; {place_path} is written"
         yield NotPossible(f"{at}data_files", entry["data_files"], why, True)
@@ -108,7 +123,7 @@ def _rows(entry: Mapping[str, Any], at: str, place: Place) -> Iterator[Outcome]:
         case _ if kind is not None:
             why = "data.format is left at auto, by the keys of the rows; where that fails, name one (docs/data.md)"
             yield NotPossible(f"{at}type", kind, why, True)
-    unread = [key for key in ("field", *_MESSAGE_KEYS) if entry.get(key) is not None]
+    unread = [key for key in ("field", *MESSAGE_KEYS) if entry.get(key) is not None]
     if family not in ("chat_template", "sharegpt"):
         unread = [key for key in unread if not (key == "field" and family == "completion" and entry["field"] != "text")]
         yield from (NotNeeded(at + key, entry[key], f"type {family} does not read it") for key in unread)
@@ -124,7 +139,7 @@ def _messages(entry: Mapping[str, Any], at: str, place: Place, family: str) -> I
     others = {key for key, name in names.items() if key not in ("role", "content") and key != name}
     if format is None or others:
         why = "messages are {role, content} or {from, value} here: rename the keys in the rows"
-        for key in ("type", *_MESSAGE_KEYS):
+        for key in ("type", *MESSAGE_KEYS):
             if entry.get(key) is not None:
                 yield NotPossible(at + key, entry[key], why, True)
         return

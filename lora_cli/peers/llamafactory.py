@@ -45,14 +45,14 @@ def _start(source: Source) -> Iterator[Outcome]:
 
 def _base_numbers(source: Source) -> Iterator[Outcome]:
     """Iterate over what becomes of the keys that say in how many bits the frozen base is kept."""
-    kinds = {4: "nf4", 8: "int8"}
+    kinds: dict[float, str] = {4: "nf4", 8: "int8"}
     for key, value in source.given("quantization_bit"):
         method, kind = str(source.get("quantization_method", "bnb")), source.get("quantization_type", "nf4")
         if is_full(source):
             yield NotNeeded(key, value, "weights that are trained are float32 here")
-        elif value in kinds and (value == 8 or kind == "nf4"):
+        elif (ours := kinds.get(source.number(key) or 0)) and (ours == "int8" or kind == "nf4"):
             differs = None if method in ("bnb", "bitsandbytes") else f"by bitsandbytes, not {method}"
-            yield Taken(key, value, "model.quantization", kinds[value], differs)
+            yield Taken(key, value, "model.quantization", ours, differs)
         else:
             yield NotPossible(key, value, "model.quantization is nf4 or int8; none is written", True)
     for one in source.given("quantization_method", "quantization_type", "double_quantization"):

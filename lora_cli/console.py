@@ -54,6 +54,11 @@ out = Console(highlight=False, emoji=False, width=_WIDTH)
 err = Console(file=cast(IO[str], _Messages()), stderr=True, highlight=False, emoji=False)
 
 
+def is_interactive() -> bool:
+    """Return whether somebody can be asked: both what is typed and what is shown belong to a terminal."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def print_json(values: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout."""
     text = json.dumps(values, ensure_ascii=False)

@@ -33,9 +33,11 @@ def decide(seen: Survey, keep: bool = False) -> list[Decision]:
     return sorted(made, key=lambda each: order.index(each.key))
 
 
-def warnings(seen: Survey) -> Iterator[str]:
+def warnings(seen: Survey, keep: bool = False) -> Iterator[str]:
     """Iterate over what to know of the data, the model and the machine before training."""
     yield from seen.warnings
+    if keep:
+        yield "Where it was measured, general rows mixed in (data.replay) did most against forgetting; name yours."
     data, model, fit = seen.data, seen.model, _fit(seen)
     if data is not None and "chosen" in str(data.settings):
         yield "The rows are preference pairs: their chosen answers are learned, and nothing from the rejected ones."

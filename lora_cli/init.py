@@ -2,7 +2,7 @@
 
 import glob
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 
 from lora_cli import base_folder, config_file, config_text, first_config, interrupt, recipe, storage
@@ -28,7 +28,7 @@ def init(path: Path, given: Mapping[str, str], keep: bool = False) -> Generator[
         recipe=None,
         seen=seen,
         decisions=decisions,
-        warnings=list(first_config.warnings(seen)),
+        warnings=list(first_config.warnings(seen, keep)),
         next=[f"lora check {path}", f"lora train {path}"],
     )
 
@@ -81,8 +81,17 @@ def _look(model: str, train: str) -> Generator[Notice | Preparing, None, Survey]
     if not has_rows:
         what = "taken for a data set of the hub, and not fetched" if is_hub_id(train) else "not here yet"
         missing.append(f"{train} is {what}, so no row was looked at.")
+    missing += _beside(Path(train).expanduser())
     if not has_model and not has_rows:
         return Survey(None, None, None, missing)
     from lora_cli import survey
 
     return (yield from survey.survey(model if has_model else None, train if has_rows else None, missing))
+
+
+def _beside(train: Path) -> Iterator[str]:
+    """Say where rows to hold out lie beside the training data."""
+    names = (f"{name}{''.join(train.suffixes)}" for name in ("validation", "valid", "val", "dev", "heldout", "eval"))
+    found = next((path for name in names if (path := train.with_name(name)).is_file() and path != train), None)
+    if found is not None and train.is_file():
+        yield f"{found} lies beside it: data.validation can name it, in the place of a share of the training rows."

@@ -1,5 +1,6 @@
 """What `lora init` looks at: the rows, the model's config and tokenizer, the machine. Nothing is fetched or written."""
 
+import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_cli import columns, data, dataset, model, notices
+from lora_cli import columns, data, dataset, model, notices, quantised
 from lora_cli.config import ModelConfig, RunConfig
 from lora_cli.config_text import nested
 from lora_cli.data_reader import DataReader, News
 from lora_cli.dataset import Dataset
 from lora_cli.distributed import current_world, free_memory
-from lora_cli.errors import DataError
+from lora_cli.errors import DataError, ModelError, SurroundingsError
 from lora_cli.init_report import DataFacts, Fit, MachineFacts, ModelFacts, Survey
 from lora_cli.memory import estimate_memory
 from lora_cli.model import ModelHeader
@@ -34,16 +35,34 @@ _WAYS: Sequence[Mapping[str, Any]] = (
 def survey(path: str | None, train: str | None, missing: Sequence[str]) -> Generator[News, None, Survey]:
     """Look at a model and at training data, as far as they are here; `missing` says what is not.
 
-    Raises DataError with all rows that are wrong, ModelError.
+    Raises DataError with all rows that are wrong. What is wrong with the model is a warning: `lora check` refuses it.
     """
-    header = model.read_header(ModelConfig(path=path), weights=False) if path else None
-    facts, rows = None, None
+    warnings = list(missing)
+    header, facts, rows, known = None, None, None, None
+    with _noted(warnings):
+        header = model.read_header(ModelConfig(path=path), weights=False) if path else None
     if train is not None:
         facts, rows = yield from _look_at_rows(train, header)
-    warnings = list(notices.of_data("train", facts.counts)) if facts and facts.counts else []
-    known = _model_facts(header) if header else None
-    lengths = rows.lengths if rows is not None else np.array([_USUAL])
-    return Survey(facts, known, _machine(header, lengths), [*missing, *warnings])
+    if facts is not None and facts.counts is not None:
+        warnings += notices.of_data("train", facts.counts)
+    lengths, fits = rows.lengths if rows is not None else np.array([_USUAL]), []
+    device = current_world("auto").device
+    with _noted(warnings):
+        known = _model_facts(header) if header else None
+        fits = list(_fits(header, lengths, device)) if header else []
+        quantised.require_installed(fits[-1].settings.get("model.quantization") if fits else None)
+    devices = torch.cuda.device_count() if device.type == "cuda" else 1
+    machine = MachineFacts(device.type, devices, usable_processors(), free_memory(device), fits)
+    return Survey(facts, known, machine, warnings)
+
+
+@contextlib.contextmanager
+def _noted(warnings: list[str]) -> Iterator[None]:
+    """Go on where a model cannot be used as it is, and say what is wrong with it."""
+    try:
+        yield
+    except (ModelError, SurroundingsError) as error:
+        warnings += error.problems
 
 
 def _config(settings: Mapping[str, Any]) -> RunConfig:
@@ -127,13 +146,6 @@ def _model_facts(header: ModelHeader) -> ModelFacts:
         chat_template=bool(header.tokenizer.chat_template),
         weights=bool(list(Path(header.folder).glob("*.safetensors"))),
     )
-
-
-def _machine(header: ModelHeader | None, lengths: np.ndarray) -> MachineFacts:
-    device = current_world("auto").device
-    devices = torch.cuda.device_count() if device.type == "cuda" else 1
-    fits = list(_fits(header, lengths, device)) if header else []
-    return MachineFacts(device.type, devices, usable_processors(), free_memory(device), fits)
 
 
 def _fits(header: ModelHeader, lengths: np.ndarray, device: torch.device) -> Iterator[Fit]:

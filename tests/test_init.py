@@ -265,6 +265,23 @@ def test_what_is_not_here_is_said_and_the_rest_is_defaults(invoke: Invoke, tmp_p
     assert config_file.load(tmp_path / "d.yaml").data.validation == 6
 
 
+def test_a_model_that_cannot_be_used_is_a_note(invoke: Invoke, tmp_path: Path):
+    """The rows are counted all the same, and the config is written; so is where rows to hold out lie."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(
+        '{"model_type": "llama", "auto_map": 1, "is_encoder_decoder": true}'
+    )
+    rows = write_rows(tmp_path / "train.jsonl", [conversation(number) for number in range(30)])
+    beside = write_rows(tmp_path / "valid.jsonl", [conversation(number) for number in range(50, 60)])
+    path = tmp_path / "c.yaml"
+    report = json.loads(invoke("init", path, "--model", tmp_path / "model", "--data", rows, "--json")[1])
+
+    assert (report["seen"]["data"]["rows"], report["seen"]["model"]) == (30, None)
+    assert any("is an encoder-decoder model" in text for text in report["warnings"])
+    assert any(text.startswith(f"{beside} lies beside it") for text in report["warnings"])
+    assert config_file.load(path).model.path == str(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [("", "has no rows"), ('{"messages": 3}\n', "messages"), ('{"a": 1}\n', "has the keys a"), ("{\n", "not JSON")],
@@ -356,7 +373,8 @@ def test_every_way_is_tried_for_a_model_that_is_too_large(tmp_path: Path):
 
 
 def test_keeping_what_it_knows_is_a_budget():
-    """The answer yes to the last question."""
+    """The answer yes to the last question, and a word on what does more."""
+    assert "data.replay" in " ".join(first_config.warnings(seen(400), keep=True))
     assert Decision("eval.forgetting_budget", 0.1, "what it knows is to stay: nats on general text") in (
         first_config.decide(seen(400), keep=True)
     )

@@ -158,9 +158,9 @@ class SaveConfig(Section):
 class Range(Section):
     """Values between which lora tune searches; whole numbers for keys that take only those."""
 
-    low: Int | Float  # the smallest value
-    high: Int | Float  # the largest
-    log: Bool = False  # even in the logarithm
+    low: Int | Float = Field(description="the smallest value")
+    high: Int | Float = Field(description="the largest value")
+    log: Bool = Field(False, description="even in the logarithm")
 
 
 Choices = Annotated[tuple[Any, ...], Field(min_length=1)]
@@ -188,7 +188,7 @@ class TuneConfig(Section):
 class RunConfig(Section):
     """One training run."""
 
-    model: Annotated[ModelConfig, BeforeValidator(path_to_section)]
+    model: Annotated[ModelConfig, BeforeValidator(path_to_section, json_schema_input_type=Text | ModelConfig)]
     lora: LoraConfig = LoraConfig()
     data: DataConfig
     train: TrainConfig = TrainConfig()

@@ -16,15 +16,13 @@ from lora_cli import (
     origins,
     outlook,
     run_dir,
-    storage,
     summary,
     tracking,
     trial_tables,
 )
 from lora_cli.arguments import Config, Json, Overrides, Processes, Quiet, Restarts
-from lora_cli.errors import ConfigError, InputError
+from lora_cli.errors import InputError
 from lora_cli.records import Finished, as_json
-from lora_cli.reports import InitReport
 from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport
 from lora_cli.standing import SearchStanding
 
@@ -33,9 +31,14 @@ DEFAULT_MODEL, DEFAULT_DATA, DEFAULT_OUTPUT = "HuggingFaceTB/SmolLM2-135M-Instru
 
 def init(
     path: Annotated[Path, typer.Argument(help="The config to write.")] = Path("train.yaml"),
-    model: Annotated[str, typer.Option(help="Hub id or folder.")] = DEFAULT_MODEL,
-    data: Annotated[str, typer.Option(help="The training data.")] = DEFAULT_DATA,
-    output_dir: Annotated[str, typer.Option(help="Where the run will be written.")] = DEFAULT_OUTPUT,
+    model: Annotated[str | None, typer.Option(help="Hub id or folder.", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option(help="The training data.", show_default=False)] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Where the run will be written.", show_default=False)] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Write this recipe; list names them.", show_default=False)
+    ] = None,
+    list_recipes: Annotated[bool, typer.Option("--list", help="Name the recipes and write nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing; also so without a terminal.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the config's JSON Schema and write nothing.")] = False,
     from_: Annotated[
         Path | None,
@@ -44,34 +47,48 @@ def init(
     from_processes: Annotated[int, typer.Option(min=1, help="With --from: the processes that config was run on.")] = 1,
     json: Json = False,
 ) -> None:
-    """Write a commented config to start from."""
+    """Look at data, model and machine, and write a commented config for them."""
     if schema:
         console.print_json(config_file.json_schema())
         return
-    if path.exists():
-        raise ConfigError(f"{path}: already exists; name another file, or delete it.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path}: the folder {path.parent} does not exist; make it first (mkdir -p {path.parent}).")
-    if from_ is not None:
-        if (model, data, output_dir) != (DEFAULT_MODEL, DEFAULT_DATA, DEFAULT_OUTPUT):
-            raise InputError(
-                "--from: takes model, data and output_dir from that config; leave the options for them out."
-            )
-        from lora_cli import convert
+    from lora_cli import decision_table, interview
+    from lora_cli import init as starting
+    from lora_cli import recipe as recipes
 
-        report = convert.convert(from_, path, from_processes)
-        if json:
-            console.print_json(as_json(report))
-        else:
-            key_lists.show(report)
+    if list_recipes or recipe == "list":
+        named = recipes.names()
+        console.print_json({"recipes": named}) if json else decision_table.show_recipes(named)
+        return
+    starting.require_new(path)
+    if from_ is not None:
+        _convert(path, from_, from_processes, (model, data, output_dir, recipe), json)
         return
     if from_processes != 1:
         raise InputError("--from-processes: has no effect without --from.")
-    storage.write_file(path, config_file.commented(model, data, output_dir))
-    if json:
-        console.print_json(as_json(InitReport(path)))
+    wishes = interview.Wishes(model, data, output_dir)
+    if recipe is not None:
+        report = starting.init_from_recipe(path, recipe, wishes.given())
     else:
-        console.print_text(f"Wrote {path}. Next: lora check {path}")
+        asks = not (yes or json) and console.is_interactive() and (model is None or data is None)
+        wishes = interview.ask(wishes) if asks else wishes.filled_in()
+        report = follower.follow_preparation(starting.init(path, wishes.given(), wishes.keep))
+    if json:
+        console.print_json(as_json(report))
+    else:
+        decision_table.show(report)
+
+
+def _convert(path: Path, from_: Path, processes: int, others: tuple[str | None, ...], json: bool) -> None:
+    """Write another program's config as ours."""
+    if any(other is not None for other in others):
+        raise InputError("--from: takes model, data and output_dir from that config; leave the options for them out.")
+    from lora_cli import convert
+
+    report = convert.convert(from_, path, processes)
+    if json:
+        console.print_json(as_json(report))
+    else:
+        key_lists.show(report)
 
 
 def check(

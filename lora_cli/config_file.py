@@ -9,12 +9,12 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from lora_cli.config import ModelConfig, RunConfig
+from lora_cli.config import RunConfig
 from lora_cli.config_checks import check_config
 from lora_cli.errors import NOTHING_READ, ConfigError, SurroundingsError, shown
 from lora_cli.records import plain
 from lora_cli.schema import Section
-from lora_cli.strict_yaml import Document, Key, dump_inline, parse, read_value, require_no_secret
+from lora_cli.strict_yaml import Document, Key, parse, read_value, require_no_secret
 from lora_cli.strict_yaml import dump as dump_yaml
 
 MAX_BYTES = 200_000
@@ -289,28 +289,7 @@ def dump(config: RunConfig) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
-def commented(model: str, train: str, output_dir: str) -> str:
-    """Return the text `lora init` writes: every key with its default and one line of comment."""
-    config = RunConfig.model_validate({"model": model, "data": {"train": train}, "output_dir": output_dir})
-    lines: list[str] = []
-
-    def write(section: Section, indent: str) -> None:
-        for name, field in type(section).model_fields.items():
-            value = getattr(section, name)
-            if isinstance(value, Section):
-                comment = (type(value).__doc__ or "").strip().rstrip(".").lower()
-                lines.append(f"{indent}{name}:".ljust(34) + f" # {comment}")
-                write(value, indent + "  ")
-            else:
-                lines.append(f"{indent}{name}: {dump_inline(value)}".ljust(34) + f" # {field.description}")
-
-    write(config, "")
-    return "\n".join(lines) + "\n"
-
-
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema that editors complete and check configs with."""
-    schema = RunConfig.model_json_schema()
-    path = ModelConfig.model_json_schema()["properties"]["path"]
-    schema["properties"]["model"] = {"anyOf": [path, {"$ref": "#/$defs/ModelConfig"}]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lora config", **schema}
+    schema = RunConfig.model_json_schema() | {"title": "lora config"}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

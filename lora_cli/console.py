@@ -112,6 +112,11 @@ def show_next(*commands: tuple[Sequence[object], str]) -> None:
             say(Text(f"      {words}", "dim"), indent=6)
 
 
+def is_interactive() -> bool:
+    """Return whether somebody can be asked: both what is typed and what is shown belong to a terminal."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def print_json(values: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout, in ASCII where that is all that it shows."""
     text = json.dumps(values, ensure_ascii=not stand_ins.is_utf8(sys.stdout))

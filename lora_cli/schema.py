@@ -5,7 +5,7 @@ from enum import Enum
 from functools import reduce
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 
 class OnResume(Enum):
@@ -34,7 +34,7 @@ def _reject_empty(value: str) -> str:
 Int = Annotated[int, Field(strict=True)]
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Bool = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, AfterValidator(_reject_empty)]
+Text = Annotated[str, AfterValidator(_reject_empty), WithJsonSchema({"type": "string", "minLength": 1})]
 
 
 class Section(BaseModel):

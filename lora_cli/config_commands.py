@@ -26,8 +26,6 @@ from lora_cli.records import Finished, as_json
 from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport
 from lora_cli.standing import SearchStanding
 
-DEFAULT_MODEL, DEFAULT_DATA, DEFAULT_OUTPUT = "HuggingFaceTB/SmolLM2-135M-Instruct", "train.jsonl", "runs/first"
-
 
 def init(
     path: Annotated[Path, typer.Argument(help="The config to write.")] = Path("train.yaml"),

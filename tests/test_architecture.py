@@ -232,6 +232,7 @@ DOORS = {
     "safetensors": {"adapter", "adapter_folder", "checkpoint", "environment", "formats.mlx_adapter", "model"},
     "rich": {
         "console",
+        "decision_table",
         "doctor_tables",
         "figures",
         "follower",
@@ -259,7 +260,6 @@ DOORS = {
     "wandb": {"trackers.wandb"},
     "google": {"trackers.wandb"},  # protobuf, which wandb's records are made of
     "mlflow": {"trackers.mlflow"},
-    "rich": {"console", "decision_table", "figures", "follower", "outlook", "trial_tables"},
     "lm_eval": {"harness"},
     "starlette": {"server"},
     "uvicorn": {"server"},

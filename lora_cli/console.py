@@ -59,8 +59,9 @@ class _Messages:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-_WIDTH = None if sys.stdout.isatty() else 140  # lines of a file need not be folded as early as a terminal's
-out = Console(highlight=False, emoji=False, width=_WIDTH)
+out = Console(highlight=False, emoji=False)
+if not out.is_terminal:
+    out.width = 140  # lines of a file need not be folded as early as a terminal's
 err = Console(file=cast(IO[str], _Messages()), stderr=True, highlight=False, emoji=False)
 
 
@@ -72,10 +73,10 @@ def is_live() -> bool:
 def say(text: str | Text, console: Console | None = None, indent: int = 0) -> None:
     """Print a line, on stdout unless told otherwise; in a terminal folded between words, the next lines indented.
 
-    What must stay whole to be copied, a path or a command, is never cut.
+    What must stay whole to be copied, a path or a command, is never cut; what a text tells the terminal to do is shown.
     """
     console = console or out
-    line = text if isinstance(text, Text) else Text(text)
+    line = text if isinstance(text, Text) else Text(text.replace("\x1b", "\\x1b"))
     if not console.is_terminal:
         console.print(line, soft_wrap=True)
         return
@@ -103,6 +104,7 @@ def show_next(*commands: tuple[Sequence[object], str]) -> None:
     lines = [(shlex.join(map(str, command)), words) for command, words in commands]
     widest = max(len(line) for line, _ in lines)
     beside = all(2 + widest + 3 + len(words) <= out.width for _, words in lines)
+    say("")
     say(Text("Next:", "bold"))
     for line, words in lines:
         if beside:

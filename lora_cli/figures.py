@@ -1,5 +1,6 @@
 """Draws comparisons: base and adapter with intervals, forgetting, the curve of a scan, a merge and what it is of."""
 
+import string
 from collections.abc import Iterator, Sequence
 
 from rich.text import Text
@@ -7,12 +8,14 @@ from rich.text import Text
 from lora_cli import results, tables
 from lora_cli.console import out, say
 from lora_cli.curve import Series, plot
+from lora_cli.errors import one_line
 from lora_cli.records import with_interval
 from lora_cli.reports import CombineReport, EvalReport, MergedLayer, MergeReport, ScaleReport, ScanPoint, ScanReport
 from lora_cli.run_words import forgetting_in_words, scan_marks, spec_of
 
 _ROUNDED = {"nearest": "to nearest", "stochastic": "by chance"}
 _WIDEST_CURVE, _CURVE_LINES = 70, 14
+_LETTERS = string.ascii_letters
 _LITTLE = 0.95  # of an update left after rounding
 
 
@@ -39,7 +42,7 @@ def show_eval(report: EvalReport) -> None:
         say("")
         say(Text(sample.row, "bold"))
         for name, text in (("expected", sample.expected), ("base", sample.base), (tuned, sample.tuned)):
-            say(f"  {name:9}{text[:300]}", indent=11)
+            say(f"  {name:9}{one_line(text[:300])}", indent=11)
     if report.saved is not None:
         say("")
         say(f"Kept in {report.saved}, all answers beside it.")
@@ -47,27 +50,32 @@ def show_eval(report: EvalReport) -> None:
 
 def show_scan(report: ScanReport) -> None:
     """Show what each gain learns and forgets, as a table and as a curve."""
-    rows = list[list[str]]()
+    rows, brief = list[list[str]](), list[list[str]]()
     marks = scan_marks(report)
     for point in report.points:
         change, rise = (with_interval(each, "+.4f") for each in (point.change, point.forgetting.rise))
         figures = (f"{point.loss.value:.4f}", change, f"{point.token_accuracy:.1%}", rise)
         kl = f"{point.forgetting.kl.value:.4f}"
         rows.append([f"{point.gain:g}", *figures, kl, marks.get(point.gain, "")])
-    tables.show(["gain", "loss", "change", "token accuracy", "rise on general text", "KL to the base", ""], rows)
+        brief.append([f"{point.gain:g}", *(figure.split(" [")[0] for figure in figures), kl])
+    heads = ["gain", "loss", "change", "token accuracy", "rise on general text", "KL to the base", ""]
+    if tables.Fitting(heads, rows).fits(out, out.width):
+        tables.show(heads, rows)
+    else:  # intervals are in the report
+        tables.show(["gain", "loss", "change", "accuracy", "rise", "KL"], brief)
+        for gain, mark in sorted(marks.items()):
+            say(f"gain {gain:g}: {mark}")
     for line in _curve(report.points):
         out.print(Text(line), soft_wrap=True)
+    legend = [f"{_LETTERS[number]} = {point.gain:g}" for number, point in enumerate(report.points)]
+    say(f"{'':9}{'  '.join(legend)}", indent=9)
 
 
-def _curve(points: Sequence[ScanPoint]) -> Iterator[str]:
+def _curve(points: Sequence[ScanPoint]) -> Sequence[str]:
     """Draw loss (downwards is better) over the rise on general text; each gain is a letter, from a on."""
-    letters = [chr(ord("a") + number) for number in range(len(points))]
-    values = [(point.forgetting.rise.value or 0.0, point.loss.value or 0.0) for point in points]
-    names = ("rise on general text", "loss")
-    series = [Series(values, "".join(letters))]
-    yield from plot(series, min(_WIDEST_CURVE, out.width), _CURVE_LINES, out.options.ascii_only, names, "+.4f")
-    legend = [f"{letter} = {point.gain:g}" for letter, point in zip(letters, points, strict=True)]
-    yield f"{'':9}{'  '.join(legend)}"
+    series = [Series([(point.forgetting.rise.value or 0.0, point.loss.value or 0.0) for point in points], _LETTERS)]
+    names, width = ("rise on general text", "loss"), min(_WIDEST_CURVE, out.width)
+    return plot(series, width, _CURVE_LINES, out.options.ascii_only, names, "+.4f")
 
 
 def show_scale(report: ScaleReport) -> None:

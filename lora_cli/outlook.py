@@ -27,14 +27,14 @@ def show_check(report: CheckReport, whole: bool) -> None:
         f"{report.total_steps:,} in all, {taken}"
     )
     for line in lines:
-        say(line)
+        say(line, indent=2)
     adapted = ", ".join(f"{name} x{count}" for name, count in report.modules.items()) or "nothing; all is trained"
     share = report.trainable_parameters / report.total_parameters
     say(f"adapted: {adapted}", indent=2)
     say(f"trained: {report.trainable_parameters:,} of {report.total_parameters:,} parameters ({share:.2%})")
     _show_memory(report.memory, "adapter" if report.modules else "weights")
     for runtime in _runtime_lines(report.runtimes):
-        say(runtime, indent=13)
+        say(runtime, indent=13 if isinstance(runtime, Text) else 2)
     for notice in report.notices:
         say(f"note: {notice}", indent=2)
     for shown in report.previews:
@@ -66,19 +66,19 @@ def _show_memory(memory: MemoryEstimate, trained: str) -> None:
 
 
 def _show_data(sets: Mapping[str, DataCounts]) -> None:
-    figures: dict[str, Callable[[DataCounts], str]] = {
-        "rows": lambda c: f"{c.rows:,}",
-        "examples": lambda c: f"{c.examples:,}",
-        "tokens": lambda c: f"{c.tokens:,}",
-        "trained tokens": lambda c: f"{c.targets:,} ({c.targets / c.tokens:.0%})",
-        "length at 50 %": lambda c: f"{c.length_percentiles[0]:,}",
-        "  90 / 99 / 100 %": lambda c: " / ".join(f"{p:,}" for p in c.length_percentiles[1:]),
-        "trained at 50 %": lambda c: f"{c.target_percentiles[0]:,}",
-        " 90 / 99 / 100 %": lambda c: " / ".join(f"{p:,}" for p in c.target_percentiles[1:]),
-        "dropped / cut": lambda c: f"{c.dropped:,} / {c.truncated:,}",
-        "duplicates": lambda c: f"{c.duplicates:,}",
-    }
-    tables.show(["", *sets], [[name, *map(figure, sets.values())] for name, figure in figures.items()])
+    figures: list[tuple[str, Callable[[DataCounts], str]]] = [
+        ("rows", lambda c: f"{c.rows:,}"),
+        ("examples", lambda c: f"{c.examples:,}"),
+        ("tokens", lambda c: f"{c.tokens:,}"),
+        ("trained tokens", lambda c: f"{c.targets:,} ({c.targets / c.tokens:.0%})"),
+        ("length at 50 %", lambda c: f"{c.length_percentiles[0]:,}"),
+        ("  90 / 99 / 100 %", lambda c: " / ".join(f"{p:,}" for p in c.length_percentiles[1:])),
+        ("trained at 50 %", lambda c: f"{c.target_percentiles[0]:,}"),
+        ("  90 / 99 / 100 %", lambda c: " / ".join(f"{p:,}" for p in c.target_percentiles[1:])),
+        ("dropped / cut", lambda c: f"{c.dropped:,} / {c.truncated:,}"),
+        ("duplicates", lambda c: f"{c.duplicates:,}"),
+    ]
+    tables.show(["", *sets], [[name, *map(figure, sets.values())] for name, figure in figures], by_column=True)
 
 
 def _source_lines(name: str, counts: DataCounts) -> Iterator[str]:
@@ -121,7 +121,7 @@ def _marked(pieces: Sequence[Marked], most: int | None) -> Text:
     begin = 0
     for piece in pieces:
         end = begin + len(piece.text)
-        shown = piece.text
+        shown = piece.text.replace("\x1b", "\\x1b")
         if begin < cut[1] and end > cut[0]:
             head, tail = shown[: max(0, cut[0] - begin)], shown[max(0, cut[1] - begin) :]
             gap = f"\n... {cut[1] - cut[0]:,} characters ...\n" if begin <= cut[0] < end else ""

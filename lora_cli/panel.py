@@ -58,7 +58,7 @@ def one_bar(standing: Standing, width: int, note: str = "") -> RenderableType:
     facts += [f"{standing.speed:,.0f} tok/s"] if standing.speed else []
     facts += [f"{duration(standing.left)} left"] if standing.left is not None else []
     line, rest = f"step {standing.at}/{standing.total} ", f" {'  '.join(facts)}"
-    grid = Table.grid(*[Column(no_wrap=True, overflow="ellipsis")] * 3)
+    grid = Table.grid(*(Column(no_wrap=True, overflow="crop") for _ in range(3)))
     bar = ProgressBar(standing.total or 1, standing.at, width=max(6, min(24, width - len(line) - len(rest))))
     grid.add_row(line, bar, rest)
     return grid

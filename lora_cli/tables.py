@@ -13,22 +13,34 @@ STYLES = {"better": "green", "worse": "bold red", "yes": "green", "no": "red", "
 
 
 class Fitting:
-    """A table of text; where it is too wide each row is a block, its first cell above the others with their heads."""
+    """A table of text; where it is too wide each row is a block: its first cell, then the others by their heads.
 
-    def __init__(self, heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> None:
-        """`numbers` are columns that are aligned on the right."""
-        self.heads, self.rows, self.numbers = heads, rows, numbers
+    With `by_column` it is the columns that become blocks. `numbers` are columns that are aligned on the right.
+    """
+
+    def __init__(
+        self,
+        heads: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        numbers: Sequence[int] = (),
+        by_column: bool = False,
+    ) -> None:
+        self.heads, self.rows, self.numbers, self.by_column = heads, rows, numbers, by_column
+
+    def fits(self, console: Console, width: int) -> bool:
+        """Return whether the table is no wider than that."""
+        as_wide_as_it_is = console.options.update(max_width=10_000)
+        return Measurement.get(console, as_wide_as_it_is, self._table()).maximum <= width
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = self._table()
-        if Measurement.get(console, options.update(max_width=10_000), table).maximum <= options.max_width:
-            yield table
+        if self.fits(console, options.max_width):
+            yield self._table()
             return
-        widest = max(map(len, self.heads[1:]), default=0)
-        for row in self.rows:
-            yield _cell(row[0], "bold")
-            block = Table(Column(style="dim", min_width=widest), Column(), box=None, show_header=False)
-            for head, cell in zip(self.heads[1:], row[1:], strict=True):
+        (_, *heads), *rows = zip(*[self.heads, *self.rows], strict=True) if self.by_column else [self.heads, *self.rows]
+        for first, *cells in rows:
+            yield _cell(first, "bold")
+            block = Table(Column(style="dim", min_width=max(map(len, heads))), Column(), box=None, show_header=False)
+            for head, cell in zip(heads, cells, strict=True):
                 if cell:
                     block.add_row(f" {head}", _cell(cell))
             yield block
@@ -38,7 +50,7 @@ class Fitting:
             Column(Text(head), justify="right" if number in self.numbers else "left", no_wrap=True)
             for number, head in enumerate(self.heads)
         ]
-        table = Table(*columns, box=None, show_header=any(self.heads), header_style="bold")
+        table = Table(*columns, box=None, show_header=any(self.heads), header_style="bold", pad_edge=False)
         for row in self.rows:
             table.add_row(*map(_cell, row))
         return table
@@ -48,6 +60,8 @@ def _cell(text: str, style: str = "") -> Text:
     return Text(text, STYLES.get(text, style))
 
 
-def show(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> None:
+def show(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = (), by_column: bool = False
+) -> None:
     """Show a table on stdout."""
-    out.print(Fitting(heads, rows, numbers))
+    out.print(Fitting(heads, rows, numbers, by_column))

@@ -4,7 +4,6 @@ import fcntl
 import os
 import pty
 import re
-import signal
 import struct
 import sys
 import termios
@@ -83,12 +82,16 @@ class Seen:
     raw: str
     screen: Screen
 
+    @property
+    def plain(self) -> str:
+        """What was written, without codes."""
+        return re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "", self.raw)
+
 
 def watch(
     arguments: list[object],
     columns: int,
     rows: int = 40,
-    cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
     react: Callable[[str, int, int], None] = lambda text, child, terminal: None,
 ) -> Seen:
@@ -97,11 +100,12 @@ def watch(
     settings = {**os.environ, **unset, "TERM": "xterm-256color", "PYTHONPATH": str(_ROOT), **(environment or {})}
     child, terminal = pty.fork()
     if not child:
-        os.chdir(cwd or ".")
-        program = [sys.executable, "-m", "lora_cli", *map(str, arguments)]
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        resize(sys.stderr.fileno(), columns, rows)
-        os.execve(sys.executable, program, {name: value for name, value in settings.items() if value is not None})
+        try:
+            resize(2, columns, rows)
+            program = [sys.executable, "-m", "lora_cli", *map(str, arguments)]
+            os.execve(sys.executable, program, {name: value for name, value in settings.items() if value is not None})
+        finally:
+            os._exit(127)
     written = b""
     while True:
         try:

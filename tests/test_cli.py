@@ -244,7 +244,8 @@ def test_the_end_of_a_run_tells_of_test_rows_and_budget(
     settings = {"eval.general": None, "eval.general_tokens": 512, "data.test": 6}
     code, out, err = invoke("train", make_config(**settings, **{"eval.forgetting_budget": 9.0}))
     assert code == 0
-    assert "Forgetting: the loss on general text rose by" in out
+    assert "Forgetting: the loss on general text fell by" in out
+    assert "nats a token, which is within eval.forgetting_budget." in out
     assert "chose nothing); validation was flattered by" in out
     assert "No evaluation was within" not in out
     assert "forgetting: loss on general text" in err

@@ -103,7 +103,7 @@ def ticks(of: Axis) -> list[tuple[float, str]]:
 
 def _round_step(least: float) -> float:
     power = 10.0 ** math.floor(math.log10(least))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * 0.999)
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.7 * least)
 
 
 # --- pictures ---
@@ -169,7 +169,8 @@ def _frame(x: Axis, y: Axis) -> Iterator[Html]:
         yield line(_LEFT, _y(y, value), _RIGHT, _y(y, value), "grid")
         yield text(_LEFT - 6, _y(y, value) + 4, name, "end", "tick")
     for value, name in ticks(x):
-        yield text(_x(x, value), _BOTTOM + 17, name, "middle", "tick")
+        at = _x(x, value)
+        yield text(at, _BOTTOM + 17, name, "end" if at > _RIGHT - 12 else "middle", "tick")
     yield line(_LEFT, _BOTTOM, _RIGHT, _BOTTOM, "axis")
     yield text(_RIGHT, _BOTTOM + 36, x.label, "end", "label")
 

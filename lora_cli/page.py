@@ -117,7 +117,7 @@ def _whole_run(run: RunReport) -> Iterator[Piece]:
 
 def _summary(run: RunReport) -> Iterator[Piece]:
     yield tag("div", *_tiles(run), class_="tiles")
-    yield tag("p", " ".join(run.summary), class_="summary")
+    yield tag("div", *(tag("p", text) for text in run.summary), class_="summary")
     for kind, title, texts in (("warnings", "Not read", run.warnings), ("notices", "To know", run.notices)):
         if texts:
             yield tag("aside", tag("h3", title), tag("ul", *(tag("li", text) for text in texts)), class_=kind)

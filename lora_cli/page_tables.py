@@ -132,15 +132,10 @@ def counts(sets: Mapping[str, DataCounts]) -> Html:
         for key, name in _COUNTS.items()
         if key in ("rows", "examples", "tokens", "targets") or any(getattr(one, key) for one in sets.values())
     ]
-    for key, name in (("length_percentiles", "tokens an example"), ("target_percentiles", "trained tokens an example")):
-        for place, share in enumerate((50, 90, 99, 100)):
-            cells = [_at(getattr(one, key), place) for one in sets.values()]
-            rows.append((f"{name}, {share} % have at most", *cells))
+    for key, name in (("length_percentiles", "tokens"), ("target_percentiles", "trained tokens")):
+        cells = [" / ".join(f"{length:,}" for length in getattr(one, key)) or "-" for one in sets.values()]
+        rows.append((f"{name} that 50 / 90 / 99 / 100 % of the examples have at most", *cells))
     return table("Rows and tokens of each set", ("", *sets), rows)
-
-
-def _at(values: Sequence[int], place: int) -> str:
-    return f"{values[place]:,}" if place < len(values) else "-"
 
 
 def sources(sets: Mapping[str, DataCounts]) -> Html:

@@ -4,7 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from functools import reduce
+from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from lora_cli import json_file, run_dir, storage
@@ -40,18 +40,18 @@ def _lines(run: RunDir) -> list[dict[str, Any] | None]:
     return records
 
 
-def _leaves(record: type, prefix: str = "") -> Iterator[str]:
-    """Iterate over the keys of a record, those of records inside it joined by dots."""
+def _leaves(record: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Iterate over the keys of a record and what they hold, those of records inside it joined by dots."""
     for name, hint in get_type_hints(record).items():
-        inner = [one for one in (hint, *get_args(hint)) if is_dataclass(one) and isinstance(one, type)]
-        if inner:
-            yield from _leaves(inner[0], f"{prefix}{name}.")
+        kinds = [one for one in (hint, *get_args(hint)) if isinstance(one, type) and one is not NoneType]
+        if is_dataclass(kinds[0]):
+            yield from _leaves(kinds[0], f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", kinds[0]
 
 
 # event, then what every step has, then what only a validation pass has: forgetting.rise.value, ...
-COLUMNS = tuple(dict.fromkeys(("event", *_leaves(StepDone), *_leaves(Evaluated))))
+COLUMNS: Mapping[str, type] = {"event": str, **dict(_leaves(StepDone)), **dict(_leaves(Evaluated))}
 
 
 def table(run: RunDir) -> list[dict[str, Any]]:
@@ -59,11 +59,16 @@ def table(run: RunDir) -> list[dict[str, Any]]:
 
     That is what `pandas.DataFrame` and `csv.DictWriter` take as it is.
     """
+    return [{column: _figure(record, column, kind) for column, kind in COLUMNS.items()} for record in read(run)]
 
-    def inside(value: Any, key: str) -> Any:
-        return value.get(key) if isinstance(value, Mapping) else None
 
-    return [{column: reduce(inside, column.split("."), record) for column in COLUMNS} for record in read(run)]
+def _figure(record: Any, column: str, kind: type) -> Any:
+    """Return a figure of a record, None where it has none of this kind."""
+    for key in column.split("."):
+        record = record.get(key) if isinstance(record, Mapping) else None
+    if kind is float and type(record) is int:
+        return float(record)
+    return record if type(record) is kind else None
 
 
 def rewind(run: RunDir, step: int, evaluated: bool = True) -> Iterator[str]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,16 @@ def test_ctrl_c_within_a_step_is_no_failure(values: dict[str, Any], tmp_path: Pa
         events.throw(KeyboardInterrupt())  # type: ignore[attr-defined]
 
     assert run_dir.read_status(RunDir(tmp_path / "run"))["status"] == "stopped"
+
+
+def test_it_works_in_any_thread(values: dict[str, Any], run: Path):
+    """As a server or a notebook's widget calls it: where no handler of a signal can be installed."""
+    with ThreadPoolExecutor(1) as thread:
+        checked = thread.submit(lora.check, lora.load_config(values)).result()
+        report = thread.submit(lora.evaluate, run, answers=2, extract=r"([a-z]+)\.", general="false").result()
+
+    assert checked.total_steps == 8
+    assert report.figures["loss"] == lora.evaluate(run, answers=0, general="false").figures["loss"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The commands that talk: chat, serve. What is slow to import is imported inside."""
 
+import math
 import os
 import stat
 import sys
@@ -40,6 +41,7 @@ def chat(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same gives the same answers.")] = 0,
     gain: Annotated[float, typer.Option(help="How strong what was trained is: 1 as it is, 0 the base.")] = 1.0,
+    think: Annotated[bool, typer.Option("--think", help="Ask for its reasoning first, as such rows train it.")] = False,
     base: Base = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -49,8 +51,11 @@ def chat(
     question = _question(prompt)
     if question is None and json:
         raise InputError("--json: answers one question; give --prompt, or a question on stdin.")
-    if top_p == 0:
+    if not 0 < top_p <= 1:
         raise InputError("--top-p: must be above 0; --temperature 0 takes the most likely token.")
+    for option, value in (("--temperature", temperature), ("--gain", gain)):
+        if not math.isfinite(value):
+            raise InputError(f"{option}: expected a finite number, found {value}.")
     require_known(device, dtype)
     from lora_cli import chat as chatting
     from lora_cli import conversation_view, tuned
@@ -60,7 +65,7 @@ def chat(
 
     result = tuned.find_any(run, base)
     speaker = Speaker([result], current_world(device or result.base.device).device, dtype)
-    manner = Manner(Sampling(temperature, seed, top_p, top_k), max_new_tokens, gain)
+    manner = Manner(Sampling(temperature, seed, top_p, top_k), max_new_tokens, gain, think=think)
     conversation = chatting.Chat(speaker, manner, system)
     if question is None:
         try:

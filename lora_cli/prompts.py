@@ -10,6 +10,7 @@ from lora_cli.errors import InputError
 from lora_cli.tuned import AnyResult, Result
 
 _ANSWER = "Ok."  # stands where the model's answer will
+_THOUGHT = {"reasoning_content": "Hm."}  # and before it the reasoning, where that is asked for
 _NOTHING_CHANGED = "The conversation is as it was."
 
 
@@ -22,15 +23,16 @@ class Prompts:
         self.max_positions = reader.max_positions
         self.templated = reader.template is not None and _is_templated(result)
 
-    def of_conversation(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Return the tokens after which an answer follows. Raises InputError, TemplateLimit.
+    def of_conversation(self, messages: Sequence[Message], think: bool = False) -> tuple[int, ...]:
+        """Return the tokens after which an answer follows, or with `think` its reasoning. Raises InputError.
 
         Without a chat template that is the last message alone, which is to be continued.
         """
         if not self.templated:
             return self.of_text(messages[-1].content)
         given = tuple(Message(m.role, m.content, False, m.extra) for m in messages)
-        return self._before(Conversation((*given, Message("assistant", _ANSWER, True)), True), "this conversation")
+        answer = Message("assistant", _ANSWER, True, _THOUGHT if think else {})
+        return self._before(Conversation((*given, answer), True), "this conversation")
 
     def of_text(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a text that is to be continued. Raises InputError."""
@@ -46,7 +48,7 @@ class Prompts:
             raise InputError(f"{what} is empty: there is nothing to answer.", state=_NOTHING_CHANGED)
         return tuple(encoded[0].input_ids[:begin])
 
-    def fitted(self, messages: Sequence[Message], room: int) -> tuple[tuple[int, ...], int]:
+    def fitted(self, messages: Sequence[Message], room: int, think: bool = False) -> tuple[tuple[int, ...], int]:
         """Return the prompt of a conversation that leaves room for so many tokens, and how many turns it is without.
 
         The oldest turns are left out first; a system message and the last question stay. Raises InputError.
@@ -55,7 +57,7 @@ class Prompts:
         turns = [index for index, message in enumerate(messages) if message.role == "user"] or [len(system)]
         for left_out, begin in enumerate(turns):
             kept = messages[begin:] if left_out else messages[len(system) :]
-            prompt = self.of_conversation([*system, *kept])
+            prompt = self.of_conversation([*system, *kept], think)
             if self.max_positions is None or len(prompt) + room <= self.max_positions or not self.templated:
                 break
         self.require_fit(prompt, room)

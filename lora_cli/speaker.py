@@ -25,12 +25,16 @@ LONGEST = 512  # tokens of an answer where nobody says, and no more than half of
 
 @dataclass(frozen=True)
 class Manner:
-    """How to answer. `max_new_tokens` null is LONGEST; `stops` end an answer and are left out of it."""
+    """How to answer. `max_new_tokens` null is LONGEST; `stops` end an answer and are left out of it.
+
+    `think` asks for reasoning first, as rows with reasoning are trained; else an answer without is asked for.
+    """
 
     sampling: Sampling = USUAL
     max_new_tokens: int | None = None
     gain: float = 1.0
     stops: Sequence[str] = ()
+    think: bool = False
 
 
 class Answer:
@@ -114,7 +118,7 @@ class Speaker:
         Where the model has too few positions for all of it, the oldest turns are left out, and `said` tells how many.
         """
         room = self._room(manner)
-        prompt, left_out = self.prompts[voice].fitted(messages, room)
+        prompt, left_out = self.prompts[voice].fitted(messages, room, manner.think)
         return Answer(self, prompt, left_out, room, manner, voice)
 
     def go_on(self, text: str, manner: Manner = Manner(), voice: int = 0) -> Answer:

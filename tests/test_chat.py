@@ -25,7 +25,16 @@ from lora_cli.generate import GREEDY, Sampling, generate
 from lora_cli.prompts import Prompts
 from lora_cli.speaker import Manner, Speaker
 from lora_cli.text_stream import TextStream
-from tests.conftest import Invoke, build_examples, build_tokenizer, read_rows, save_base, write_adapter, write_rows
+from tests.conftest import (
+    Invoke,
+    build_examples,
+    build_tokenizer,
+    read_rows,
+    save_base,
+    save_with_peft,
+    write_adapter,
+    write_rows,
+)
 from tests.processes import end, fork, lora
 
 CPU = torch.device("cpu")
@@ -64,6 +73,38 @@ def test_a_prompt_has_the_tokens_of_training(speaker: Speaker, tmp_path: Path):
     assert trained is not None
     assert prompt == trained[0]
     assert list(prompt).count(build_tokenizer().get_vocab()["<|im_end|>"]) == 4  # of its four turns, none of the user
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n"
+    "{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("think", [True, False])
+def test_reasoning_is_asked_for_as_it_is_trained(undisturbed: Path, tmp_path: Path, think: bool):
+    """A row with reasoning is trained behind another prompt than one without; chat asks by the one or the other."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = THINKING
+    result = tuned.find(undisturbed)
+    prompts = Prompts(replace(result, header=replace(result.header, tokenizer=tokenizer)))
+    answer = {"role": "assistant", "content": "Blue."} | ({"reasoning_content": "Look up."} if think else {})
+    row = {"messages": [{"role": "user", "content": "Sky?"}, answer]}
+    examples, _ = build_examples(write_rows(tmp_path / "rows.jsonl", [row]), tokenizer)
+    trained = last_answer(examples[0])
+
+    assert trained is not None
+    assert prompts.of_conversation([Message("user", "Sky?", False)], think) == trained[0]
+    assert ("<think>" in tokenizer.decode(trained[0])) is not think
+
+
+def test_reasoning_that_a_template_does_not_write_is_refused(chat: Chat):
+    """--think has an effect, or it is an error."""
+    chat.manner = replace(DRY, think=True)
+    with pytest.raises(InputError, match="reasoning"):
+        list(chat.ask("Sky?"))
 
 
 def test_a_run_on_plain_text_is_continued_as_it_was_trained(make_config, tmp_path: Path, invoke: Invoke):
@@ -171,6 +212,20 @@ def test_gain_nought_is_the_base(chat: Chat, undisturbed: Path):
     assert chat.turns == [("Name a colour.", answer)]
 
 
+def test_a_whole_model_and_a_foreign_adapter_are_talked_to(make_config, model_folder, tmp_path: Path, invoke: Invoke):
+    """Full fine-tuning's result answers, and its base at gain 0; so does an adapter that PEFT made."""
+    assert invoke("train", make_config(**{"lora": {"method": "full"}, "train.max_steps": 3}))[0] == 0
+    save_with_peft(model_folder("llama"), tmp_path / "foreign")
+    by_base = []
+    for path in (tmp_path / "run", tmp_path / "foreign"):
+        chat = Chat(Speaker([tuned.find_any(path)], CPU), DRY)
+        answer = said(list(chat.ask("Name a colour.")))
+        by_base.append(said(list(chat.by_base())))
+        assert answer != by_base[-1]
+
+    assert by_base[0] == by_base[1]
+
+
 # --- text ---
 
 
@@ -274,6 +329,7 @@ def test_one_question_is_one_object(invoke: Invoke, undisturbed: Path):
         (["--json"], "There is no terminal"),
         (["--prompt", ""], "question is empty"),
         (["--prompt", "x", "--top-p", "0"], "--top-p: must be above 0"),
+        (["--prompt", "x", "--gain", "nan"], "--gain: expected a finite number"),
         (["--prompt", "x", "--dtype", "float8"], "--dtype: expected auto"),
         (["--prompt", "x", "--max-new-tokens", "5000"], "2,048 positions"),
     ],

@@ -28,6 +28,7 @@ FLOORS = [
     "space",
     "config_checks",
     "strict_yaml",
+    "other_names",
     "config_file",
     "launch",
     "interrupt",

@@ -14,13 +14,10 @@ import numpy as np
 
 from lora_cli import (
     config_file,
-    data,
     interrupt,
     intervals,
     json_file,
-    launch,
     metrics,
-    room,
     run_dir,
     search_dir,
     storage,
@@ -28,26 +25,21 @@ from lora_cli import (
 from lora_cli.config import LoraConfig, RunConfig
 from lora_cli.errors import ConfigError, Interrupted, SurroundingsError
 from lora_cli.interrupt import StopRequest
+from lora_cli.memory_use import PEAK_UNIT
 from lora_cli.records import as_json
 from lora_cli.search_dir import SearchDir
 from lora_cli.search_reports import AgainstFullReport, Side
 
 KIND = "against-full"
 _PEAK = "peak-memory.json"
-_BYTES = 1 if sys.platform == "darwin" else 1024  # what getrusage counts in
 
 
 def against_full(config: RunConfig, stop: StopRequest) -> AgainstFullReport:
     """Train both, or what is left of them, and compare them on the rows that are held out. Raises UserError."""
-    launch.require_alone("both runs are started here")
     if config.lora.method == "full":
         raise ConfigError("lora.method: is full already; name the method that is held against it.")
-    if config.data.validation == 0:
-        raise ConfigError("data.validation: is 0, and the runs are compared on rows that are held out.")
-    data.require_readable(config.data, config.eval.general_source)
     place = search_dir.of(config, KIND)
-    search_dir.require_place(config, place)
-    room.require_writable(place.path, "output_dir")
+    search_dir.require_ready(config, place, "both runs are started here")
     sides = {name: _config_of(name, config, place) for name in ("lora", "full")}
     with storage.explained(place.path):
         storage.make_folder(place.path)
@@ -98,7 +90,7 @@ def _wait(process: "subprocess.Popen[bytes]", stop: StopRequest) -> int:
         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         if ended:
             process.returncode = os.waitstatus_to_exitcode(status)
-            return usage.ru_maxrss * _BYTES
+            return usage.ru_maxrss * PEAK_UNIT
         if stop.signal_number is not None and not asked:
             asked = True
             process.send_signal(stop.signal_number)

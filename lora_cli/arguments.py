@@ -7,14 +7,27 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from lora_cli import completion
 from lora_cli.errors import NOTHING_READ, InputError
 from lora_cli.redact import redact
 
-Config = Annotated[Path, typer.Argument(help="The YAML config.", show_default=False)]
+Config = Annotated[Path, typer.Argument(help="The YAML config.", show_default=False, autocompletion=completion.configs)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override dotted keys, for example lora.rank=8.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Override dotted keys, for example lora.rank=8.",
+        autocompletion=completion.overrides,
+    ),
 ]
-Run = Annotated[Path, typer.Argument(help="A run directory, a checkpoint, or any PEFT adapter.", show_default=False)]
+Run = Annotated[
+    Path,
+    typer.Argument(
+        help="A run directory, a checkpoint, or any PEFT adapter.",
+        show_default=False,
+        autocompletion=completion.runs,
+    ),
+]
 Base = Annotated[str | None, typer.Option(help="The base model's place, when it moved.", show_default=False)]
 HeldOutRows = Annotated[
     str | None, typer.Option(help="Held-out rows; without it the run's test or validation rows.", show_default=False)
@@ -30,6 +43,9 @@ Push = Annotated[
 Processes = Annotated[int, typer.Option("--nproc", min=1, help="Share the work out to so many processes here.")]
 Restarts = Annotated[
     int, typer.Option(min=0, help="With --nproc: start again so often after a process was lost or a disk was full.")
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Nothing on stderr but warnings and errors.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 

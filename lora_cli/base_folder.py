@@ -28,7 +28,7 @@ def find_folder(path: str, revision: str | None = None, weights: bool = True) ->
                 what = "is an adapter, not a model; name the base it was trained on"
             raise ModelError(f"model.path: {path} {what}.", state=NOTHING_LOADED)
         return folder
-    if folder.exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+    if folder.exists() or _is_spelt_as_folder(path):
         near = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.glob("*/")], n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else f" Folders are looked for from {Path.cwd()}."
         if "://" in path:
@@ -63,6 +63,27 @@ def find_folder(path: str, revision: str | None = None, weights: bool = True) ->
             f"Where there is a network, `hf download {path}` fetches it.",
             state=NOTHING_LOADED,
         ) from None
+
+
+def find_kept(path: str) -> Path | None:
+    """Return the folder of a model where nothing has to be fetched for it: a folder, or what the hub's cache holds.
+
+    Raises ModelError where there is no such folder.
+    """
+    if Path(path).expanduser().exists() or _is_spelt_as_folder(path):
+        return find_folder(path, weights=False)
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = huggingface_hub.try_to_load_from_cache(path, "config.json")
+    except HFValidationError:
+        return find_folder(path, weights=False)  # which says what is wrong with it, and asks no hub for such a name
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _is_spelt_as_folder(path: str) -> bool:
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1
 
 
 def require_whole(folder: Path, unread: str | None = None) -> None:

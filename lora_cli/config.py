@@ -70,6 +70,9 @@ class EarlyStoppingConfig(Section):
     min_delta: Override[Float] = Field(0.0, ge=0, description="smaller gains in validation loss do not count")
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+
+
 class TrainConfig(Section):
     """The training loop."""
 
@@ -120,6 +123,9 @@ class TrainConfig(Section):
     neftune_alpha: Override[Float | None] = Field(
         None, gt=0, description="noise on the embeddings while training (NEFTune), 5 for example; null is none"
     )
+    trackers: Free[tuple[TrackerName, ...]] = Field(
+        (), description="where else the run's figures go: any of [tensorboard, wandb, mlflow]"
+    )
 
 
 class EvalConfig(Section):
@@ -152,9 +158,9 @@ class SaveConfig(Section):
 class Range(Section):
     """Values between which lora tune searches; whole numbers for keys that take only those."""
 
-    low: Int | Float
-    high: Int | Float
-    log: Bool = False  # even in the logarithm
+    low: Int | Float = Field(description="the smallest value")
+    high: Int | Float = Field(description="the largest value")
+    log: Bool = Field(False, description="even in the logarithm")
 
 
 Choices = Annotated[tuple[Any, ...], Field(min_length=1)]
@@ -182,7 +188,7 @@ class TuneConfig(Section):
 class RunConfig(Section):
     """One training run."""
 
-    model: Annotated[ModelConfig, BeforeValidator(path_to_section)]
+    model: Annotated[ModelConfig, BeforeValidator(path_to_section, json_schema_input_type=Text | ModelConfig)]
     lora: LoraConfig = LoraConfig()
     data: DataConfig
     train: TrainConfig = TrainConfig()

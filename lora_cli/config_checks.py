@@ -97,6 +97,8 @@ def check_config(config: RunConfig) -> dict[str, str]:
         problems["eval.forgetting_budget"] = f"nothing is measured that it could be held against: {missing}"
     if wrong := list(space.problems_of(config)):
         problems["tune.space"] = "; ".join(wrong)
+    if twice := {name for name in config.train.trackers if config.train.trackers.count(name) > 1}:
+        problems["train.trackers"] = f"{', '.join(sorted(twice))} stands there twice; name each once"
     if config.train.kl_without_target and not config.train.kl_to_base:
         problems["train.kl_without_target"] = "has no effect while train.kl_to_base is 0; give that a weight"
     if "preference" in {config.data.format, *(source.format for source in config.data.sources)}:

@@ -12,23 +12,31 @@ from lora_cli import (
     interrupt,
     key_lists,
     launch,
+    metrics,
+    origins,
     outlook,
-    storage,
+    run_dir,
+    summary,
+    tracking,
     trial_tables,
 )
-from lora_cli.arguments import Config, Json, Overrides, Processes, Restarts
-from lora_cli.errors import ConfigError, InputError
+from lora_cli.arguments import Config, Json, Overrides, Processes, Quiet, Restarts
+from lora_cli.errors import InputError
 from lora_cli.records import Finished, as_json
 from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport
-
-DEFAULT_MODEL, DEFAULT_DATA, DEFAULT_OUTPUT = "HuggingFaceTB/SmolLM2-135M-Instruct", "train.jsonl", "runs/first"
+from lora_cli.standing import SearchStanding
 
 
 def init(
     path: Annotated[Path, typer.Argument(help="The config to write.")] = Path("train.yaml"),
-    model: Annotated[str, typer.Option(help="Hub id or folder.")] = DEFAULT_MODEL,
-    data: Annotated[str, typer.Option(help="The training data.")] = DEFAULT_DATA,
-    output_dir: Annotated[str, typer.Option(help="Where the run will be written.")] = DEFAULT_OUTPUT,
+    model: Annotated[str | None, typer.Option(help="Hub id or folder.", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option(help="The training data.", show_default=False)] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Where the run will be written.", show_default=False)] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Write this recipe; list names them.", show_default=False)
+    ] = None,
+    list_recipes: Annotated[bool, typer.Option("--list", help="Name the recipes and write nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing; also so without a terminal.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the config's JSON Schema and write nothing.")] = False,
     from_: Annotated[
         Path | None,
@@ -37,34 +45,48 @@ def init(
     from_processes: Annotated[int, typer.Option(min=1, help="With --from: the processes that config was run on.")] = 1,
     json: Json = False,
 ) -> None:
-    """Write a commented config to start from."""
+    """Look at data, model and machine, and write a commented config for them."""
     if schema:
         console.print_json(config_file.json_schema())
         return
-    if path.exists():
-        raise ConfigError(f"{path}: already exists; name another file, or delete it.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path}: the folder {path.parent} does not exist; make it first (mkdir -p {path.parent}).")
-    if from_ is not None:
-        if (model, data, output_dir) != (DEFAULT_MODEL, DEFAULT_DATA, DEFAULT_OUTPUT):
-            raise InputError(
-                "--from: takes model, data and output_dir from that config; leave the options for them out."
-            )
-        from lora_cli import convert
+    from lora_cli import decision_table, interview
+    from lora_cli import init as starting
+    from lora_cli import recipe as recipes
 
-        report = convert.convert(from_, path, from_processes)
-        if json:
-            console.print_json(as_json(report))
-        else:
-            key_lists.show(report)
+    if list_recipes or recipe == "list":
+        named = recipes.names()
+        console.print_json({"recipes": named}) if json else decision_table.show_recipes(named)
+        return
+    starting.require_new(path)
+    if from_ is not None:
+        _convert(path, from_, from_processes, (model, data, output_dir, recipe), json)
         return
     if from_processes != 1:
         raise InputError("--from-processes: has no effect without --from.")
-    storage.write_file(path, config_file.commented(model, data, output_dir))
-    if json:
-        console.print_json({"config": str(path)})
+    wishes = interview.Wishes(model, data, output_dir)
+    if recipe is not None:
+        report = starting.init_from_recipe(path, recipe, wishes.given())
     else:
-        console.print_text(f"Wrote {path}. Next: lora check {path}")
+        asks = not (yes or json) and console.is_interactive() and (model is None or data is None)
+        wishes = interview.ask(wishes) if asks else wishes.filled_in()
+        report = follower.follow_preparation(starting.init(path, wishes.given(), wishes.keep))
+    if json:
+        console.print_json(as_json(report))
+    else:
+        decision_table.show(report)
+
+
+def _convert(path: Path, from_: Path, processes: int, others: tuple[str | None, ...], json: bool) -> None:
+    """Write another program's config as ours."""
+    if any(other is not None for other in others):
+        raise InputError("--from: takes model, data and output_dir from that config; leave the options for them out.")
+    from lora_cli import convert
+
+    report = convert.convert(from_, path, processes)
+    if json:
+        console.print_json(as_json(report))
+    else:
+        key_lists.show(report)
 
 
 def check(
@@ -74,6 +96,7 @@ def check(
         str | None, typer.Option(help="Show this row, by its number or as file:number.", show_default=False)
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="The memory of each of so many processes.")] = 1,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Show what a run would do: data, mask preview, targets, memory. Trains nothing."""
@@ -83,11 +106,12 @@ def check(
     rows.require_readable(run_config.data, run_config.eval.general_source)
     from lora_cli import check as checking
 
-    report = follower.follow_preparation(checking.check(run_config, row, nproc))
+    report = follower.follow_preparation(checking.check(run_config, row, nproc), quiet)
     if json:
         console.print_json(as_json(report))
     else:
         outlook.show_check(report, whole=row is not None)
+        console.show_next((["lora", "train", config, *(overrides or [])], "train it"))
 
 
 def train(
@@ -98,6 +122,7 @@ def train(
     ] = False,
     nproc: Processes = 1,
     restarts: Restarts = 0,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Train; an interrupted run of the same config is continued."""
@@ -107,13 +132,18 @@ def train(
 
     ended = training.ended(run_config, override)
     already = ended is not None
+    if ended is None and is_main:
+        tracking.require(run_config)
     if ended is None and is_to_start:
         from lora_cli import data, launcher
 
         data.require_readable(run_config.data, run_config.eval.general_source)
         launcher.launch(nproc, restarts)
     if ended is None:
-        last = follower.Follower(silent=not is_main).follow(training.train(run_config, interrupt.requested(), override))
+        where = origins.of(run_config, config, overrides or [])
+        events = training.train(run_config, interrupt.requested(), override, where)
+        tracked = tracking.tracked(events, run_config)
+        last = follower.Follower(silent=not is_main, quiet=quiet).follow(tracked)
         assert isinstance(last, Finished), "the loop ends with Finished or raises"
         ended = last
     if not is_main:
@@ -121,7 +151,8 @@ def train(
     if json:
         console.print_json(as_json(ended))
     else:
-        console.show_finished(ended, run_config.output_dir, already)
+        measured = metrics.read_measured(run_dir.of(run_config))
+        summary.show_finished(ended, run_config.output_dir, measured, already)
 
 
 def tune(
@@ -141,6 +172,7 @@ def tune(
     against_full: Annotated[
         bool, typer.Option("--against-full", help="No search: this config beside full fine-tuning, both trained.")
     ] = False,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Search hyperparameters; an interrupted search is continued, and several processes share one."""
@@ -149,7 +181,8 @@ def tune(
     run_config = config_file.load(config, [*(overrides or []), *more])
     if one_at_a_time and against_full:
         raise InputError("--one-at-a-time, --against-full: give one of them.")
-    stop, follow = interrupt.requested(), follower.Follower(brief=True).result_of
+    search = SearchStanding(None if one_at_a_time else run_config.tune.trials)
+    stop, follow = interrupt.requested(), follower.Follower(quiet=quiet, search=search).result_of
     report: TuneReport | SensitivityReport | AgainstFullReport
     if one_at_a_time:
         from lora_cli import sensitivity
@@ -160,9 +193,11 @@ def tune(
 
         report = comparing.against_full(run_config, stop)
     else:
+        tracking.require(run_config)
         from lora_cli import tune as tuning
 
-        report = follow(tuning.tune(run_config, stop))
+        where = origins.of(run_config, config, [*(overrides or []), *more])
+        report = follow(tuning.tune(run_config, stop, origins=where))
     if json:
         console.print_json(as_json(report))
     else:

@@ -3,19 +3,19 @@
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from lora_cli.config import ModelConfig, RunConfig
+from lora_cli.config import RunConfig
 from lora_cli.config_checks import check_config
 from lora_cli.errors import NOTHING_READ, ConfigError, SurroundingsError, shown
 from lora_cli.other_names import OTHER_NAMES
-from lora_cli.redact import redact
+from lora_cli.records import plain
 from lora_cli.schema import Section
-from lora_cli.strict_yaml import Document, Key, dump_inline, parse, read_value
+from lora_cli.strict_yaml import Document, Key, parse, read_value, require_no_secret
 from lora_cli.strict_yaml import dump as dump_yaml
 
 MAX_BYTES = 200_000
@@ -249,28 +249,24 @@ def read(path: Path) -> Document:
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Load a config file and apply `a.b=value` overrides. Raises ConfigError with every problem and its place."""
-    document = _override(read(path), overrides)
-    _require_no_secret(document, str(path))
-    return _validate(document, str(path))
+    return _validate(read_document(path, overrides), str(path))
 
 
-def _require_no_secret(document: Document, name: str) -> None:
-    """Raise ConfigError where a key or a value looks like a secret, without repeating it."""
+def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
+    """Return a config's values as they are written, each with its place. Raises ConfigError."""
+    return _overridden(read(path), overrides, str(path))
 
-    def places(value: Any, at: Key) -> Iterator[str]:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from places(key, (*at, str(key)))
-                yield from places(inner, (*at, str(key)))
-        elif isinstance(value, list):
-            for index, inner in enumerate(value):
-                yield from places(inner, (*at, index))
-        elif isinstance(value, str) and redact(value) != value:
-            yield f"{document.place(at) or name}: {'.'.join(map(str, at))} holds what looks like a key or a password."
 
-    if problems := list(dict.fromkeys(places(document.values, ()))):
-        way = "Take it out: a config is copied into its run. The hub's token comes from `hf auth login` or HF_TOKEN."
-        raise ConfigError(*problems, way, state=NOTHING_READ)
+def from_values(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Make a config of plain values, as `load` does of a file's. Raises ConfigError."""
+    places: dict[Key, str] = {(key,): "config" for key in values}
+    return _validate(_overridden(Document(plain(values), places), overrides, "config"), "config")
+
+
+def _overridden(document: Document, overrides: Sequence[str], name: str) -> Document:
+    document = _override(document, overrides)
+    require_no_secret(document, name)
+    return document
 
 
 def dump(config: RunConfig) -> str:
@@ -278,28 +274,7 @@ def dump(config: RunConfig) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
-def commented(model: str, train: str, output_dir: str) -> str:
-    """Return the text `lora init` writes: every key with its default and one line of comment."""
-    config = RunConfig.model_validate({"model": model, "data": {"train": train}, "output_dir": output_dir})
-    lines: list[str] = []
-
-    def write(section: Section, indent: str) -> None:
-        for name, field in type(section).model_fields.items():
-            value = getattr(section, name)
-            if isinstance(value, Section):
-                comment = (type(value).__doc__ or "").strip().rstrip(".").lower()
-                lines.append(f"{indent}{name}:".ljust(34) + f" # {comment}")
-                write(value, indent + "  ")
-            else:
-                lines.append(f"{indent}{name}: {dump_inline(value)}".ljust(34) + f" # {field.description}")
-
-    write(config, "")
-    return "\n".join(lines) + "\n"
-
-
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema that editors complete and check configs with."""
-    schema = RunConfig.model_json_schema()
-    path = ModelConfig.model_json_schema()["properties"]["path"]
-    schema["properties"]["model"] = {"anyOf": [path, {"$ref": "#/$defs/ModelConfig"}]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "lora config", **schema}
+    schema = RunConfig.model_json_schema() | {"title": "lora config"}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

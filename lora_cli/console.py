@@ -3,25 +3,26 @@
 import contextlib
 import json
 import os
+import re
+import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, cast
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from lora_cli import stand_ins
 from lora_cli.errors import UserError
-from lora_cli.records import Finished, with_interval
 from lora_cli.redact import redact
-from lora_cli.reports import (
-    ExportReport,
-    GgufReport,
-)
+from lora_cli.reports import ExportReport, GgufReport
 
 for number, name in ((1, "stdout"), (2, "stderr")):
     if getattr(sys, name) is None:  # it was closed by who started us
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         setattr(sys, name, open(number, "w"))  # noqa: SIM115 - for as long as the process lives
+    stand_ins.use(getattr(sys, name))
 
 
 class _Messages:
@@ -30,16 +31,25 @@ class _Messages:
     def write(self, text: str) -> int:
         """Write where somebody reads."""
         with self._open():
-            sys.stderr.write(text)
+            self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Flush where somebody reads."""
         with self._open():
-            sys.stderr.flush()
+            self._stream.flush()
+
+    @property
+    def rich_proxied_file(self) -> "_Messages":
+        """This is what rich writes to, also while it has put a proxy for others in the place of stderr."""
+        return self
+
+    @property
+    def _stream(self) -> Any:
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
+        return getattr(self._stream, name)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
@@ -49,14 +59,69 @@ class _Messages:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-_WIDTH = None if sys.stdout.isatty() else 140  # lines of a file need not be folded as early as a terminal's
-out = Console(highlight=False, emoji=False, width=_WIDTH)
+out = Console(highlight=False, emoji=False)
+if not out.is_terminal:
+    out.width = 140  # lines of a file need not be folded as early as a terminal's
 err = Console(file=cast(IO[str], _Messages()), stderr=True, highlight=False, emoji=False)
 
 
+def is_live() -> bool:
+    """Return whether what stderr shows can be drawn over: a terminal that knows how, not a coloured file."""
+    return err.is_terminal and not err.is_dumb_terminal and sys.stderr.isatty()
+
+
+def say(text: str | Text, console: Console | None = None, indent: int = 0) -> None:
+    """Print a line, on stdout unless told otherwise; in a terminal folded between words, the next lines indented.
+
+    What must stay whole to be copied, a path or a command, is never cut; what a text tells the terminal to do is shown.
+    """
+    console = console or out
+    line = text if isinstance(text, Text) else Text(text.replace("\x1b", "\\x1b"))
+    if not console.is_terminal:
+        console.print(line, soft_wrap=True)
+        return
+    for paragraph in line.split("\n", allow_blank=True) or [line]:
+        for number, folded in enumerate(_fold(paragraph, console.width, indent)):
+            console.print(Text(" " * indent if number else "") + folded, soft_wrap=True)
+
+
+def _fold(line: Text, width: int, indent: int) -> Iterator[Text]:
+    """Yield a line's parts between words, all but the first with room for an indent; a word is never cut."""
+    begins, column = list[int](), 0
+    for word in re.finditer(r"\s*\S+", line.plain):
+        length = cell_len(word.group())
+        if column and column + length > width:
+            begins.append(word.end() - len(word.group().lstrip()))
+            column, length = indent, cell_len(word.group().lstrip())
+        column += length
+    for part in line.divide(begins):
+        part.rstrip()
+        yield part
+
+
+def show_next(*commands: tuple[Sequence[object], str]) -> None:
+    """Show what can be typed now, each command with a few words."""
+    lines = [(shlex.join(map(str, command)), words) for command, words in commands]
+    widest = max(len(line) for line, _ in lines)
+    beside = all(2 + widest + 3 + len(words) <= out.width for _, words in lines)
+    say("")
+    say(Text("Next:", "bold"))
+    for line, words in lines:
+        if beside:
+            out.print(Text(f"  {line:{widest}}   ") + Text(words, "dim"), soft_wrap=True)
+        else:
+            out.print(Text(f"  {line}"), soft_wrap=True)
+            say(Text(f"      {words}", "dim"), indent=6)
+
+
+def is_interactive() -> bool:
+    """Return whether somebody can be asked: both what is typed and what is shown belong to a terminal."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def print_json(values: Mapping[str, Any]) -> None:
-    """Print one JSON object on stdout."""
-    text = json.dumps(values, ensure_ascii=False)
+    """Print one JSON object on stdout, in ASCII where that is all that it shows."""
+    text = json.dumps(values, ensure_ascii=not stand_ins.is_utf8(sys.stdout))
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")  # half of a character cannot be written
     sys.stdout.flush()
 
@@ -69,12 +134,12 @@ def print_text(text: str) -> None:
 
 def message(text: str) -> None:
     """Print a message on stderr."""
-    err.print(redact(text), markup=False, soft_wrap=True)
+    say(redact(text), err)
 
 
 def print_error(error: UserError) -> None:
     """Print an error as one paragraph on stderr."""
-    err.print(Text("error: ", style="bold red") + Text(error.paragraph()), soft_wrap=True)
+    say(Text("error: ", style="bold red") + Text(error.paragraph()), err)
 
 
 def gigabytes(count: int) -> str:
@@ -82,48 +147,11 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-# --- training ---
-
-
 def duration(seconds: float) -> str:
     """Return seconds as minutes:seconds, or hours:minutes:seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def show_finished(event: Finished, run: str, already: bool) -> None:
-    """Show how a run ended and what to type next."""
-    head = f"This run is already finished ({event.reason}, {event.step} steps)" if already else f"Done: {event.reason}"
-    lines, what = [f"{head}."], "model" if event.adapter.name == "model" else "adapter"
-    if event.best_loss is not None and event.base_loss is not None:
-        gain = f"{event.base_loss:.4f} (base) -> {event.best_loss:.4f}"
-        lines.append(f"Validation loss {gain} (step {event.best_step}, the best, kept).")
-        if event.best_loss >= event.base_loss:
-            lines.append(
-                f"No evaluation was better than the base model: this {what} does not help on the validation data."
-            )
-    if event.best_forgetting is not None:
-        lines.append(f"Forgetting: the loss on general text rose by {event.best_forgetting:+.4f} nats a token.")
-        if event.within_budget is False:
-            lines.append(
-                "No evaluation was within eval.forgetting_budget; the one that forgot least is kept. A lower "
-                "train.learning_rate, data.replay and train.kl_to_base hold forgetting down; so does `lora scale`."
-            )
-    if event.test is not None:
-        test, flattery = event.test, event.test.flattery
-        lines.append(
-            f"Test loss {test.base_loss:.4f} (base) -> {test.loss:.4f} ({test.targets:,} targets that chose nothing)"
-            + (
-                f"; validation was flattered by {with_interval(flattery, '+.4f')}."
-                if flattery.value is not None
-                else "."
-            )
-        )
-    merging = f"   or   lora merge {run} --output {run.rstrip('/')}-merged" if what == "adapter" else ""
-    lines += [f"{what.capitalize()}: {event.adapter}", f"Next: lora eval {run}{merging}"]
-    for line in lines:
-        out.print(line, markup=False, soft_wrap=True)
 
 
 # --- export ---
@@ -140,4 +168,4 @@ def show_export(report: ExportReport | GgufReport) -> None:
             f"Wrote {report.output} ({report.format}, {report.kind}, {gigabytes(report.bytes)}). Read back and "
             f"compared: {report.tensors} tensors, {report.values:,} numbers{rounding}; {report.metadata} keys."
         )
-    out.print(line, markup=False, soft_wrap=True)
+    say(line)

@@ -164,10 +164,15 @@ def _with_arguments(function: Any) -> Any:
     return {**function, "arguments": arguments}
 
 
-def parse_conversation(entries: Any, row: Row, role_key: str = "role", content_key: str = "content") -> Conversation:
+def parse_messages(entries: Any, role_key: str = "role", content_key: str = "content") -> Sequence[Message]:
+    """Return the messages of a list, whatever they are. Raises RowError."""
     if not isinstance(entries, list) or not entries:
         raise RowError(f'has no messages: a list of {{"{role_key}", "{content_key}"}} is expected')
-    messages = tuple(_message(entry, role_key, content_key) for entry in entries)
+    return tuple(_message(entry, role_key, content_key) for entry in entries)
+
+
+def parse_conversation(entries: Any, row: Row, role_key: str = "role", content_key: str = "content") -> Conversation:
+    messages = parse_messages(entries, role_key, content_key)
     if not any(m.role == "assistant" for m in messages):
         raise RowError("has no answer: no message of the role assistant")
     if not any(m.trained for m in messages):

@@ -224,7 +224,9 @@ def make(reader: Reader, encoder: Encoder) -> Generator[Notice | Preparing, None
 
 def _keep(reader: Reader, encoder: Encoder, folder: Path, content: str) -> Generator[Notice | Preparing, None, None]:
     began, name, total = time.monotonic(), reader.file.name, reader.file.size
-    yield Notice(f"{name}: {total / 1e6:,.0f} MB are turned into tokens, kept in {folder} for the next time.")
+    yield Notice(
+        f"{name}: {total / 1e6:,.0f} MB are turned into tokens, kept in {folder} for the next time.", warns=False
+    )
     try:
         room.require_writable(folder)
         with storage.explained(folder):

@@ -2,7 +2,7 @@
 
 import difflib
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -213,11 +213,14 @@ def readers(source: SourceConfig, group_field: str | None = None) -> list[Reader
     return found
 
 
+def _rows_of(file: DataFile) -> Iterator[Row]:
+    return (row for block in file.blocks() for _, row in block.rows() if isinstance(row, dict))
+
+
 def _first_row(reader: Reader) -> Row:
     """Return the first row that is one, with its columns renamed; empty where there is none."""
-    rows = (row for block in reader.file.blocks() for _, row in block.rows() if isinstance(row, dict))
     try:
-        return reader.renamed(next(rows, {}))
+        return reader.renamed(next(_rows_of(reader.file), {}))
     except RowError:  # it is reported with its place when the file is read
         return {}
 
@@ -232,6 +235,11 @@ def _unread(row: Row, reader: Reader) -> list[str]:
     unread = [name for name in map(str, row) if name not in read]
     close = [difflib.get_close_matches(name, missing, n=1, cutoff=0.8) for name in unread]
     return [f'{n} (did you mean "{found[0]}"?)' if found else n for n, found in zip(unread, close, strict=True)]
+
+
+def first_row(source: str) -> Row:
+    """Return the first row of a source, as it stands there. Raises DataError, SurroundingsError."""
+    return next((row for file in find_files(source) for row in _rows_of(file)), {})
 
 
 def held_out_source(config: DataConfig, name: HeldOut) -> SourceConfig | None:

@@ -37,8 +37,8 @@ def _columns_only(template: str) -> str:
 class ReplayConfig(Section):
     """General data mixed in against forgetting."""
 
-    path: Text
-    ratio: Float = Field(0.05, gt=0, lt=1)
+    path: Text = Field(description="rows like those that must not be forgotten")
+    ratio: Float = Field(0.05, gt=0, lt=1, description="of all tokens")
 
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference"]
@@ -46,22 +46,25 @@ Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", 
 FORMAT_KEYS = frozenset(
     ("messages", "conversations", "instruction", "input", "output", "system", "tools", "prompt", "completion", "text")
 )
-Fields = dict[str, Text]  # a format's key -> the column it stands in
+Fields = Annotated[  # a format's key -> the column it stands in
+    dict[str, Text], Field(json_schema_extra={"propertyNames": {"enum": sorted(FORMAT_KEYS)}})
+]
 PromptTemplate = Annotated[Text, AfterValidator(_columns_only)]
 
 
 class SourceConfig(Section):
     """One of several sources of training rows."""
 
-    path: Text
-    weight: Annotated[Float, Field(gt=0)] = 1.0
-    format: Format | None = None  # null: as data.format
-    subset: Text | None = None  # of a hub data set that has several (its "config name")
-    split: Text | None = None  # of a hub data set; null: train
-    fields: Fields | None = None  # null: as data.fields
-    prompt_template: PromptTemplate | None = None  # null: as data.prompt_template
+    path: Text = Field(description="a file, folder, glob or hub id")
+    weight: Float = Field(1.0, gt=0, description="how often an epoch sees its rows")
+    format: Format | None = Field(None, description="null: as data.format")
+    subset: Text | None = Field(None, description='of a hub data set that has several (its "config name")')
+    split: Text | None = Field(None, description="of a hub data set; null: train")
+    fields: Fields | None = Field(None, description="null: as data.fields")
+    prompt_template: PromptTemplate | None = Field(None, description="null: as data.prompt_template")
 
 
+_Source = Annotated[SourceConfig, BeforeValidator(path_to_section, json_schema_input_type=Text | SourceConfig)]
 HeldOut = Literal["test", "validation"]
 HELD_OUT: tuple[HeldOut, ...] = get_args(HeldOut)  # in the order in which they are split off
 
@@ -69,9 +72,7 @@ HELD_OUT: tuple[HeldOut, ...] = get_args(HeldOut)  # in the order in which they 
 class DataConfig(Section):
     """What is learned and what is held out."""
 
-    train: Fixed[
-        Text | Annotated[tuple[Annotated[SourceConfig, BeforeValidator(path_to_section)], ...], Field(min_length=1)]
-    ] = Field(
+    train: Fixed[Text | Annotated[tuple[_Source, ...], Field(min_length=1)]] = Field(
         description="a file (jsonl, json, csv, parquet; .gz, .zst), folder, glob, hub id, or a list of {path, weight}"
     )
     validation: Fixed[Int | Float | Text] = Field(

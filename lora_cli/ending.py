@@ -14,7 +14,9 @@ from typing import NoReturn
 
 from lora_cli import arguments, console, interrupt, launch, storage
 from lora_cli.errors import Interrupted, SurroundingsError, UserError, shown
+from lora_cli.records import as_json
 from lora_cli.redact import redact
+from lora_cli.reports import ErrorReport, Problem
 
 _OTHERS_SECONDS = 2.0  # in which torchrun ends the others after one of its processes failed
 
@@ -39,8 +41,9 @@ def run(command: Callable[[], None]) -> None:
             _end(SurroundingsError(refused, state="What was saved is whole."), again)
         _leave_it_to_the_main_process(error)
         log = _log(redact(traceback.format_exc()))
-        console.message(f"error: a bug in lora ({type(error).__name__}: {shown(error, 200)}).\n{log}")
-        sys.exit(1)
+        bug = f"a bug in lora ({type(error).__name__}: {shown(error, 200)})."
+        console.message(f"error: {bug}\n{log}")
+        _exit(Problem(1, [bug], log))
 
 
 def _leave_it_to_the_main_process(error: Exception) -> None:
@@ -59,12 +62,15 @@ def _end(error: UserError, again: str) -> NoReturn:
     console.print_error(error)
     if isinstance(error, Interrupted):
         console.message(f"Continue with: {again}")
+    _exit(Problem(error.exit_code, error.problems, error.state))
+
+
+def _exit(problem: Problem) -> NoReturn:
+    """End with a problem's exit code; say it on stdout too where the command was to print JSON there."""
     if "--json" in sys.argv:
         with contextlib.suppress(OSError):
-            console.print_json(
-                {"error": {"exit_code": error.exit_code, "problems": error.problems, "state": error.state}}
-            )
-    sys.exit(error.exit_code)
+            console.print_json(as_json(ErrorReport(problem)))
+    sys.exit(problem.exit_code)
 
 
 def _log(text: str) -> str:

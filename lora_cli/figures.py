@@ -1,17 +1,21 @@
 """Draws comparisons: base and adapter with intervals, forgetting, the curve of a scan, a merge and what it is of."""
 
+import string
 from collections.abc import Iterator, Sequence
 
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
-from lora_cli import results
-from lora_cli.console import out
-from lora_cli.records import Forgetting, with_interval
+from lora_cli import results, tables
+from lora_cli.console import out, say
+from lora_cli.curve import Series, plot
+from lora_cli.errors import one_line
+from lora_cli.records import with_interval
 from lora_cli.reports import CombineReport, EvalReport, MergedLayer, MergeReport, ScaleReport, ScanPoint, ScanReport
+from lora_cli.run_words import forgetting_in_words, scan_marks, spec_of
 
-_PERCENT = ("token_accuracy", "exact_match", "label_accuracy", "json_valid", "json_fields", "rouge_l", "bleu", "chrf")
 _ROUNDED = {"nearest": "to nearest", "stochastic": "by chance"}
+_WIDEST_CURVE, _CURVE_LINES = 70, 14
+_LETTERS = string.ascii_letters
 _LITTLE = 0.95  # of an update left after rounding
 
 
@@ -19,88 +23,70 @@ def show_eval(report: EvalReport) -> None:
     """Show base and adapter, or tuned model, side by side with their intervals, and three rows of what they said."""
     tuned = "model" if results.is_whole_model(report.adapter) else "adapter"
     counts = f"{report.rows:,} rows, {report.targets:,} targets, {report.answers:,} answers"
-    out.print(f"{report.data}: {counts}; 95 % intervals in brackets", markup=False, soft_wrap=True)
-    table = Table("", "base", tuned, "difference", f"the {tuned} is", "n", box=None)
+    say(f"{report.data}: {counts}; 95 % intervals in brackets")
+    rows = list[list[str]]()
     for name, both in {**report.figures, **report.tasks}.items():
-        spec = ".1%" if name in _PERCENT else ",.2f" if name == "perplexity" else ".4f"
+        spec = spec_of(name)
         cells = [
             with_interval(both.base, spec),
             with_interval(both.tuned, spec),
             with_interval(both.difference, f"+{spec}"),
         ]
-        table.add_row(*map(escape, (name.replace("_", " "), *cells)), both.verdict or "-", f"{both.tuned.n:,}")
-    out.print(table)
+        rows.append([name.replace("_", " "), *cells, both.verdict or "-", f"{both.tuned.n:,}"])
+    tables.show(["", "base", tuned, "difference", f"the {tuned} is", "n"], rows)
     if report.forgetting is not None:
-        out.print(f"forgetting: {forgetting_in_words(report.forgetting)}", markup=False, soft_wrap=True)
+        say(f"forgetting: {forgetting_in_words(report.forgetting)}")
     if report.scan is not None:
         show_scan(report.scan)
     for sample in report.samples[:3]:
-        out.print(f"\n[bold]{escape(sample.row)}[/bold]")
+        say("")
+        say(Text(sample.row, "bold"))
         for name, text in (("expected", sample.expected), ("base", sample.base), (tuned, sample.tuned)):
-            out.print(f"  {name:9}{text[:300]}", markup=False, soft_wrap=True)
+            say(f"  {name:9}{one_line(text[:300])}", indent=11)
     if report.saved is not None:
-        out.print(f"\nKept in {report.saved}, all answers beside it.", markup=False, soft_wrap=True)
-
-
-def forgetting_in_words(found: Forgetting) -> str:
-    """Return the rise on general text and the KL to the base in one sentence."""
-    rise, kl = found.rise, found.kl
-
-    return (
-        f"loss on general text {found.base_loss:.4f} (base) {with_interval(rise, '+.4f')} on {found.tokens:,} tokens; "
-        f"KL to the base {with_interval(kl, '.4f')} on {found.kl_tokens:,} targets"
-    )
+        say("")
+        say(f"Kept in {report.saved}, all answers beside it.")
 
 
 def show_scan(report: ScanReport) -> None:
     """Show what each gain learns and forgets, as a table and as a curve."""
-    table = Table("gain", "loss", "change", "token accuracy", "rise on general text", "KL to the base", "", box=None)
-    marks = {report.best: "lowest loss"}
-    marks[report.knee] = f"{marks[report.knee]}, knee" if report.knee in marks else "knee"
-    if report.best_within is not None:
-        what = f"best within {report.budget:g}"
-        marks[report.best_within] = f"{marks.get(report.best_within, '')}, {what}".removeprefix(", ")
+    rows, brief = list[list[str]](), list[list[str]]()
+    marks = scan_marks(report)
     for point in report.points:
         change, rise = (with_interval(each, "+.4f") for each in (point.change, point.forgetting.rise))
         figures = (f"{point.loss.value:.4f}", change, f"{point.token_accuracy:.1%}", rise)
         kl = f"{point.forgetting.kl.value:.4f}"
-        table.add_row(f"{point.gain:g}", *map(escape, figures), kl, marks.get(point.gain, ""))
-    out.print(table)
+        rows.append([f"{point.gain:g}", *figures, kl, marks.get(point.gain, "")])
+        brief.append([f"{point.gain:g}", *(figure.split(" [")[0] for figure in figures), kl])
+    heads = ["gain", "loss", "change", "token accuracy", "rise on general text", "KL to the base", ""]
+    if tables.Fitting(heads, rows).fits(out, out.width):
+        tables.show(heads, rows)
+    else:  # intervals are in the report
+        tables.show(["gain", "loss", "change", "accuracy", "rise", "KL"], brief)
+        for gain, mark in sorted(marks.items()):
+            say(f"gain {gain:g}: {mark}")
     for line in _curve(report.points):
-        out.print(line, markup=False)
+        out.print(Text(line), soft_wrap=True)
+    legend = [f"{_LETTERS[number]} = {point.gain:g}" for number, point in enumerate(report.points)]
+    say(f"{'':9}{'  '.join(legend)}", indent=9)
 
 
-def _curve(points: Sequence[ScanPoint], width: int = 60, height: int = 12) -> Iterator[str]:
+def _curve(points: Sequence[ScanPoint]) -> Sequence[str]:
     """Draw loss (downwards is better) over the rise on general text; each gain is a letter, from a on."""
-    across = [point.forgetting.rise.value or 0.0 for point in points]
-    up = [point.loss.value or 0.0 for point in points]
-    cells = [[" "] * width for _ in range(height)]
-
-    def place(value: float, values: Sequence[float], steps: int) -> int:
-        span = max(values) - min(values)
-        return round((value - min(values)) / span * (steps - 1)) if span else 0
-
-    for number, (x, y) in enumerate(zip(across, up, strict=True)):
-        cells[height - 1 - place(y, up, height)][place(x, across, width)] = chr(ord("a") + number)
-    yield f"{max(up):8.4f} |{''.join(cells[0])}"
-    yield from (f"{'':8} |{''.join(row)}" for row in cells[1:-1])
-    yield f"{min(up):8.4f} |{''.join(cells[-1])}"
-    yield f"{'loss':8} +{'-' * width}"
-    yield f"{'':9}{min(across):+.4f}{'rise on general text':^{width - 14}}{max(across):+.4f}"
-    yield f"{'':9}" + "  ".join(f"{chr(ord('a') + i)} = {point.gain:g}" for i, point in enumerate(points))
+    series = [Series([(point.forgetting.rise.value or 0.0, point.loss.value or 0.0) for point in points], _LETTERS)]
+    names, width = ("rise on general text", "loss"), min(_WIDEST_CURVE, out.width)
+    return plot(series, width, _CURVE_LINES, out.options.ascii_only, names, "+.4f")
 
 
 def show_scale(report: ScaleReport) -> None:
     """Show what was written, and what it forgets where that was measured."""
-    out.print(
-        f"Wrote {report.output}: gain {report.gain:g}, lora_alpha {report.alpha:g}.", markup=False, soft_wrap=True
-    )
+    say(f"Wrote {report.output}: gain {report.gain:g}, lora_alpha {report.alpha:g}.")
     if report.point is not None:
         change = report.point.change
-        out.print(
-            f"Loss on the held-out rows {report.point.loss.value:.4f} ({change.value:+.4f}); ", end="", markup=False
+        say(
+            f"Loss on the held-out rows {report.point.loss.value:.4f} ({change.value:+.4f}); "
+            f"{forgetting_in_words(report.point.forgetting)}."
         )
-        out.print(f"{forgetting_in_words(report.point.forgetting)}.", markup=False, soft_wrap=True)
 
 
 # --- merge ---
@@ -109,11 +95,9 @@ def show_scale(report: ScaleReport) -> None:
 def show_merge(report: MergeReport | CombineReport) -> None:
     """Show what was merged, what rounding left of it, and how it compares; or the adapter that was made of several."""
     if isinstance(report, CombineReport):
-        out.print(
+        say(
             f"Wrote one adapter of {report.adapted_tensors} layers, rank {report.rank}, to {report.output}; it holds "
-            f"at least {report.kept:.2%} of each layer's update.",
-            markup=False,
-            soft_wrap=True,
+            f"at least {report.kept:.2%} of each layer's update."
         )
         return
     agreement = report.agreement
@@ -128,13 +112,13 @@ def show_merge(report: MergeReport | CombineReport) -> None:
     if report.forced:
         lines.append("This is more than is allowed: it was kept because of --force.")
     for line in [*lines, *_quantised(report)]:
-        out.print(line, markup=False, soft_wrap=True)
+        say(line)
     if report.speeds is not None:
-        table = Table("tokens/s", "prompt", "of base", "answer", "of base", box=None)
+        rows = list[list[str]]()
         for name, speed in report.speeds.items():
             figures = (speed.prompt, speed.prompt_of_base, speed.answer, speed.answer_of_base)
-            table.add_row(name, *(with_interval(f, spec) for f, spec in zip(figures, [".0f", ".3f"] * 2, strict=True)))
-        out.print(table)
+            rows.append([name, *(with_interval(f, spec) for f, spec in zip(figures, [".0f", ".3f"] * 2, strict=True))])
+        tables.show(["tokens/s", "prompt", "of base", "answer", "of base"], rows)
 
 
 def _quantised(report: MergeReport) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Draws the events of a run, and of its preparation, as they come: a bar in a terminal, plain lines elsewhere."""
+"""Draws the events of a run, or of a search, as they come: a live panel in a terminal, plain lines elsewhere."""
 
 import os
 import time
@@ -6,10 +6,11 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from typing import TypeVar
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.live import Live
 
-from lora_cli.console import duration, err
-from lora_cli.figures import forgetting_in_words
+from lora_cli import interrupt
+from lora_cli.console import duration, err, is_live, say
+from lora_cli.panel import RunPanel
 from lora_cli.records import (
     Evaluated,
     Event,
@@ -24,29 +25,27 @@ from lora_cli.records import (
     short,
 )
 from lora_cli.redact import redact
+from lora_cli.run_words import forgetting_in_words
+from lora_cli.search_panel import SearchPanel
+from lora_cli.standing import SearchStanding, Standing
 
 Result = TypeVar("Result")
 _QUIET_SECONDS = 5.0  # without a terminal, steps are reported no more often than this
+_A_SECOND = 4  # times that the panel is drawn
+_STOPPING = "Stopping after this step, and saving; Ctrl-C again stops at once."
 
 
 class Follower:
-    """Draws the events of a run as they come."""
+    """Draws the events of a run as they come; of a `search` its trials, with one line for each that ended."""
 
-    def __init__(self, silent: bool = False, brief: bool = False) -> None:
-        """`silent`: another process of the run draws the same events. `brief`: there are many runs, each has a line."""
+    def __init__(self, silent: bool = False, quiet: bool = False, search: SearchStanding | None = None) -> None:
+        """`silent`: another process of the run draws the same events. `quiet`: only what warns is said."""
         self._silent = silent
-        self._brief = brief
-        self._progress = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[facts]}"),
-            console=err,
-            disable=not err.is_terminal,
-        )
-        self._task: TaskID | None = None
-        self._total = 0
-        self._seconds: list[float] = []
-        self._validation = ""
+        self._quiet = quiet
+        self._search = search
+        self._run = Standing()
+        self._panel = SearchPanel(search) if search else RunPanel(self._run)
+        self._live: Live | None = None
         self._last_line = 0.0
 
     def follow(self, events: Iterable[Event]) -> Event | None:
@@ -54,12 +53,17 @@ class Follower:
         last: Event | None = None
         if self._silent:
             return deque(events, maxlen=1).pop()
-        with self._progress:
+        try:
             for last in events:
                 try:
-                    self._draw(last)
+                    self.draw(last)
                 except (OSError, SystemExit):  # nobody reads any more; over a closed pipe rich would end the process
                     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        finally:
+            if self._live is not None:  # what follows a finished run says more than its panel
+                self._panel.note = ""
+                self._live.transient = isinstance(last, Finished) or self._search is not None
+                self._live.stop()
         return last
 
     def result_of(self, events: Generator[Event, None, Result]) -> Result:
@@ -72,16 +76,22 @@ class Follower:
         self.follow(passed_on())
         return result[0]
 
-    def _draw(self, event: Event) -> None:
+    def draw(self, event: Event) -> None:
+        """Draw one event."""
+        if not isinstance(event, Notice):
+            (self._search or self._run).take(event)
         match event:
+            case Notice():
+                if event.warns or not self._quiet:
+                    self._say(event.text)
+            case _ if self._quiet:
+                pass
             case TrialEnded():
                 self._trial(event)
-            case Evaluated() | Saved() if self._brief:
+            case Evaluated() | Saved() if self._search:
                 pass
             case Preparing():
                 self._preparing(event)
-            case Notice():
-                self._say(event.text)
             case Probed():
                 came_to = "training stopped" if event.loss is None else f"validation loss {event.loss:.4f}"
                 self._say(f"learning rate {event.rate:.2g}: {came_to} after {event.steps} steps")
@@ -98,12 +108,10 @@ class Follower:
                 pass
 
     def _say(self, text: str) -> None:
-        self._progress.console.print(redact(text), markup=False, soft_wrap=True)
+        say(redact(text), err, indent=2)
 
     def _preparing(self, event: Preparing) -> None:
-        now = time.monotonic()
-        if now - self._last_line > _QUIET_SECONDS:
-            self._last_line = now
+        if self._is_time():
             left = event.seconds * (1 - event.done) / event.done if event.done else 0.0
             self._say(f"{event.source}: {event.rows:,} rows, {event.done:.0%}, {duration(left)} left")
 
@@ -114,12 +122,13 @@ class Follower:
         self._say(f"trial {event.number}: {values}{loss}{state}")
 
     def _start(self, event: Started) -> None:
-        if not self._brief or self._task is None:
+        if self._live is None and (not self._search or not self._search.ended):
             self._say(self._size(event))
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._total = event.total_steps
-        self._task = self._progress.add_task("", total=event.total_steps, completed=event.step, facts="")
+        if self._live is None and is_live():
+            self._live = Live(
+                self._panel, console=err, refresh_per_second=_A_SECOND, redirect_stdout=False, transient=True
+            )
+            self._live.start()
 
     def _size(self, event: Started) -> str:
         share = event.trainable_parameters / event.total_parameters
@@ -130,23 +139,29 @@ class Follower:
         )
 
     def _step(self, event: StepDone) -> None:
-        self._seconds = [*self._seconds[-19:], event.seconds]
-        left = (self._total - event.step) * sum(self._seconds) / len(self._seconds)
-        speed = f"{event.tokens / event.seconds:,.0f} tok/s"
-        facts = f"loss {event.loss:.4f}{self._validation}  {speed}  {duration(left)} left"
-        if self._task is not None:
-            self._progress.update(self._task, completed=event.step, facts=facts)
-        now = time.monotonic()
-        if not err.is_terminal and (
-            now - self._last_line > _QUIET_SECONDS or (event.step in (1, self._total) and not self._brief)
-        ):
-            self._last_line = now
+        if self._live is not None:
+            self._panel.note = _STOPPING if interrupt.requested().wanted else ""
+            return
+        run = self._search.current if self._search else self._run
+        is_an_end = event.step in (1, run.total) and not self._search
+        if self._is_time() or is_an_end:
+            self._last_line = time.monotonic()
+            validation = f"  val {run.evaluated.loss:.4f}" if run.evaluated else ""
+            speed = f"{event.tokens / event.seconds:,.0f} tok/s"
             self._say(
-                f"step {event.step}/{self._total}  epoch {event.epoch:.2f}  {facts}  lr {event.learning_rate:.2e}"
+                f"step {event.step}/{run.total}  epoch {event.epoch:.2f}  loss {event.loss:.4f}{validation}  {speed}  "
+                f"{duration(run.left or 0.0)} left  lr {event.learning_rate:.2e}"
             )
 
+    def _is_time(self) -> bool:
+        """Return whether nothing was said of the progress for a while."""
+        now = time.monotonic()
+        if now - self._last_line <= _QUIET_SECONDS:
+            return False
+        self._last_line = now
+        return True
+
     def _evaluated(self, event: Evaluated) -> None:
-        self._validation = f"  val {event.loss:.4f}"
         what = "base model" if event.step == 0 else f"step {event.step}"
         note = ", best so far" if event.improved else ""
         left = f", patience {event.patience_left}" if event.patience_left is not None and event.step else ""
@@ -159,12 +174,6 @@ class Follower:
             self._say(f"  forgetting: {forgetting_in_words(event.forgetting)}{over}")
 
 
-def follow_preparation(news: Generator[Notice | Preparing, None, Result]) -> Result:
-    """Draw the news of something that gets ready; return its result. Notices are part of the result's own."""
-    follower = Follower()
-    while True:
-        try:
-            follower._draw(next(news))
-        except StopIteration as end:
-            result: Result = end.value
-            return result
+def follow_preparation(news: Generator[Notice | Preparing, None, Result], quiet: bool = False) -> Result:
+    """Draw the news of something that gets ready; return its result."""
+    return Follower(quiet=quiet).result_of(news)

@@ -35,6 +35,14 @@ class Validation:
         """Return the validation set alone, for what needs no measure of forgetting."""
         return Validation(self.model, self.examples, None, self.world) if self.general else self
 
+    def of_rows(self, count: int) -> "Validation":
+        """Return a validation set of at most so many of the rows, evenly spread."""
+        if count >= len(self.examples):
+            return self
+        taken = np.zeros(len(self.examples), bool)
+        taken[spread(len(taken), count)] = True
+        return Validation(self.model, self.examples.where(taken), self.general, self.world)
+
     def measure_base(self, tokens: int) -> tuple[Measured, Forgetting | None]:
         """Measure a model whose adapter is fresh; later runs on the same base are told what was found."""
         if self._at_start is None:

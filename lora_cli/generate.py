@@ -17,10 +17,15 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the most likely one at temperature 0, else drawn, the same for the same seed."""
+    """How the next token is chosen: the most likely one at temperature 0, else drawn, the same for the same seed.
+
+    Drawn among the `top_k` most likely tokens (0: all), of those among the fewest that together have `top_p`.
+    """
 
     temperature: float = 0.0
     seed: int = 0
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 GREEDY = Sampling()
@@ -46,7 +51,12 @@ def generate(
     ends = end_tokens(model, tokenizer)
     pad = ends[0] if ends else 0
     choice = (
-        {"do_sample": True, "temperature": sampling.temperature, "top_k": 0}
+        {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+        }
         if sampling.temperature
         else {"do_sample": False}
     )

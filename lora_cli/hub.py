@@ -1,11 +1,18 @@
-"""Folders to the Hugging Face hub, only where it is asked for."""
+"""The Hugging Face hub: whether it can be reached, and folders to it, only where it is asked for."""
 
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
+from lora_cli.doctor_report import Hub
 from lora_cli.errors import InputError, SurroundingsError, shown
+from lora_cli.redact import redact
+
+_PATIENCE = 3.0  # seconds for an answer
 
 
 def require_pushable(repo: str) -> None:
@@ -41,3 +48,34 @@ def push(folder: Path, repo: str, private: bool = True) -> str:
             f"--push: {repo}: the hub cannot be reached ({type(error).__name__}: {shown(error, 200)}).", state=state
         ) from None
     return str(url)
+
+
+def cache_folder() -> Path:
+    """Return where what comes from the hub is kept."""
+    return Path(huggingface_hub.constants.HF_HUB_CACHE)
+
+
+def look() -> Hub:
+    """Say what is known of the hub from here; it has a few seconds to answer, unless it is switched off."""
+    endpoint, offline = huggingface_hub.constants.ENDPOINT, bool(huggingface_hub.constants.HF_HUB_OFFLINE)
+    reachable = None if offline else _answers(endpoint)
+    return Hub(redact(endpoint), offline, huggingface_hub.get_token() is not None, reachable)
+
+
+def _answers(address: str) -> bool:
+    """Return whether anything answers at an address in time; looking up its name may take longer, and is left then."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_PATIENCE).close()
+        except urllib.error.HTTPError:
+            pass  # an answer too
+        except (OSError, ValueError):
+            return
+        answered.set()
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_PATIENCE)
+    return answered.is_set()

@@ -22,6 +22,10 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number: int | None = None
 
+    def ask(self, number: int = signal.SIGTERM) -> None:
+        """Ask, as that signal would."""
+        self.signal_number = number
+
     @property
     def wanted(self) -> bool:
         """Whether somebody asked."""
@@ -61,6 +65,24 @@ def patience() -> Iterator[None]:
         yield
     finally:
         _patient -= 1
+
+
+def taken() -> bool:
+    """Return whether Ctrl-C was pressed, and forget it: what it was to stop has stopped."""
+    pressed = _request.signal_number == signal.SIGINT
+    if pressed:
+        _request.signal_number = None
+    return pressed
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """While the block runs, which does nothing but wait for a line, Ctrl-C raises KeyboardInterrupt in it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def poll() -> None:

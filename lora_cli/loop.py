@@ -90,7 +90,7 @@ class Loop:
             checkpoint.load(path, self.state)
             if self.world.is_main:
                 checkpoint.prune(self.run, self.config.save.keep)  # a process may have been killed before it did
-            yield Notice(f"Continuing after step {self.state.step} ({path}).")
+            yield Notice(f"Continuing after step {self.state.step} ({path}).", warns=False)
         losses = list[float]()
         if self.world.is_main:
             for problem in metrics.rewind(self.run, self.state.step if path else -1, self.state.evaluated):

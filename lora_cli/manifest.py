@@ -9,6 +9,7 @@ from pathlib import Path
 from lora_cli import json_file, names
 
 MANIFEST = "MANIFEST.json"
+SMALL = 1 << 20  # bytes that are written and read sooner than a thread is started
 
 
 def sha256(path: Path) -> str:
@@ -18,6 +19,8 @@ def sha256(path: Path) -> str:
 
 
 def _digests(paths: Sequence[Path]) -> list[str]:
+    if sum(path.stat().st_size for path in paths) < SMALL:
+        return [sha256(path) for path in paths]
     with ThreadPoolExecutor() as pool:  # hashing holds no lock of the interpreter's
         return list(pool.map(sha256, paths))
 

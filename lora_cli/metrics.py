@@ -2,13 +2,18 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
-from dataclasses import fields
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from lora_cli import json_file, run_dir, storage
+from lora_cli.errors import AdapterError
 from lora_cli.records import Evaluated, StepDone, as_json, event_name
 from lora_cli.run_dir import RunDir
+
+Record = TypeVar("Record")
+_KINDS: dict[str, type[StepDone] | type[Evaluated]] = {"step": StepDone, "evaluated": Evaluated}
 
 
 def append(run: RunDir, record: StepDone | Evaluated) -> None:
@@ -33,6 +38,37 @@ def _lines(run: RunDir) -> list[dict[str, Any] | None]:
         is_ours = isinstance(record, dict) and isinstance(record.get("step"), int) and "event" in record
         records.append(record if is_ours else None)
     return records
+
+
+def _leaves(record: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Iterate over the keys of a record and what they hold, those of records inside it joined by dots."""
+    for name, hint in get_type_hints(record).items():
+        kinds = [one for one in (hint, *get_args(hint)) if isinstance(one, type) and one is not NoneType]
+        if is_dataclass(kinds[0]):
+            yield from _leaves(kinds[0], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", kinds[0]
+
+
+# event, then what every step has, then what only a validation pass has: forgetting.rise.value, ...
+COLUMNS: Mapping[str, type] = {"event": str, **dict(_leaves(StepDone)), **dict(_leaves(Evaluated))}
+
+
+def table(run: RunDir) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl as flat rows, all with `COLUMNS`, None where a record has no such value.
+
+    That is what `pandas.DataFrame` and `csv.DictWriter` take as it is.
+    """
+    return [{column: _figure(record, column, kind) for column, kind in COLUMNS.items()} for record in read(run)]
+
+
+def _figure(record: Any, column: str, kind: type) -> Any:
+    """Return a figure of a record, None where it has none of this kind."""
+    for key in column.split("."):
+        record = record.get(key) if isinstance(record, Mapping) else None
+    if kind is float and type(record) is int:
+        return float(record)
+    return record if type(record) is kind else None
 
 
 def rewind(run: RunDir, step: int, evaluated: bool = True) -> Iterator[str]:
@@ -73,6 +109,20 @@ def read_evaluated(run: RunDir) -> dict[int, Evaluated]:
     found = {}
     for record in read(run):
         if record.get("event") == "evaluated":
-            facts = {field.name: record.get(field.name) for field in fields(Evaluated)}
-            found[record["step"]] = json_file.checked(Evaluated, facts, run.metrics)
+            found[record["step"]] = _as(Evaluated, record, run)
     return found
+
+
+def read_measured(run: RunDir) -> list[StepDone | Evaluated]:
+    """Return the records of metrics.jsonl, in their order, to be looked at; those that are damaged are left out."""
+    measured = list[StepDone | Evaluated]()
+    for record in read(run):
+        if (kind := _KINDS.get(str(record["event"]))) is not None:
+            with contextlib.suppress(AdapterError):
+                measured.append(_as(kind, record, run))
+    return measured
+
+
+def _as(kind: type[Record], record: dict[str, Any], run: RunDir) -> Record:
+    facts = {field.name: record.get(field.name) for field in fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    return json_file.checked(kind, facts, run.metrics)

@@ -168,12 +168,26 @@ def load_model(
         module.requires_grad_(False)
         if sharded is not None:
             _shard(module, sharded)
-    module.eval()
+    return _laid_out(module.eval())
+
+
+def _laid_out(module: Any) -> LanguageModel:
+    """Return a module with how its forward passes are laid out."""
     own_attention = str(module.config._attn_implementation)
     layout = probe(module)
     if layout.packed:
         module.set_attn_implementation(PACKED)
     return LanguageModel(module, layout, own_attention)
+
+
+def build_random(device: torch.device) -> LanguageModel:
+    """Build a small model with random weights, which are nobody's and the same each time."""
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = AutoModelForCausalLM.from_config(config)
+    return _laid_out(module.requires_grad_(False).eval().to(device, choose_dtype("auto", device)))
 
 
 def _load_in_pieces(

@@ -2,14 +2,14 @@
 
 Each trial is a whole run of its own with a schedule of its own: the loss that a rate has in the middle of a longer run
 says little, because high rates look bad until they fall. Three rates lie half a decade apart, around one that follows
-from the model's width; the fourth is where the best of them points to. What is taken is the lowest point of the
-parabola through the best ones, over the logarithm of the rate.
+from the model's width; the fourth is where the best of them points to. What is taken is a little below the lowest point
+of the parabola through the best ones, over the logarithm of the rate: shorter runs like higher rates.
 """
 
 import contextlib
 import math
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from lora_cli import json_file, run_dir, storage
@@ -24,6 +24,7 @@ from lora_cli.session import Session, as_trial, for_trials, with_rate
 SHARE = 0.1  # of the run's steps, for each trial
 _FEWEST = 8  # steps that say something
 _APART = math.sqrt(10)
+_LONGER = 0.8  # of the rate that a trial likes best: measured in docs/hyperparameters.md
 
 
 def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[Event, None, float]:
@@ -47,11 +48,11 @@ def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[E
         )
         chosen = center
     else:
-        alone = for_trials(session)
+        alone = _with_validation_of(for_trials(session), steps * config.train.batch_size)
         for rate in _rates(center, losses):
             losses[rate] = _try(alone, _shortened(config, run, rate, steps))
             yield _probed(rate, losses[rate], steps)
-        chosen = _lowest(losses)
+        chosen = float(f"{_LONGER * _lowest(losses):.2g}")
     if world.is_main:
         tried = [asdict(_probed(rate, loss, steps)) for rate, loss in sorted(losses.items())]
         storage.write_json(run.probe, {"format": run_dir.FORMAT, "tried": tried, "chosen": chosen})
@@ -59,6 +60,12 @@ def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[E
             storage.remove_directory(run.probes)
     world.from_main()
     return chosen
+
+
+def _with_validation_of(session: Session, rows: int) -> Session:
+    """Return a session that measures no more than so many rows: a short trial would cost little beside all."""
+    assert session.validation is not None, "config_checks asks for it"
+    return replace(session, validation=session.validation.of_rows(rows))
 
 
 def _shortened(config: RunConfig, run: RunDir, rate: float, steps: int) -> RunConfig:
@@ -121,4 +128,4 @@ def _lowest(losses: Mapping[float, float]) -> float:
     left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     curve = (right - left) / (x2 - x0)
     lowest = (x0 + x1) / 2 - left / (2 * curve) if curve > 0 else x1
-    return float(f"{math.exp(min(max(lowest, x0), x2)):.2g}")
+    return math.exp(min(max(lowest, x0), x2))

@@ -14,12 +14,12 @@ from typing import Any
 class DataCounts:
     """What the data stage found in one set. `targets` are trained tokens; lengths are in tokens."""
 
-    rows: int
-    examples: int
-    tokens: int
-    targets: int
+    rows: int  # rows read
+    examples: int  # sequences they make
+    tokens: int  # in all of them
+    targets: int  # trained tokens among them
     dropped: int  # examples left out because they were too long, or kept no target
-    truncated: int
+    truncated: int  # examples cut at data.max_length
     lost_targets: int  # trained tokens cut away with them
     too_long: Sequence[str]  # the first of the rows that were too long
     length_percentiles: Sequence[int]  # 50, 90, 99, 100
@@ -27,32 +27,32 @@ class DataCounts:
     length_histogram: Sequence[int]  # sequences in equal steps of length, from 0 to the longest
     duplicates: int  # rows that stand there already
     control_rows: int  # rows with control tokens in their content
-    control_tokens: int
+    control_tokens: int  # how many those are
     lossy: int  # sequences whose answers the tokenizer does not spell letter for letter
     blank: int  # rows with a question of white space
     without_tools: int  # rows whose tools the chat template leaves out
     secrets: int  # rows with what looks like a key or a password
-    sources: Sequence["SourceCounts"]
+    sources: Sequence["SourceCounts"]  # one a file
 
 
 @dataclass(frozen=True)
 class SourceCounts:
     """What one file gave to a set."""
 
-    name: str
-    format: str
-    rows: int
-    examples: int
+    name: str  # its path
+    format: str  # how its rows were read
+    rows: int  # rows read
+    examples: int  # sequences they make
     unread: Sequence[str]  # columns that nothing reads
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many of `of` validation rows are also trained on: whole `rows`, and rows whose `prompts` are."""
+    """How many validation rows are also trained on."""
 
-    rows: int
-    prompts: int
-    of: int
+    rows: int  # rows that are trained on whole
+    prompts: int  # rows whose prompt is trained on
+    of: int  # validation rows
     places: Sequence[str]  # of the first three
 
 
@@ -63,10 +63,10 @@ class Estimate:
     All are null where there was nothing to measure; only the interval is where one unit was.
     """
 
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
+    value: float | None  # the figure
+    low: float | None  # lower end of its 95 % interval
+    high: float | None  # upper end of it
+    n: int  # units it is from
 
 
 def with_interval(estimate: Estimate, spec: str) -> str:
@@ -85,156 +85,156 @@ def short(value: object) -> str:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """How far the tuned model is from the base, in nats a token.
+    """How far the tuned model is from the base, in nats a token."""
 
-    `rise` is of the loss on general text of `tokens` targets, from `base_loss` on; `kl` is KL(base || tuned) on
-    `kl_tokens` targets of the validation set.
-    """
-
-    rise: Estimate
-    base_loss: float
-    tokens: int
-    kl: Estimate
-    kl_tokens: int
+    rise: Estimate  # of the loss on general text
+    base_loss: float  # the base's loss there
+    tokens: int  # targets of the general text
+    kl: Estimate  # KL(base || tuned) on validation rows
+    kl_tokens: int  # targets it is from
 
 
 @dataclass(frozen=True)
 class Started:
-    """The loop is about to take its first step (or the first one after a resume)."""
+    """The loop is about to take its first step, or the first one after a resume; `before` was measured until then."""
 
-    step: int
-    total_steps: int
-    steps_per_epoch: int
-    train: DataCounts
-    validation: DataCounts | None
-    trainable_parameters: int
-    total_parameters: int
+    step: int  # the last that is done
+    total_steps: int  # optimizer steps of the whole run
+    steps_per_epoch: int  # of one pass over the rows
+    train: DataCounts  # the rows that are trained on
+    validation: DataCounts | None  # those held out; null: none
+    trainable_parameters: int  # numbers that are trained
+    total_parameters: int  # numbers of the whole model
     forward: str  # how a forward pass is laid out, in words
+    patience: int | None  # evaluations without improvement after which the run stops
+    forgetting_budget: float | None
+    before: Sequence["StepDone | Evaluated"]
 
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimizer update. `loss` is the mean over the step's `targets`, `kl` that of KL(base || tuned) where it is
-    part of what is minimised; `seconds` is wall time.
-    """
+    """One optimizer update."""
 
-    step: int
-    epoch: float
-    loss: float
-    kl: float | None
-    targets: int
-    tokens: int
-    learning_rate: float
-    grad_norm: float
-    seconds: float
+    step: int  # its number, from 1 on
+    epoch: float  # passes over the rows so far
+    loss: float  # mean over the step's targets, nats
+    kl: float | None  # mean of KL(base || tuned), where it is minimised too
+    targets: int  # trained tokens of the step
+    tokens: int  # all tokens of the step
+    learning_rate: float  # at this step
+    grad_norm: float  # of all gradients, before clipping
+    seconds: float  # wall time of the step
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One validation pass. At step 0 it measures the base. `within_budget` is null where there is no budget."""
+    """One validation pass. At step 0 it measures the base."""
 
-    step: int
-    epoch: float
-    loss: float
-    targets: int
-    token_accuracy: float
-    improved: bool
-    best_step: int | None
-    patience_left: int | None
-    seconds: float
-    forgetting: Forgetting | None
-    within_budget: bool | None
+    step: int  # after so many steps; 0 is the base
+    epoch: float  # passes over the rows so far
+    loss: float  # mean over all validation targets, nats
+    targets: int  # trained tokens of the validation rows
+    token_accuracy: float  # share of targets that are the model's first choice
+    improved: bool  # whether it is the best so far
+    best_step: int | None  # the best so far; null: none yet
+    patience_left: int | None  # evaluations left without improvement; null: no early stopping
+    seconds: float  # wall time of the pass
+    forgetting: Forgetting | None  # distance from the base; null: not measured
+    within_budget: bool | None  # eval.forgetting_budget; null: there is none
 
 
 @dataclass(frozen=True)
 class Saved:
     """A checkpoint is on the disk, verified."""
 
-    step: int
-    path: Path
-    is_best: bool
+    step: int  # its step
+    path: Path  # its folder
+    is_best: bool  # whether it is the best so far
 
 
 @dataclass(frozen=True)
 class Tested:
-    """The best adapter on the test rows, which chose nothing: the change of loss from the base's there.
+    """The best adapter on the test rows, which chose nothing."""
 
-    `flattery` is what choosing made of validation: by how much the change of loss was better there than on the test
-    rows.
-    """
-
-    targets: int
-    base_loss: float
-    loss: float
-    change: Estimate
-    flattery: Estimate
+    targets: int  # trained tokens of the test rows
+    base_loss: float  # the base's loss there
+    loss: float  # the best adapter's
+    change: Estimate  # of the loss, from the base's
+    flattery: Estimate  # what choosing made of validation: the change there less the change here
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The run is over and `adapter` holds the best adapter (the last one where there is no validation).
+    """The run is over and `adapter` holds the best adapter (the last one where there is no validation)."""
 
-    `best_forgetting` is its rise of loss on general text, null where that was not measured; `within_budget` says
-    whether it is within `eval.forgetting_budget`, where there is one.
-    """
-
-    step: int
-    best_step: int | None
-    best_loss: float | None
-    base_loss: float | None
-    best_forgetting: float | None
-    within_budget: bool | None
-    test: Tested | None
-    reason: str
-    adapter: Path
+    step: int  # the last step
+    best_step: int | None  # whose adapter is kept; null: there is no validation
+    best_loss: float | None  # its validation loss
+    base_loss: float | None  # the base's validation loss
+    best_forgetting: float | None  # its rise of loss on general text; null: not measured
+    within_budget: bool | None  # whether that is within eval.forgetting_budget; null: there is none
+    test: Tested | None  # the best on the test rows; null: there are none
+    reason: str  # why the run ended
+    adapter: Path  # where the result lies: adapter/, or model/ of full fine-tuning
 
 
 @dataclass(frozen=True)
 class Probed:
     """A learning rate was tried: the validation loss after so many steps, null where training stopped before."""
 
-    rate: float
-    loss: float | None
-    steps: int
+    rate: float  # the learning rate
+    loss: float | None  # validation loss; null: training stopped
+    steps: int  # steps it was tried for
 
 
 @dataclass(frozen=True)
 class TrialEnded:
-    """One run of a search. `values` are those that it tried, by dotted keys.
+    """One run of a search: finished, pruned (given up, behind the others), or diverged (stopped: not finite)."""
 
-    `state` is finished, pruned (given up, behind the others), or diverged (training stopped: not finite). `loss` is the
-    best validation loss, or the last one known of a trial that was given up; `excess` what it forgets over the budget.
-    `training` is the part of `seconds` that went into steps and validation.
+    number: int  # of the trial, from 0 on
+    values: Mapping[str, Any]  # what it tried, by dotted keys
+    state: str  # finished | pruned | diverged
+    loss: float | None  # best validation loss, or the last one known where it was given up
+    forgetting: float | None  # rise of loss on general text; null: not measured
+    excess: float  # what it forgets over the budget
+    steps: int  # steps taken
+    of_steps: int  # steps it was to take
+    tokens: int  # tokens seen in them
+    seconds: float  # wall time of all of it
+    training: float  # of these, in steps and validation
+
+
+@dataclass(frozen=True)
+class Start:
+    """What was known of a run before its first step: each set of rows, what the user was told, where values came from.
+
+    `origins` are by dotted keys of the config; empty where that is not known.
     """
 
-    number: int
-    values: Mapping[str, Any]
-    state: str
-    loss: float | None
-    forgetting: float | None
-    excess: float
-    steps: int
-    of_steps: int
-    tokens: int
-    seconds: float
-    training: float
+    total_steps: int
+    trainable_parameters: int
+    total_parameters: int
+    data: Mapping[str, DataCounts]
+    notices: Sequence[str]
+    origins: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something the user should know, in one sentence."""
+    """Something the user should know, in one sentence; without `warns` it is only news."""
 
-    text: str
+    text: str  # the sentence
+    warns: bool = True  # false: it is only news
 
 
 @dataclass(frozen=True)
 class Preparing:
-    """A large file is being turned into tokens; `done` is a share."""
+    """A large file is being turned into tokens."""
 
-    source: str
-    rows: int
-    done: float
-    seconds: float
+    source: str  # the file
+    rows: int  # rows done
+    done: float  # as a share of the file
+    seconds: float  # since it began
 
 
 Event = Preparing | Probed | TrialEnded | Started | StepDone | Evaluated | Saved | Finished | Notice
@@ -246,16 +246,17 @@ def event_name(record: object) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
+def plain(value: Any) -> Any:
+    """Return values as JSON and YAML have them, paths as text."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return value
+
+
 def as_json(record: Any) -> dict[str, Any]:
     """Return a record as plain JSON values, paths as text."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Path):
-            return str(value)
-        if isinstance(value, Mapping):
-            return {key: plain(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(inner) for inner in value]
-        return value
-
     return {key: plain(value) for key, value in asdict(record).items()}

@@ -6,6 +6,7 @@ environment variables whose names say that they are secret.
 
 import os
 import re
+from typing import Any
 
 HIDDEN = "[hidden]"
 _FORMS = re.compile(
@@ -58,6 +59,18 @@ def redact(text: str) -> str:
         if len(value) >= _SHORTEST and value in text and _SECRET_NAME.search(name) and value[0] not in "/~.":
             text = text.replace(value, HIDDEN)
     return text
+
+
+def redacted(values: Any) -> Any:
+    """Return plain JSON values with every secret in their texts hidden."""
+    match values:
+        case str():
+            return redact(values)
+        case dict():
+            return {redact(key): redacted(value) for key, value in values.items()}
+        case list():
+            return [redacted(value) for value in values]
+    return values
 
 
 def cut(text: str, most: int) -> str:

@@ -1,13 +1,15 @@
 """What a run that goes on may change: keys by the rule the schema gives them, never its base, data or tokenizer."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_cli import config_file, manifest, run_dir, storage
 from lora_cli.config import RunConfig
 from lora_cli.errors import AdapterError, ConfigError, DataError
+from lora_cli.records import Start, as_json
 from lora_cli.run_dir import FORMAT, RunDir
 from lora_cli.schema import OnResume, rules, value_of
 
@@ -128,6 +130,18 @@ def create(run: RunDir, config: RunConfig, environment: Mapping[str, Any]) -> No
         storage.write_json(run.environment, now)
     if not run.config.exists():
         storage.write_file(run.config, config_file.dump(config))
+
+
+def write_start(run: RunDir, start: Start, found: Sequence[Change]) -> None:
+    """Write start.json; of a run that goes on, what is there stays, but for the origins of keys that change."""
+    before = None
+    with contextlib.suppress(AdapterError):  # it is for readers, and nothing is computed from it
+        before = run_dir.read_start(run)
+    if before is not None:
+        kept = {key: origin for key, origin in before.origins.items() if key not in {change.key for change in found}}
+        start = replace(start, origins={**start.origins, **kept})
+    if start != before:
+        storage.write_json(run.start, {"format": FORMAT, **as_json(start)})
 
 
 def write_down(run: RunDir, config: RunConfig, found: Sequence[Change], step: int, best_step: int) -> Iterator[str]:

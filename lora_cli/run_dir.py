@@ -2,7 +2,9 @@
 
 output_dir/
   config.yaml  environment.json  metrics.jsonl  run.json  holder.json (while a process holds it)
+  start.json          counts of each set of rows, notices, where each value of the config came from
   checkpoints/step-000200/  adapter/ (model/ of lora.method full)  evaluations/
+  trackers.json (of train.trackers, which write tensorboard/  wandb/  mlruns/ by themselves)
 """
 
 import contextlib
@@ -19,7 +21,7 @@ from typing import Any
 from lora_cli import json_file, names, storage
 from lora_cli.config import RunConfig
 from lora_cli.errors import AdapterError, ConfigError, SurroundingsError, shown
-from lora_cli.records import Finished
+from lora_cli.records import Finished, Start
 
 FORMAT = 1  # of run.json, environment.json and a checkpoint's state.json; those without one are older, and read
 
@@ -47,8 +49,22 @@ class RunDir:
         return self.path / "run.json"
 
     @property
+    def start(self) -> Path:
+        return self.path / "start.json"
+
+    @property
     def holder(self) -> Path:
         return self.path / "holder.json"
+
+    @property
+    def trackers(self) -> Path:
+        """What is remembered of the places that the run's figures are sent to."""
+        return self.path / "trackers.json"
+
+    @property
+    def foreign(self) -> Path:
+        """What W&B writes here, with links to logs of its own elsewhere; nothing of it is trusted."""
+        return self.path / "wandb"
 
     @property
     def checkpoints(self) -> Path:
@@ -139,6 +155,7 @@ def require_own(run: RunDir) -> None:
     if problems := [
         f"{link}: is a link that leads out of the run directory, which is not followed; put what it names in its place."
         for link in names.iter_links_out(run.path)
+        if run.foreign not in link.parents
     ]:
         raise AdapterError(*problems, state="Nothing was read or written.")
 
@@ -219,6 +236,12 @@ def read_finished(run: RunDir) -> Finished | None:
     return json_file.checked(
         Finished, facts | {"adapter": run.model if run.model.exists() else run.adapter}, run.status
     )
+
+
+def read_start(run: RunDir) -> Start | None:
+    """Return what was known of a run before its first step, where it was written down. Raises AdapterError."""
+    facts = read_facts(run.start)
+    return json_file.checked(Start, facts, run.start) if facts else None
 
 
 def step_folders(run: RunDir) -> Sequence[tuple[int, Path]]:

@@ -5,7 +5,7 @@ from enum import Enum
 from functools import reduce
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 
 class OnResume(Enum):
@@ -34,7 +34,7 @@ def _reject_empty(value: str) -> str:
 Int = Annotated[int, Field(strict=True)]
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Bool = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, AfterValidator(_reject_empty)]
+Text = Annotated[str, AfterValidator(_reject_empty), WithJsonSchema({"type": "string", "minLength": 1})]
 
 
 class Section(BaseModel):
@@ -60,6 +60,15 @@ def rules(section: type[Section], prefix: str = "") -> Iterator[tuple[str, OnRes
             yield from rules(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, next((rule for rule in field.metadata if isinstance(rule, OnResume)), None)
+
+
+def defaults(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over (dotted key, its default) of a section; a key without one is left out."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from defaults(field.annotation, f"{prefix}{name}.")
+        elif not field.is_required():
+            yield prefix + name, field.default
 
 
 def value_of(config: Section, key: str) -> Any:

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli import config_file, resume, run_dir, storage
+from lora_cli import config_file, data, launch, resume, room, run_dir, storage
 from lora_cli.config import RunConfig
 from lora_cli.errors import AdapterError, ConfigError
 from lora_cli.run_dir import RunDir
 
+KINDS = ("tune", "sensitivity", "against-full")  # OUTPUT_DIR-tune, ...
 _ATTEMPTS = 50  # to be alone in it for a moment
 
 
@@ -75,7 +76,17 @@ def of(config: RunConfig, kind: str = "tune") -> SearchDir:
     return SearchDir(place.with_name(f"{place.name}-{kind}"))
 
 
-def require_place(config: RunConfig, place: SearchDir) -> None:
+def require_ready(config: RunConfig, place: SearchDir, alone: str) -> None:
+    """Raise UserError where what a search needs is not there; `alone` says why one process is to start it."""
+    launch.require_alone(alone)
+    if config.data.validation == 0:
+        raise ConfigError("data.validation: is 0, and runs are held against each other by validation loss.")
+    _require_place(config, place)
+    data.require_readable(config.data, config.eval.general_source)
+    room.require_writable(place.path, "output_dir")
+
+
+def _require_place(config: RunConfig, place: SearchDir) -> None:
     """Raise ConfigError where a folder holds anything but a search around the same config, however many trials."""
     run_dir.require_own(place.as_run)
     if place.config.is_file():

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lora_cli import adapter, adapter_folder, ends, interrupt, metrics, model, resume, run_dir, tuning
+from lora_cli import adapter, adapter_folder, ends, interrupt, metrics, model, notices, origins, resume, run_dir, tuning
 from lora_cli.config import ModelConfig, RunConfig
 from lora_cli.distributed import World, memory_error
 from lora_cli.errors import Interrupted, UserError
@@ -15,9 +15,10 @@ from lora_cli.interrupt import StopRequest
 from lora_cli.loop import Loop
 from lora_cli.model import LanguageModel
 from lora_cli.prepare import Prepared
-from lora_cli.records import Evaluated, Event, Finished, Notice, Started, StepDone, as_json
+from lora_cli.records import Evaluated, Event, Finished, Notice, Start, Started, StepDone, as_json
 from lora_cli.resume import Change
 from lora_cli.run_dir import RunDir
+from lora_cli.schema import flat, value_of
 from lora_cli.timetable import Timetable
 
 
@@ -32,6 +33,8 @@ class Session:
     environment: Mapping[str, Any]
     stop: StopRequest
     world: World
+    config: RunConfig  # the one that was asked for; trials change it
+    origins: Mapping[str, str]  # of its values
 
     def total_steps(self, config: RunConfig) -> int:
         """Return how many steps a run of the config takes."""
@@ -49,6 +52,7 @@ class Session:
         with interrupt.patience():
             if self.world.is_main:
                 resume.create(run, config, self.environment)
+                resume.write_start(run, self._start(config), changes)
                 if (warning := run_dir.warning(run)) is not None:
                     yield Notice(warning)
             self.world.from_main()
@@ -65,6 +69,25 @@ class Session:
                     yield Notice(text)
             yield self._started(loop)
             yield from _written_down(loop, run, self.world)
+
+    def _start(self, config: RunConfig) -> Start:
+        """Return what is known of a run before its first step."""
+        prepared = self.prepared
+        counts = {
+            "train": prepared.train_counts,
+            "validation": prepared.validation_counts,
+            "test": prepared.test_counts if prepared.test is not None else None,
+            "replay": prepared.replay_counts,
+        }
+        own = {key for key, value in flat(config) if value != value_of(self.config, key)}
+        return Start(
+            total_steps=self.total_steps(config),
+            trainable_parameters=prepared.trained_parameters(config.lora),
+            total_parameters=prepared.total_parameters(config.lora),
+            data={name: count for name, count in counts.items() if count is not None},
+            notices=[*notices.of(prepared, config), *untrained_ends(self)],
+            origins={key: origins.SEARCH if key in own else origin for key, origin in self.origins.items()},
+        )
 
     def _loop(self, config: RunConfig, run: RunDir) -> Loop:
         prepared = self.prepared
@@ -97,6 +120,9 @@ class Session:
             trainable_parameters=trainable,
             total_parameters=self.prepared.total_parameters(loop.config.lora),
             forward=str(self.model.layout),
+            patience=loop.config.train.early_stopping.patience,
+            forgetting_budget=loop.config.eval.forgetting_budget,
+            before=metrics.read_measured(loop.run) if self.world.is_main else (),
         )
 
 
@@ -124,14 +150,19 @@ def for_trials(session: Session, forgetting: bool = False) -> Session:
 
 
 def open_session(
-    config: RunConfig, prepared: Prepared, environment: Mapping[str, Any], stop: StopRequest, world: World
+    config: RunConfig,
+    prepared: Prepared,
+    environment: Mapping[str, Any],
+    stop: StopRequest,
+    world: World,
+    where: Mapping[str, str] | None = None,
 ) -> Session:
-    """Load the base that a config names."""
+    """Load the base that a config names; `where` says where its values come from."""
     loaded = model.load_model(prepared.header, config.model, world.device, world if world.in_step else None)
     validation = None
     if prepared.validation is not None:
         validation = Validation(loaded, prepared.validation, prepared.general, world)
-    return Session(prepared, loaded, validation, config.model, environment, stop, world)
+    return Session(prepared, loaded, validation, config.model, environment, stop, world, config, where or {})
 
 
 def untrained_ends(session: Session) -> Iterator[str]:
@@ -158,7 +189,7 @@ def _written_down(loop: Loop, run: RunDir, world: World) -> Iterator[Event]:
     except BaseException as caught:
         error = memory_error(caught) or caught
         if not finished and world.is_main:
-            state = "stopped" if isinstance(error, Interrupted | GeneratorExit) else "failed"
+            state = "stopped" if isinstance(error, Interrupted | GeneratorExit | KeyboardInterrupt) else "failed"
             reason = error.problems[0] if isinstance(error, UserError) else type(error).__name__
             progress = asdict(loop.state.stopping)
             with contextlib.suppress(UserError):  # on a full disk, what is said is why the run stopped

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from lora_cli.errors import NOTHING_READ, ConfigError, shown
+from lora_cli.redact import redact
 
 MAX_DEPTH = 20
 MAX_NODES = 5_000
@@ -243,3 +244,22 @@ def dump_inline(value: Any) -> str:
     """Return one plain value as it stands behind a key."""
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10_000)
     return text.strip().removesuffix("...").strip()
+
+
+def require_no_secret(document: Document, name: str) -> None:
+    """Raise ConfigError where a key or a value looks like a secret, without repeating it."""
+
+    def places(value: Any, at: Key) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from places(key, (*at, str(key)))
+                yield from places(inner, (*at, str(key)))
+        elif isinstance(value, list):
+            for index, inner in enumerate(value):
+                yield from places(inner, (*at, index))
+        elif isinstance(value, str) and redact(value) != value:
+            yield f"{document.place(at) or name}: {'.'.join(map(str, at))} holds what looks like a key or a password."
+
+    if problems := list(dict.fromkeys(places(document.values, ()))):
+        way = "Take it out: a config is copied into its run. The hub's token comes from `hf auth login` or HF_TOKEN."
+        raise ConfigError(*problems, way, state=NOTHING_READ)

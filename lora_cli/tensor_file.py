@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_cli import interrupt, storage
 from lora_cli.errors import ModelError, shown
+from lora_cli.manifest import SMALL
 
 DTYPES = {
     "F64": torch.float64,
@@ -139,15 +140,24 @@ def write_tensors(
     header += b" " * (-len(header) % 8)
     with storage.adding(file) as target:
         target.write(len(header).to_bytes(8, "little") + header)
-        with ThreadPoolExecutor(1) as writer:  # which writes a piece while the next is made
-            pending: Future[None] | None = None
+        if end < SMALL:
             for piece in pieces:
-                if pending is not None:
-                    pending.result()
-                pending = writer.submit(_write_piece, piece, target)
+                _write_piece(piece, target)
+        else:
+            _write_behind(pieces, target)
+        assert target.tell() == 8 + len(header) + end, "the pieces are what the header says"
+
+
+def _write_behind(pieces: Iterable[Tensor | TensorInfo], target: BinaryIO) -> None:
+    """Write each piece while the next is made."""
+    with ThreadPoolExecutor(1) as writer:
+        pending: Future[None] | None = None
+        for piece in pieces:
             if pending is not None:
                 pending.result()
-        assert target.tell() == 8 + len(header) + end, "the pieces are what the header says"
+            pending = writer.submit(_write_piece, piece, target)
+        if pending is not None:
+            pending.result()
 
 
 def write_whole(file: Path, tensors: Mapping[str, Tensor]) -> None:

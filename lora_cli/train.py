@@ -1,7 +1,7 @@
 """`lora train`: a run from its config to its adapter, written down as it goes."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from lora_cli import data, interrupt, launch, resume, room, run_dir
@@ -23,12 +23,14 @@ def ended(config: RunConfig, override: bool = False) -> Finished | None:
     return None if changed else run_dir.read_finished(run)
 
 
-def train(config: RunConfig, stop: StopRequest, override: bool = False) -> Iterator[Event]:
+def train(
+    config: RunConfig, stop: StopRequest, override: bool = False, origins: Mapping[str, str] | None = None
+) -> Generator[Event, None, None]:
     """Train, or continue an interrupted run of the same config; yield what happens and write it down.
 
     Started by torchrun, the processes share the work; all yield, the main one writes. With `override` the config may
-    differ from the run's in how the rest is trained. Raises UserError: InputError and SurroundingsError before anything
-    is written, TrainingStopped, Interrupted.
+    differ from the run's in how the rest is trained; `origins` are written down for who reads the run. Raises
+    UserError: InputError and SurroundingsError before anything is written, TrainingStopped, Interrupted.
     """
     run, is_main = run_dir.of(config), launch.current().is_main
     resume.plan(run, config, override)
@@ -53,7 +55,7 @@ def train(config: RunConfig, stop: StopRequest, override: bool = False) -> Itera
             if is_main and not is_held:  # another process may have made it by now
                 _hold(run, holding)
             changes = resume.plan(run, config, override)
-            yield from _train(config, run, prepared, stop, changes, world)
+            yield from _train(config, run, prepared, stop, changes, world, origins or {})
 
 
 def _hold(run: RunDir, holding: contextlib.ExitStack) -> None:
@@ -63,7 +65,13 @@ def _hold(run: RunDir, holding: contextlib.ExitStack) -> None:
 
 
 def _train(
-    config: RunConfig, run: RunDir, prepared: "Prepared", stop: StopRequest, changes: list[Change], world: "World"
+    config: RunConfig,
+    run: RunDir,
+    prepared: "Prepared",
+    stop: StopRequest,
+    changes: list[Change],
+    world: "World",
+    origins: Mapping[str, str],
 ) -> Iterator[Event]:
     """Train in a directory that is held."""
     from lora_cli import environment
@@ -79,7 +87,7 @@ def _train(
         )
     if world.is_main:
         _require_room(config, run, prepared)
-    session = open_session(config, prepared, here, stop, world)
+    session = open_session(config, prepared, here, stop, world, origins)
     for text in untrained_ends(session):
         yield Notice(text)
     rate = (yield from choose_rate(session, config, run)) if config.train.learning_rate == "auto" else None

@@ -1,10 +1,8 @@
 """Draws what searches came to: trials, and what each knob does."""
 
-from rich.markup import escape
-from rich.table import Table
-
-from lora_cli.console import gigabytes, out
-from lora_cli.records import TrialEnded, short, with_interval
+from lora_cli import tables
+from lora_cli.console import gigabytes, say, show_next
+from lora_cli.records import short, with_interval
 from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport
 
 
@@ -23,29 +21,25 @@ def _tune(report: TuneReport) -> None:
     """Show the trials, the best first, and what to do with the best."""
     keys = list(dict.fromkeys(key for one in report.trials for key in one.values))
     both = any(one.forgetting is not None for one in report.trials)
-    table = Table("trial", *keys, "loss", *(["rise on general text"] if both else []), "steps", "", box=None)
-    for one in sorted(report.trials, key=_order):
-        note = "" if one.state == "finished" else one.state
-        if one.number == report.best:
-            note = "the best"
-        elif one.number in report.front:
-            note = "not beaten in both"
-        elif one.excess > 0:
-            note = "over the budget"
+    heads, rows = ["trial", *keys, "loss", *(["rise on general text"] if both else []), "steps", ""], list[list[str]]()
+    for one in report.in_order():
         cells = [short(one.values.get(key)) for key in keys]
         loss = "-" if one.loss is None else f"{one.loss:.4f}"
         rise = ["-" if one.forgetting is None else f"{one.forgetting:+.4f}"] if both else []
-        table.add_row(str(one.number), *map(escape, cells), loss, *rise, f"{one.steps}/{one.of_steps}", note)
-    out.print(table)
-    for line in _what_next(report):
-        out.print(line, markup=False, soft_wrap=True)
+        rows.append([str(one.number), *cells, loss, *rise, f"{one.steps}/{one.of_steps}", report.note(one)])
+    tables.show(heads, rows)
+    for line in _came_to(report):
+        say(line)
+    if report.final is not None:
+        run = report.final.adapter.parent
+        show_next(
+            (["lora", "eval", run], "the best beside the base, with intervals"),
+            (["lora", "chat", run], "talk to it"),
+            (["lora", "report", run], "curves and figures on one page"),
+        )
 
 
-def _order(one: TrialEnded) -> tuple[bool, float, float]:
-    return one.state != "finished", one.excess, one.loss if one.loss is not None else float("inf")
-
-
-def _what_next(report: TuneReport) -> list[str]:
+def _came_to(report: TuneReport) -> list[str]:
     if report.running:
         return [f"{report.running} trials are under way in other processes; the last to end trains the best whole."]
     if report.final is None:
@@ -56,26 +50,25 @@ def _what_next(report: TuneReport) -> list[str]:
     return [
         f"Trained whole: validation loss {losses}.",
         f"Config: {report.config}. Adapter: {final.adapter}. Report: {report.saved}.",
-        f"Next: lora eval {final.adapter.parent}",
     ]
 
 
 def _sensitivity(report: SensitivityReport) -> None:
     """Show what half and twice of each knob change, and what another seed alone may."""
     noise = "not known, for one seed" if report.noise is None else f"±{report.noise:.4f}"
-    out.print(f"Validation loss {report.loss:.4f}, mean of {report.seeds} seeds; another seed may change {noise}.")
-    table = Table("key", "value", "half", "change", "twice", "change", "more than a seed", box=None)
+    say(f"Validation loss {report.loss:.4f}, mean of {report.seeds} seeds; another seed may change {noise}.")
+    rows = list[list[str]]()
     for knob in report.knobs:
         cells = list[str]()
         for is_its in (min, max):
             there = [i for i, value in enumerate(knob.values) if is_its(value, knob.value) == value]
             cells += [short(knob.values[there[0]]), _change(knob.changes[there[0]])] if there else ["-", "-"]
         matters = {True: "yes", False: "no", None: "-"}[knob.matters]
-        table.add_row(knob.key, short(knob.value), *cells, matters)
-    out.print(table)
+        rows.append([knob.key, short(knob.value), *cells, matters])
+    tables.show(["key", "value", "half", "change", "twice", "change", "more than a seed"], rows)
     if report.left:
-        out.print(f"At 0, so neither halved nor doubled: {', '.join(report.left)}.", markup=False, soft_wrap=True)
-    out.print(f"Plot: {report.plot}. Report: {report.saved}.", markup=False, soft_wrap=True)
+        say(f"At 0, so neither halved nor doubled: {', '.join(report.left)}.")
+    say(f"Plot: {report.plot}. Report: {report.saved}.")
 
 
 def _change(change: float | None) -> str:
@@ -84,13 +77,13 @@ def _change(change: float | None) -> str:
 
 def _against_full(report: AgainstFullReport) -> None:
     """Show LoRA beside full fine-tuning, and what it reaches of that with how much."""
-    out.print(f"{report.data}: {report.targets:,} targets; 95 % intervals in brackets", markup=False, soft_wrap=True)
-    table = Table("", "rate", "loss", "change from base", "parameters", "peak memory", "s/step", box=None)
+    say(f"{report.data}: {report.targets:,} targets; 95 % intervals in brackets")
+    rows = list[list[str]]()
     for side in (report.lora, report.full):
         loss, change = with_interval(side.loss, ".4f"), with_interval(side.change, "+.4f")
-        cells = (side.method, f"{side.learning_rate:.2g}", loss, change, f"{side.parameters:,}")
-        table.add_row(*map(escape, cells), gigabytes(side.peak_memory), f"{side.seconds:.2f}")
-    out.print(table)
+        cells = [side.method, f"{side.learning_rate:.2g}", loss, change, f"{side.parameters:,}"]
+        rows.append([*cells, gigabytes(side.peak_memory), f"{side.seconds:.2f}"])
+    tables.show(["", "rate", "loss", "change from base", "parameters", "peak memory", "s/step"], rows)
     parameters, memory = (
         f"{getattr(report.lora, name) / getattr(report.full, name):.1%}" for name in ("parameters", "peak_memory")
     )
@@ -106,4 +99,4 @@ def _against_full(report: AgainstFullReport) -> None:
     if report.share is None:
         lines.insert(0, "The full run took nothing off the base's loss, so there is no share of it.")
     for line in lines:
-        out.print(line, markup=False, soft_wrap=True)
+        say(line)

@@ -6,9 +6,9 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_cli import config_file, data, interrupt, json_file, launch, resume, room, run_dir, search_dir, space, storage
+from lora_cli import config_file, interrupt, json_file, resume, run_dir, search_dir, space, storage, tracking
 from lora_cli.config import RunConfig
-from lora_cli.errors import AdapterError, ConfigError
+from lora_cli.errors import AdapterError
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Event, Finished, Notice, TrialEnded, as_json
 from lora_cli.search_dir import SearchDir
@@ -21,7 +21,10 @@ if TYPE_CHECKING:  # torch is imported only once config and rows are good
 
 
 def tune(
-    config: RunConfig, stop: StopRequest, sampling: "Sampling | None" = None
+    config: RunConfig,
+    stop: StopRequest,
+    sampling: "Sampling | None" = None,
+    origins: Mapping[str, str] | None = None,
 ) -> Generator[Event, None, TuneReport]:
     """Search, or go on with a search; yield what happens and return what came of it.
 
@@ -31,7 +34,7 @@ def tune(
     from lora_cli import study  # where Optuna is not installed this says so, before torch is imported
 
     place = search_dir.of(config)
-    session = yield from open_search(config, place, stop)
+    session = yield from open_search(config, place, stop, origins)
     from lora_cli.optim import start_rate
     from lora_cli.session import with_rate
 
@@ -60,14 +63,12 @@ def tune(
     return report
 
 
-def open_search(config: RunConfig, place: SearchDir, stop: StopRequest) -> Generator[Event, None, "Session"]:
+def open_search(
+    config: RunConfig, place: SearchDir, stop: StopRequest, origins: Mapping[str, str] | None = None
+) -> Generator[Event, None, "Session"]:
     """Load what all trials share, once it is known to be good, and make the search's folder."""
-    launch.require_alone("several processes share a search when each is started with the same command")
-    if config.data.validation == 0:
-        raise ConfigError("data.validation: is 0, and trials are held against each other by validation loss.")
-    search_dir.require_place(config, place)
-    data.require_readable(config.data, config.eval.general_source)
-    room.require_writable(place.path, "output_dir")
+    alone = "several processes share a search when each is started with the same command"
+    search_dir.require_ready(config, place, alone)
 
     from lora_cli import environment, notices
     from lora_cli.distributed import current_world
@@ -83,7 +84,7 @@ def open_search(config: RunConfig, place: SearchDir, stop: StopRequest) -> Gener
     here = environment.describe(largest, place.as_run, prepared, [], world)
     resume.require_same(place.as_run, here)
     search_dir.create(config, place, here)
-    session = open_session(config, prepared, here, stop, world)
+    session = open_session(config, prepared, here, stop, world, origins)
     for text in untrained_ends(session):
         yield Notice(text)
     return session
@@ -156,7 +157,8 @@ def _train_best(
                     storage.remove_directory(run.path)
             holding.enter_context(run_dir.held(run))
         except AdapterError as error:
-            yield Notice(f"The best is trained whole by another process: {error.problems[0]}")
+            yield Notice(f"The best is trained whole by another process: {error.problems[0]}", warns=False)
             return None
         storage.write_file(place.best_config, config_file.dump(ours))
-        return (yield from train_whole(session, ours, run))
+        whole = tracking.tracked(train_whole(session, ours, run), ours, f"{place.path.name}/{run.path.name}")
+        return (yield from whole)

@@ -71,6 +71,15 @@ class WholeResult:
 AnyResult = Result | WholeResult
 
 
+def name_of(result: AnyResult) -> str:
+    """Return a short name: the run's folder, with the step of a checkpoint; of an adapter from elsewhere its folder."""
+    folder = result.folder.resolve()
+    if result.run is None:
+        return folder.name
+    run = result.run.path.resolve().name
+    return f"{run}/{folder.name}" if folder.parent.name == "checkpoints" else run
+
+
 def find(path: Path, base: str | None = None) -> Result:
     """Find and check the adapter that RUN names, without reading the base's weights. `base` replaces the base's place.
 

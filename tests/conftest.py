@@ -28,22 +28,27 @@ from lora_cli import (
     cli,
     config_file,
     data,
+    environment,
     lora,
     metrics,
     model,
+    run_dir,
     tuned,
 )
 from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Batch, Group, collate
-from lora_cli.config import LoraConfig, ModelConfig
+from lora_cli.config import LoraConfig, ModelConfig, RunConfig
 from lora_cli.data_config import DataConfig
 from lora_cli.data_reader import DataReader, run_to_end
 from lora_cli.dataset import Dataset
+from lora_cli.distributed import current_world
 from lora_cli.examples import Example
 from lora_cli.interrupt import StopRequest
 from lora_cli.model import ModelHeader
+from lora_cli.prepare import prepare
 from lora_cli.records import DataCounts
 from lora_cli.run_dir import RunDir
+from lora_cli.session import Session, open_session
 from lora_cli.train import train
 
 CHATML = (
@@ -282,6 +287,13 @@ def write_config(folder: Path, model: str, rows: str, overrides: dict[str, Any])
     path = folder / "config.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")
     return path
+
+
+def opened(config: RunConfig) -> Session:
+    """A session on what a config names."""
+    prepared, world = run_to_end(prepare(config)), current_world("cpu")
+    here = environment.describe(config, run_dir.of(config), prepared, [], world)
+    return open_session(config, prepared, here, StopRequest(), world)
 
 
 @pytest.fixture

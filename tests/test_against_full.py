@@ -6,19 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Invoke
+from shapes import require_shape
 
 from lora_cli import config_file
 from lora_cli.against_full import against_full
 from lora_cli.compare import Asked, compare
 from lora_cli.errors import ConfigError
 from lora_cli.interrupt import StopRequest
+from lora_cli.search_reports import AgainstFullReport
 
 SETTINGS: dict[str, Any] = {"lora.rank": 2, "train.max_steps": 6, "data.validation": 8, "eval.general": False}
 
 
-def test_lora_is_held_against_full_fine_tuning(make_config: Callable[..., Path], tmp_path: Path):
+def test_lora_is_held_against_full_fine_tuning(make_config: Callable[..., Path], invoke: Invoke, tmp_path: Path):
     """The figures are those of `lora eval` on each run; a second call trains nothing."""
-    config = config_file.load(make_config(**SETTINGS))
+    path = make_config(**SETTINGS)
+    config = config_file.load(path)
     report = against_full(config, StopRequest())
     place = tmp_path / "run-against-full"
     evaluated = {name: compare(place / name, Asked(answers=0)).figures["loss"] for name in ("lora", "full")}
@@ -36,7 +40,7 @@ def test_lora_is_held_against_full_fine_tuning(make_config: Callable[..., Path],
     assert report.share is not None
     assert report.share.value == pytest.approx(gains[0] / gains[1])
     assert report.difference.value == pytest.approx((report.lora.loss.value or 0) - (report.full.loss.value or 0))
-    assert against_full(config, StopRequest()) == report
+    assert require_shape(AgainstFullReport, invoke("tune", path, "--against-full", "--json")[1]) == report
     assert {path: path.stat().st_mtime_ns for path in place.rglob("metrics.jsonl")} == before
 
 

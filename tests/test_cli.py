@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers
 from conftest import CHATML, SHARED, Invoke, build_tokenizer, conversation, write_rows
+from shapes import require_shape
 
 from lora_cli import config_file
+from lora_cli.reports import MergeReport
 
 
 def test_from_config_to_merged_model(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
@@ -242,7 +244,8 @@ def test_the_end_of_a_run_tells_of_test_rows_and_budget(
     settings = {"eval.general": None, "eval.general_tokens": 512, "data.test": 6}
     code, out, err = invoke("train", make_config(**settings, **{"eval.forgetting_budget": 9.0}))
     assert code == 0
-    assert "Forgetting: the loss on general text rose by" in out
+    assert "Forgetting: the loss on general text fell by" in out
+    assert "nats a token, which is within eval.forgetting_budget." in out
     assert "chose nothing); validation was flattered by" in out
     assert "No evaluation was within" not in out
     assert "forgetting: loss on general text" in err
@@ -260,7 +263,7 @@ def test_several_adapters_by_weight(invoke: Invoke, make_config: Callable[..., P
     record = json.loads((tmp_path / "m" / "merge.json").read_text())
 
     assert (code, [each["weight"] for each in record["adapters"]]) == (0, [0.7, 0.3])
-    assert report["speeds"].keys() == {"base", "base + first adapter", "merged"}
+    assert require_shape(MergeReport, out).speeds.keys() == {"base", "base + first adapter", "merged"}
     assert not (tmp_path / "m" / "README.md").exists()
     assert all(speed["answer"]["value"] > 0 for speed in report["speeds"].values())
     code, out, _ = invoke("merge", *both, "--weights", "0.7,0.3", "--adapter", "--output", tmp_path / "one")

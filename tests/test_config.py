@@ -1,15 +1,18 @@
 """The config file: strict, all problems at once, each with its place."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from lora_cli import config_file
+from lora_cli import config_file, config_text
 from lora_cli.config import RunConfig
 from lora_cli.errors import ConfigError
+from lora_cli.schema import flat
 
 GOOD = "model: some/model\ndata:\n  train: train.jsonl\noutput_dir: runs/x\n"
+GIVEN = {"model.path": "some/model", "data.train": "train.jsonl", "output_dir": "runs/x"}
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
@@ -34,10 +37,14 @@ def test_the_shortest_config_gets_every_default(tmp_path: Path):
 
 
 def test_the_whole_contract_is_accepted(tmp_path: Path):
-    """Every key of the public contract stands in the schema with the default it is given there."""
-    text = config_file.commented("some/model", "train.jsonl", "runs/x")
+    """The text of `lora init` has every key once, at its default; what is behind # is one as well."""
+    text = config_text.text(GIVEN, {})
+    whole = "\n".join(re.sub(r"^( *)# (?=[ \w]+:)", r"\1", line) for line in text.splitlines())
 
-    assert load(tmp_path, text) == load(tmp_path, GOOD)
+    assert load(tmp_path, text) == load(tmp_path, whole) == load(tmp_path, GOOD)
+    assert config_file.parse(whole, "whole").places.keys() >= {
+        tuple(key.split(".")) for key, _ in flat(load(tmp_path, GOOD))
+    }
 
 
 def test_dump_and_load_agree(tmp_path: Path):

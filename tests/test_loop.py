@@ -305,7 +305,7 @@ def test_a_run_learns_and_leaves_what_it_says(make_config: Callable[..., Path]):
     assert end.best_loss == min(e.loss for e in evaluations[1:])
     assert end.best_loss < 0.8 * end.base_loss
     assert {p.name for p in place.path.iterdir()} == {
-        "config.yaml", "environment.json", "metrics.jsonl", "run.json", "checkpoints", "adapter",
+        "config.yaml", "environment.json", "start.json", "metrics.jsonl", "run.json", "checkpoints", "adapter",
     }  # fmt: skip
     records = metrics.read(place)
     assert [r["step"] for r in records if r["event"] == "step"] == list(range(1, 17))

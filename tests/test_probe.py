@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import facts
+from conftest import facts, opened
 
-from lora_cli import config_file, probe, run_dir
+from lora_cli import config_file, metrics, probe, run_dir
 from lora_cli.errors import Interrupted
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Event, Finished, Notice, Probed, StepDone
@@ -82,6 +82,22 @@ def test_a_run_too_short_for_trials_takes_the_rate_of_its_width(make_config: Cal
 
     assert not rates(events)
     assert "too few to try rates on; 0.006 is taken" in notice
+
+
+def test_trials_measure_no_more_rows_than_they_train_on(make_config: Callable[..., Path], tmp_path: Path):
+    """Eight steps of one row are not worth the validation of twenty."""
+    settings = SETTINGS | {"train.batch_size": 1, "data.validation": 20}
+    config = config_file.load(make_config(**settings))
+    session = opened(config)
+    assert session.validation is not None
+    eight = session.validation.of_rows(8).examples
+    trials = probe.choose_rate(session, config, run_dir.of(config))
+    assert isinstance(next(trials), Probed)
+    (trial,) = (tmp_path / "run" / "probes").iterdir()
+
+    measured = metrics.read_evaluated(run_dir.RunDir(trial)).values()
+    assert len(eight) == 8
+    assert {each.targets for each in measured} == {int(eight.targets.sum())}
 
 
 @pytest.mark.parametrize(("best", "fourth"), [(0.5, 10**0.25), (-0.5, 10**-0.25), (2.0, 10.0), (-2.0, 0.1)])

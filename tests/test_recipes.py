@@ -1,4 +1,4 @@
-"""The recipes in configs/: what `lora check` says they take is what arithmetic by hand says, and it fits."""
+"""The recipes for machines: what `lora check` says they take is what arithmetic by hand says, and it fits."""
 
 import json
 import runpy
@@ -11,9 +11,14 @@ from typing import Any, NamedTuple
 import pytest
 import transformers
 from conftest import Invoke, build_tokenizer, conversation, write_rows
+from test_init import PURPOSES
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS, DOC, PAPER = ROOT / "configs", ROOT / "docs" / "scaling.md", ROOT / "scripts" / "simulate_scaling.py"
+PLACE, DOC, PAPER = (
+    ROOT / "lora_cli" / "recipes",
+    ROOT / "docs" / "scaling.md",
+    ROOT / "scripts" / "simulate_scaling.py",
+)
 
 
 def llama(vocabulary: int, hidden: int, inner: int, blocks: int, heads: int, kv_heads: int) -> Any:
@@ -120,8 +125,8 @@ _USABLE = 0.9  # of a device; the rest is the allocator's gaps
 
 
 def test_every_recipe_is_here():
-    """The table names the configs that lie there, but the quickstart's."""
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} - {"quickstart"} == set(RECIPES)
+    """Every recipe is one for a machine, counted below, or one for a purpose, tried in test_init."""
+    assert {path.stem for path in PLACE.glob("*.yaml")} == set(RECIPES) | set(PURPOSES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -132,7 +137,7 @@ def test_a_recipe_takes_what_it_should_and_fits(name: str, invoke: Invoke, tmp_p
     recipe.shape.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     rows = write_rows(tmp_path / "rows.jsonl", [conversation(number) for number in range(40)])
-    shutil.copy(CONFIGS / f"{name}.yaml", tmp_path / "recipe.yaml")
+    shutil.copy(PLACE / f"{name}.yaml", tmp_path / "recipe.yaml")
     given = [f"model.path={folder}", f"data.train={rows}", *(["model.device=cpu"] if name == "laptop" else [])]
     code, out, said = invoke("check", tmp_path / "recipe.yaml", *given, "--nproc", recipe.processes, "--json")
     assert code == 0, said

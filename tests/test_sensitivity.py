@@ -8,7 +8,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import conversation, write_config, write_rows
+from conftest import Invoke, conversation, write_config, write_rows
+from shapes import require_shape
 
 from lora_cli import config_file, metrics, run_dir
 from lora_cli.data_reader import run_to_end
@@ -76,6 +77,13 @@ def test_every_knob_is_halved_and_doubled(report: SensitivityReport, config: Pat
     assert {record["tokens"] for record in metrics.read(RunDir(trials / "seed=0")) if record["event"] == "step"}
 
 
+def test_what_is_printed_has_its_shape(report: SensitivityReport, config: Path, invoke: Invoke):
+    """The command finds the runs of the report, and prints it."""
+    code, out, _ = invoke("tune", config, "--one-at-a-time", "--seeds", 3, "--json")
+
+    assert (code, require_shape(SensitivityReport, out)) == (0, report)
+
+
 def test_what_was_run_is_not_run_again(report: SensitivityReport, config: Path):
     """The second time nothing trains, and the report is the same."""
     events = one_at_a_time(config_file.load(config), StopRequest(), 3)
@@ -94,8 +102,8 @@ def test_what_was_run_is_not_run_again(report: SensitivityReport, config: Path):
 def test_the_picture_says_what_the_report_does(report: SensitivityReport):
     """One bar for each change, in the direction of it, and the noise behind them."""
     svg = ElementTree.fromstring(report.plot.read_text())
-    names = {"half": "#3b78b5", "twice": "#d1762a", "noise": "#e6e6e6"}
-    bars = {name: [b for b in svg.findall(".//{*}rect") if b.get("fill") == colour] for name, colour in names.items()}
+    names = {"half": "f0", "twice": "f1", "noise": "noise"}
+    bars = {name: [b for b in svg.findall(".//{*}rect") if b.get("class") == kind] for name, kind in names.items()}
     texts = [text.text for text in svg.findall(".//{*}text")]
     halves = sum(value < knob.value for knob in report.knobs for value in knob.values)
     doubles = sum(value > knob.value for knob in report.knobs for value in knob.values)

@@ -4,27 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import facts
+from conftest import facts, opened
 
-from lora_cli import config_file, environment, run_dir
-from lora_cli.config import RunConfig
-from lora_cli.distributed import current_world
+from lora_cli import config_file, run_dir
 from lora_cli.interrupt import StopRequest
-from lora_cli.prepare import prepare
-from lora_cli.session import Session, open_session
 from lora_cli.train import train
-
-
-def opened(config: RunConfig) -> Session:
-    """A session on what a config names."""
-    preparation = prepare(config)
-    while True:
-        try:
-            next(preparation)
-        except StopIteration as end:
-            world = current_world("cpu")
-            here = environment.describe(config, run_dir.of(config), end.value, [], world)
-            return open_session(config, end.value, here, StopRequest(), world)
 
 
 @pytest.mark.parametrize("other", [{"train.activation_checkpointing": True}, {"lora.target_modules": ["q_proj"]}, {}])

@@ -247,7 +247,7 @@ def test_whole_numbers_are_searched_where_a_key_takes_only_those(make_config: Ca
     ("change", "said"),
     [
         ({"lora.alpha": 3.0}, "holds a search around another config: lora.alpha: 8.0 there, 3.0 now"),
-        ({"data.validation": 0}, "trials are held against each other by validation loss"),
+        ({"data.validation": 0}, "runs are held against each other by validation loss"),
         (
             {"tune.storage": "sqlite:////nowhere/at/all.db"},
             "tune.storage: sqlite:////nowhere/at/all.db cannot be opened",

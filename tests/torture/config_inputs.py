@@ -56,7 +56,9 @@ def prepare(folder: Path) -> tuple[Callable[[random.Random], None], Callable[[],
 def made(random: random.Random) -> tuple[tuple[str, ...], bytes]:
     """Return overrides and a config."""
     overrides = random.choice(_OVERRIDES)
-    whole = config_file.commented("a/b", "t.jsonl", "o")
+    whole = config_file.dump(
+        RunConfig.model_validate({"model": "a/b", "data": {"train": "t.jsonl"}, "output_dir": "o"})
+    )
     return overrides, _changed(whole if random.random() < 0.03 else random.choice(TEXTS), random)
 
 

@@ -1,0 +1,70 @@
+"""Draws what `lora init` saw and decided, what to look out for, and what to type next."""
+
+from collections.abc import Iterator, Mapping
+
+from rich.markup import escape
+from rich.table import Table
+
+from lora_cli.console import gigabytes, message, out
+from lora_cli.init_report import DataFacts, InitReport, MachineFacts, ModelFacts
+from lora_cli.redact import redact
+from lora_cli.strict_yaml import dump_inline
+
+
+def show(report: InitReport) -> None:
+    """Show what a config rests on: facts, decisions, notes, and the next commands."""
+    for line in _facts(report):
+        out.print(line, markup=False, soft_wrap=True)
+    if report.decisions:
+        table = Table("key", "value", "why", box=None, padding=(0, 2, 0, 0))
+        for each in report.decisions:
+            table.add_row(each.key, escape(dump_inline(each.value)), escape(each.reason))
+        out.print(table)
+    for warning in report.warnings:
+        message(f"note: {warning}")
+    what = (
+        f"the recipe {report.recipe}" if report.recipe else f"{len(report.decisions)} keys decided, the rest defaults"
+    )
+    out.print(f"Wrote {report.config} ({what}).", markup=False, soft_wrap=True)
+    out.print(f"Next: {', then '.join(report.next)}", markup=False, soft_wrap=True)
+
+
+def show_recipes(recipes: Mapping[str, str]) -> None:
+    """Show each recipe's name and what it is for."""
+    widest = max(map(len, recipes))
+    for name, what in recipes.items():
+        out.print(f"{name:<{widest}}  {what}", markup=False, soft_wrap=True)
+
+
+def _facts(report: InitReport) -> Iterator[str]:
+    seen = report.seen
+    if seen.data is not None:
+        yield f"data: {_of_data(seen.data)}"
+    if seen.model is not None:
+        yield f"model: {_of_model(seen.model)}"
+    if seen.machine is not None:
+        yield f"machine: {_of_machine(seen.machine)}"
+
+
+def _of_data(data: DataFacts) -> str:
+    formats = redact(", ".join(data.formats))
+    if data.counts is None:
+        return f"{data.rows:,} rows ({formats}), the longest of {data.longest:,} characters"
+    median, longest, answers = data.counts.length_percentiles[0], data.longest, data.counts.target_percentiles
+    return (
+        f"{data.rows:,} rows ({formats}), half of them up to {median:,} tokens, the longest {longest:,}; answers of "
+        f"{answers[0]:,} tokens (median), at most {answers[-1]:,}"
+    )
+
+
+def _of_model(model: ModelFacts) -> str:
+    template = "a chat template" if model.chat_template else "no chat template"
+    positions = f"{model.positions:,} positions" if model.positions else "any length"
+    return f"{model.model_type}, {model.parameters / 1e6:,.1f} M parameters, {positions}, {template}"
+
+
+def _of_machine(machine: MachineFacts) -> str:
+    device = "CPU" if machine.device == "cpu" else f"{machine.devices} x {machine.device}"
+    free = "" if machine.free is None else f", {gigabytes(machine.free)} free"
+    needed = f", about {gigabytes(machine.fits[-1].total)} needed" if machine.fits else ""
+    return f"{device}, {machine.processors} processors{free}{needed}"

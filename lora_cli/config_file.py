@@ -12,28 +12,13 @@ from pydantic import BaseModel, ValidationError
 from lora_cli.config import RunConfig
 from lora_cli.config_checks import check_config
 from lora_cli.errors import NOTHING_READ, ConfigError, SurroundingsError, shown
+from lora_cli.other_names import OTHER_NAMES
 from lora_cli.records import plain
 from lora_cli.schema import Section
 from lora_cli.strict_yaml import Document, Key, parse, read_value, require_no_secret
 from lora_cli.strict_yaml import dump as dump_yaml
 
 MAX_BYTES = 200_000
-
-# Names that other tools use, and ours.
-_ELSEWHERE = {
-    "r": "lora.rank", "lora_r": "lora.rank", "lora_rank": "lora.rank", "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout", "lora_target_modules": "lora.target_modules",
-    "lora_target_linear": "lora.target_modules", "lora_target": "lora.target_modules",
-    "base_model": "model.path", "model_name_or_path": "model.path", "model_id": "model.path",
-    "lr": "train.learning_rate", "num_epochs": "train.epochs", "num_train_epochs": "train.epochs",
-    "per_device_train_batch_size": "train.batch_size", "micro_batch_size": "train.batch_size",
-    "gradient_accumulation_steps": "train.batch_size", "lr_scheduler": "train.schedule",
-    "lr_scheduler_type": "train.schedule", "max_seq_length": "data.max_length",
-    "cutoff_len": "data.max_length", "sequence_len": "data.max_length", "val_set_size": "data.validation",
-    "val_size": "data.validation", "dataset": "data.train", "datasets": "data.train",
-    "train_file": "data.train", "early_stopping_patience": "train.early_stopping.patience",
-    "load_in_4bit": "model.quantization", "output": "output_dir", "target_modules": "lora.target_modules",
-}  # fmt: skip
 
 
 def _override(document: Document, overrides: Sequence[str]) -> Document:
@@ -98,7 +83,7 @@ def _explain_unknown(path: Key) -> str:
     section = _section_at(path[:-1])
     known = list(section.model_fields) if section else []
     by_name = {dotted.split(".")[-1]: dotted for dotted in reversed(list(_all_keys()))}
-    elsewhere = _ELSEWHERE.get(key.replace("-", "_"))
+    elsewhere = OTHER_NAMES.get(key.replace("-", "_"))
     if elsewhere is None and (close := difflib.get_close_matches(key, known, n=1, cutoff=0.75)):
         hint = f'did you mean "{close[0]}"?'
     elif key in by_name:

@@ -34,6 +34,7 @@ FLOORS = [
     "space",
     "config_checks",
     "strict_yaml",
+    "other_names",
     "recipe",
     "config_file",
     "origins",

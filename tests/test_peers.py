@@ -14,6 +14,7 @@ from conftest import Invoke, conversation, write_rows
 from lora_cli import config_file, convert
 from lora_cli.conversion import ConversionReport, Peer
 from lora_cli.errors import ConfigError
+from lora_cli.other_names import OTHER_NAMES
 from lora_cli.peers import axolotl_data, axolotl_keys
 from lora_cli.schema import value_of
 
@@ -394,3 +395,67 @@ def test_what_our_keys_are_called_in_tables_is_in_the_schema():
     assert {our for peer in convert.PEERS for ours in peer.keys().values() for our in ours} - known <= {
         "train.trackers"
     }
+
+
+@pytest.mark.parametrize("peer", convert.PEERS, ids=lambda peer: peer.name)
+def test_a_key_of_theirs_in_a_config_of_ours_says_what_it_is_here(peer: Peer):
+    """What an unknown key is answered with is what the converter makes of it."""
+    later = {"train.trackers"}
+    for their, ours in peer.keys().items():
+        if set(ours) - later and their not in {key.split(".")[-1] for key in ours}:
+            assert OTHER_NAMES[their] in ours
+
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = sorted(DOCS.glob("from-*.md"))
+
+
+def rows_of(page: str) -> list[tuple[set[str], set[str]]]:
+    """Their keys and ours, of each row of the first table of a page."""
+    lines = re.findall(r"^\| (`.*?) \| (.*?) \| .*\|$", page, re.MULTILINE)
+    return [(set(re.findall("`([^`]+)`", theirs)), set(re.findall("`([^`]+)`", here))) for theirs, here in lines]
+
+
+@pytest.mark.parametrize("peer", convert.PEERS, ids=lambda peer: peer.name)
+def test_the_pages_of_programs_that_are_converted_say_what_the_converter_does(peer: Peer):
+    """A row for each key that is taken over alone, one for each group that is read together; no others."""
+    said = rows_of((DOCS.parent / peer.page).read_text(encoding="utf-8"))
+    done = [({their}, {our}) for their, our in peer.same.items()]
+    done += [(set(rule.keys), set(rule.ours)) for rule in peer.rules]
+
+    assert sorted(map(str, map(sorted, (row[0] for row in said)))) == sorted(
+        map(str, map(sorted, (row[0] for row in done)))
+    )
+    assert all(row in done for row in said)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_every_config_of_a_page_loads(page: Path, tmp_path: Path):
+    """What stands there as a whole config is one, and every key of ours in the table exists."""
+    blocks = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    for block in blocks:
+        (tmp_path / "after.yaml").write_text(block)
+        config_file.load(tmp_path / "after.yaml")
+    known = {key for key, _ in convert.rules(convert.RunConfig)} | {"train.trackers"}
+    named = {key for _, here in rows_of(page.read_text(encoding="utf-8")) for key in here}
+
+    assert blocks
+    assert {key for key in named if re.fullmatch(r"(model|lora|data|train|eval|save)\.[a-z_.]+", key)} <= known
+
+
+@pytest.mark.parametrize("peer", convert.PEERS, ids=lambda peer: peer.name)
+def test_before_becomes_after(peer: Peer, tmp_path: Path):
+    """The example of a page, converted, is the config that stands behind it."""
+    page = (DOCS.parent / peer.page).read_text(encoding="utf-8")
+    (before, after) = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("text", "yaml"))
+    assert before is not None
+    assert after is not None
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text('{"identity": {"file_name": "identity.json"}}')
+    (tmp_path / "theirs.yaml").write_text(before[1])
+    (tmp_path / "after.yaml").write_text(after[1])
+    convert.convert(tmp_path / "theirs.yaml", tmp_path / "ours.yaml")
+    written = (tmp_path / "ours.yaml").read_text().replace(f"{tmp_path}/", "")
+    (tmp_path / "ours.yaml").write_text(written)
+
+    assert config_file.load(tmp_path / "ours.yaml") == config_file.load(tmp_path / "after.yaml")

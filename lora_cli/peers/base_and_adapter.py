@@ -72,16 +72,12 @@ def adapter(keys: AdapterKeys, is_full: Callable[[Source], bool]) -> Rule:
     return Rule(names, ours, convert)
 
 
-def precision(is_full: Callable[[Source], bool], float32_when_off: bool) -> Rule:
-    """Return the rule for the number format of the frozen base."""
-    names = {
-        "bf16": "bfloat16",
-        "bfloat16": "bfloat16",
-        "pure_bf16": "bfloat16",
-        "fp16": "float16",
-        "float16": "float16",
-        "float32": "float32",
-    }
+_NUMBERS = {"bf16": "bfloat16", "fp16": "float16", "bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
+_NUMBERS |= {"pure_bf16": "bfloat16"}
+
+
+def precision(names: tuple[str, ...], is_full: Callable[[Source], bool], float32_when_off: bool) -> Rule:
+    """Return the rule for the number format of the frozen base, as some of these keys say it."""
 
     def convert(source: Source) -> Iterator[Outcome]:
         given = dict(source.given(*names))
@@ -91,19 +87,18 @@ def precision(is_full: Callable[[Source], bool], float32_when_off: bool) -> Rule
                 yield NotNeeded(key, value, "weights that are trained are float32 here")
             elif key == chosen:
                 yield Taken(
-                    key, value, "model.dtype", "auto" if value == "auto" else names[key], "the adapter is float32"
+                    key, value, "model.dtype", "auto" if value == "auto" else _NUMBERS[key], "the adapter is float32"
                 )
             else:
                 yield NotNeeded(key, value, f"{chosen} decides")
         if float32_when_off and chosen is None and source.values.get("bf16") is False and not is_full(source):
             yield Unsaid("model.dtype", "float32", "bf16 and fp16 are off there")
 
-    return Rule(tuple(names), ("model.dtype",), convert)
+    return Rule(names, ("model.dtype",), convert)
 
 
-def sharding() -> Rule:
-    """Return the rule for what divides a model over processes."""
-    fsdp = ("fsdp", "fsdp_config", "fsdp_version", "dp_shard_size")
+def sharding(*fsdp: str) -> Rule:
+    """Return the rule for what divides a model over processes: DeepSpeed, or the keys of FSDP."""
 
     def convert(source: Source) -> Iterator[Outcome]:
         for key, value in source.given("deepspeed", *fsdp):

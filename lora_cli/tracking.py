@@ -6,6 +6,7 @@ from there, each step once. A tracker works in a thread of its own; one that fai
 
 import contextlib
 import json
+import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -126,7 +127,7 @@ class Tracking:
             case Saved():
                 for recorder in self.recorders.values():
                     recorder.flush()
-        self._remember()
+        self.remember()
         yield from self._news()
 
     def end(self, status: str, reason: str) -> Iterator[Notice]:
@@ -147,7 +148,7 @@ class Tracking:
                 recorder.record(*self.row)
         self.row = None
 
-    def _remember(self) -> None:
+    def remember(self) -> None:
         """Write down what changed; only while the run's directory is held."""
         known = {str(name): recorder.known for name, recorder in self.recorders.items()}
         if (now := replace(self.remembered, **known)) != self.remembered:
@@ -201,11 +202,15 @@ def _begin(config: RunConfig, run: RunDir, started: Started, name: str) -> Gener
     remembered = yield from _remembered(run)
     recorders: dict[TrackerName, Recorder] = {}
     for kind in config.train.trackers:
-        known: Known = getattr(remembered, kind)
+        before: Known = getattr(remembered, kind)
+        known = Known(before.id or secrets.token_hex(4), before.step)
         tracked_run = TrackedRun(run.path, name or run.path.absolute().name, _settings(config), known)
         recorders[kind] = Recorder(kind, _kind_of(kind)(tracked_run), known)
-        recorders[kind].start(started.step, sorted(rows.items()))
-    return Tracking(run, recorders, remembered, None if last is None else (started.step, last))
+    tracking = Tracking(run, recorders, remembered, None if last is None else (started.step, last))
+    tracking.remember()
+    for recorder in recorders.values():
+        recorder.start(started.step, sorted(rows.items()))
+    return tracking
 
 
 def _remembered(run: RunDir) -> Generator[Notice, None, Remembered]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import processes
 import pytest
+import wandb
 from conftest import Invoke, facts
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,7 +26,8 @@ Figures = dict[str, list[tuple[int, float]]]  # name -> (step, value)
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Offline, and without what the machine says about trackers."""
+    """Offline, and without what the machine, or a test before, says about trackers."""
+    wandb.teardown()
     for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -219,3 +221,13 @@ def test_a_damaged_memory_of_trackers_stops_nothing(invoke: Invoke, make_config:
 
     assert (code, "What is tracked of this run begins anew" in err) == (0, True)
     assert_holds(tmp_path / "run", ["tensorboard"])
+
+
+def test_a_search_tracks_the_run_of_its_best_only(invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path):
+    """Trials leave no trace in trackers; the best, trained whole, does, under a name of its own."""
+    config = make_config(**{"train.trackers": ["mlflow"], "train.max_steps": 6, "tune.prune": False})
+    code, out, _ = invoke("tune", config, "--trials", "2", "--json")
+
+    assert (code, len(json.loads(out)["trials"])) == (0, 2)
+    assert [path.parent.name for path in (tmp_path / "run-tune").rglob("trackers.json")] == ["best"]
+    assert_holds(tmp_path / "run-tune" / "best", ["mlflow"])

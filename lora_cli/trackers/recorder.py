@@ -31,7 +31,6 @@ class Recorder:
 
         def work() -> None:
             self._held = self._tracker.start(step)
-            self.known = Known(self._tracker.id, self.known.step)
             for row in rows:
                 self._record(*row)
 
@@ -47,7 +46,7 @@ class Recorder:
 
         def work() -> None:
             self._tracker.flush()
-            self.known = Known(self._tracker.id, self._held)
+            self.known = Known(self.known.id, self._held)
 
         self._work.put(work)
 

@@ -24,7 +24,6 @@ FOLDER = "tensorboard"
 class TensorBoard:
     """Scalars by their names, and config and end as text."""
 
-    id: str | None = None
     address: str | None = None
 
     def __init__(self, run: TrackedRun) -> None:

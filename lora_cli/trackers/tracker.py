@@ -12,9 +12,9 @@ NOTHING = -1  # the step of a tracker that holds nothing yet: the base is measur
 
 @dataclass(frozen=True)
 class Known:
-    """What of a tracked run is remembered in its run directory: its id there, and up to which step it is whole."""
+    """What is remembered of a tracked run in its run directory: an id of ours, and up to which step it is whole."""
 
-    id: str | None = None
+    id: str = ""
     step: int = NOTHING
 
 
@@ -34,7 +34,6 @@ class TrackedRun:
 class Tracker(Protocol):
     """A place that a run's figures are sent to. All of it is called in one thread, and may raise anything."""
 
-    id: str | None  # by which it finds the tracked run again
     address: str | None  # where a browser finds it
 
     def start(self, step: int) -> int:

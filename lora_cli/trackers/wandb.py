@@ -8,7 +8,6 @@ had been written of it, so that is looked at when a run goes on.
 
 import contextlib
 import os
-import secrets
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -49,16 +48,15 @@ class WeightsAndBiases:
 
     def __init__(self, run: TrackedRun) -> None:
         self._run = run
-        self.id: str | None = run.known.id or secrets.token_hex(4)
         self.address: str | None = None
 
     def start(self, step: int) -> int:
         """Begin a run, or continue the one that is known."""
-        held = _held(self._run.place / FOLDER, str(self.id))
+        held = _held(self._run.place / FOLDER, self._run.known.id)
         self._tracked = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT,
             dir=os.environ.get("WANDB_DIR") or self._run.place,
-            id=self.id,
+            id=self._run.known.id,
             name=self._run.name,
             resume="allow",
             settings=wandb.Settings(

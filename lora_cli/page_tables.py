@@ -23,7 +23,7 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Piece]]) ->
         for row in rows
     ]
     heads = tag("tr", *(tag("th", name, scope="col") for name in head))
-    inside = tag("table", tag("caption", caption), tag("thead", heads), tag("tbody", *lines))
+    inside = tag("table", tag("caption", tag("span", caption)), tag("thead", heads), tag("tbody", *lines))
     return tag("div", inside, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 

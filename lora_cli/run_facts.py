@@ -128,12 +128,13 @@ def _samples(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def is_search_dir(path: Path) -> bool:
     """Return whether a folder is that of a search."""
-    return (path / "config.yaml").is_file() and (path / "trials").is_dir() and not run_dir.is_run_dir(path)
+    inside = (path / "trials", path / "lora", SearchDir(path).report)
+    return (path / "config.yaml").is_file() and not run_dir.is_run_dir(path) and any(map(Path.exists, inside))
 
 
 def searches_of(path: Path) -> list[SearchReport]:
     """Return the search that a folder holds, or those beside a run. Raises UserError where one cannot be read."""
-    places = [path.with_name(f"{path.resolve().name}-{kind}") for kind in search_dir.KINDS]
+    places = [path.with_name(f"{path.name}-{kind}") for kind in search_dir.KINDS]
     here = [SearchDir(place) for place in (path, *places) if SearchDir(place).report.is_file()]
     return [read_search(place) for place in here]
 

@@ -64,7 +64,7 @@ def axis(label: str, values: Iterable[float | None], log: bool = False, exact: b
     if log:
         room = 1.0 if exact and low < high else max((high / low) ** 0.06, 1.05)
         return Axis(label, low / room, high * room, log)
-    room = 0.0 if exact and low < high else 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    room = 0.0 if exact and low < high else 0.09 * (high - low) or 0.1 * abs(high) or 1.0
     return Axis(label, low - room, high + room, log)
 
 

@@ -228,6 +228,7 @@ def barely_begun(run: Path) -> None:
 
 def full_of_holes(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "probe.json").write_text('{"tried": [3, "a"], "chosen": "x"}')
     kept = [*lines[:3], *lines[6:], '{"event": "step", "step": 99, "loss": NaN, "tokens": "x"}', '{"event": "st']
     (run / "metrics.jsonl").write_text("\n".join([*kept, '{"event": "evaluated", "step": 99}']))
 

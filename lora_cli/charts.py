@@ -13,7 +13,7 @@ from typing import Literal
 from lora_cli.markup import Html, tag
 
 WIDTH, HEIGHT = 480, 260  # of the coordinates; a picture is as wide as its place
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 472, 14, 216
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 472, 20, 216
 STYLES = 6  # classes s0 ... of colours and dashes
 _TICKS = 5
 Point = tuple[float, float | None]  # None: here the line is broken
@@ -64,7 +64,7 @@ def axis(label: str, values: Iterable[float | None], log: bool = False, exact: b
     if log:
         room = 1.0 if exact and low < high else max((high / low) ** 0.06, 1.05)
         return Axis(label, low / room, high * room, log)
-    room = 0.0 if exact and low < high else 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    room = 0.0 if exact and low < high else 0.09 * (high - low) or 0.1 * abs(high) or 1.0
     return Axis(label, low - room, high + room, log)
 
 
@@ -111,7 +111,7 @@ def _round_step(least: float) -> float:
 
 def plot(series: Sequence[Series], x: Axis, y: Axis, about: str, levels: Sequence[Level] = ()) -> Html:
     """Draw series over two axes; `about` says in words what is seen."""
-    parts = [*_frame(x, y), *(part for level in levels for part in _level(level, x, y))]
+    parts = [*_frame(x, y), *(part for level in levels for part in _level(level, series, x, y))]
     parts += [_drawn(one, x, y) for one in series]
     return _picture(parts, about, data_x=x.label)
 
@@ -170,21 +170,30 @@ def _frame(x: Axis, y: Axis) -> Iterator[Html]:
         yield text(_LEFT - 6, _y(y, value) + 4, name, "end", "tick")
     for value, name in ticks(x):
         at = _x(x, value)
-        yield text(at, _BOTTOM + 17, name, "end" if at > _RIGHT - 12 else "middle", "tick")
+        yield text(at, _BOTTOM + 17, name, _anchor(at, name), "tick")
     yield line(_LEFT, _BOTTOM, _RIGHT, _BOTTOM, "axis")
     yield text(_RIGHT, _BOTTOM + 36, x.label, "end", "label")
 
 
-def _level(level: Level, x: Axis, y: Axis) -> Iterator[Html]:
+def _level(level: Level, series: Sequence[Series], x: Axis, y: Axis) -> Iterator[Html]:
+    """Draw a level; its name stands above the picture, or on the side of the line where the series do not end."""
     if level.down:
         at = _x(x, level.value)
         yield line(at, _TOP, at, _BOTTOM, "level down")
-        is_right = at > (_LEFT + _RIGHT) / 2
-        yield text(at + (-5 if is_right else 5), _TOP + 9, level.name, "end" if is_right else "start", "name")
+        yield text(at, _TOP - 7, level.name, _anchor(at, level.name), "name")
         return
     at = _y(y, level.value)
+    ends = [[value for _, value in one.points if value is not None][-1:] for one in series]
+    above = sum(value > level.value for end in ends for value in end)
     yield line(_LEFT, at, _RIGHT, at, "level")
-    yield text(_RIGHT, at - 5 if at > _TOP + 14 else at + 13, level.name, "end", "name")
+    is_below = 2 * above > len(ends) and at < _BOTTOM - 14
+    yield text(_RIGHT, at + 13 if is_below else at - 5, level.name, "end", "name")
+
+
+def _anchor(at: float, words: str) -> str:
+    """Return how words stand at a place: in the middle, unless an edge is near."""
+    half = 3.5 * len(words)
+    return "end" if at + half > WIDTH else "start" if at - half < 0 else "middle"
 
 
 def _drawn(series: Series, x: Axis, y: Axis) -> Html:
@@ -196,7 +205,7 @@ def _drawn(series: Series, x: Axis, y: Axis) -> Html:
     if series.kind in ("dots", "both"):
         parts += [_marker(series.style, across, down) for across, down in known]
     for (across, down), word in zip(known, series.labels, strict=False):
-        parts.append(text(across + 7, down - 6, word, "start", "name"))
+        parts.append(text(across + 6, down - 7, word, "end" if across > _RIGHT - 24 else "start", "name"))
     seen = [(at, value) for at, value in series.points if value is not None]
     values = ";".join(f"{figure(at)}:{_exact(value)}" for at, value in seen)
     spots = ";".join(f"{across:.1f},{down:.1f}" for across, down in known)

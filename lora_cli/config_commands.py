@@ -181,13 +181,14 @@ def tune(
     run_config = config_file.load(config, [*(overrides or []), *more])
     if one_at_a_time and against_full:
         raise InputError("--one-at-a-time, --against-full: give one of them.")
+    where = origins.of(run_config, config, [*(overrides or []), *more])
     search = SearchStanding(None if one_at_a_time else run_config.tune.trials)
     stop, follow = interrupt.requested(), follower.Follower(quiet=quiet, search=search).result_of
     report: TuneReport | SensitivityReport | AgainstFullReport
     if one_at_a_time:
         from lora_cli import sensitivity
 
-        report = follow(sensitivity.one_at_a_time(run_config, stop, seeds))
+        report = follow(sensitivity.one_at_a_time(run_config, stop, seeds, where))
     elif against_full:
         from lora_cli import against_full as comparing
 
@@ -196,7 +197,6 @@ def tune(
         tracking.require(run_config)
         from lora_cli import tune as tuning
 
-        where = origins.of(run_config, config, [*(overrides or []), *more])
         report = follow(tuning.tune(run_config, stop, origins=where))
     if json:
         console.print_json(as_json(report))

@@ -24,7 +24,7 @@ for (const svg of document.querySelectorAll(".chart svg[data-x]")) {
     const x = found.map(({ one, number }) => one.spots[number][0])
       .reduce((best, each) => Math.abs(each - at.x) < Math.abs(best - at.x) ? each : best);
     for (const end of ["x1", "x2"]) line.setAttribute(end, x);
-    line.setAttribute("y1", 14);
+    line.setAttribute("y1", 20);
     line.setAttribute("y2", 216);
     box.replaceChildren(...found.map(({ one, number }) => {
       const [place, value] = one.values[number].split(":");
@@ -37,7 +37,7 @@ for (const svg of document.querySelectorAll(".chart svg[data-x]")) {
     box.style.setProperty("left", `${Math.max(4, right ? event.clientX - 14 - box.offsetWidth : event.clientX + 14)}px`);
     box.style.setProperty("top", `${event.clientY + 14}px`);
   };
-  const hide = () => { box.hidden = true; line.removeAttribute("x1"); line.setAttribute("y2", 14); };
+  const hide = () => { box.hidden = true; line.setAttribute("y2", 20); };
   svg.addEventListener("pointermove", show);
   svg.addEventListener("pointerdown", show);
   svg.addEventListener("pointerleave", hide);

@@ -35,7 +35,7 @@ _OF_ONE = (
     _Wanted("Forgetting", "rise of the loss on general text", (("forgetting", "rise", "both"),)),
     _Wanted(
         "KL to the base",
-        "nats a token, from the tuned model's distance",
+        "how far the tuned model is, in nats a token",
         (("kl_to_base", "on validation targets", "both"), ("kl_in_training", "in the training loss", "line")),
     ),
     _Wanted("Token accuracy", "share of validation targets", (("token_accuracy", "validation", "both"),)),

@@ -1,6 +1,5 @@
 """What a report's page shows of searches: trials, what each key did, knobs, LoRA beside full fine-tuning."""
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -94,8 +93,8 @@ def _axis_of(key: str, values: Sequence[Any], log: bool) -> tuple[Axis, list[flo
     """Return an axis for the values of a key, and where on it they lie: words where they are not all numbers."""
     if all(map(is_number, values)):
         return axis(key, values, log=log and min(values) > 0), [float(value) for value in values]
-    names = sorted({json.dumps(value, ensure_ascii=False) for value in values})
-    return words(key, names), [float(names.index(json.dumps(value, ensure_ascii=False))) for value in values]
+    names = sorted(set(map(short, values)))
+    return words(key, names), [float(names.index(short(value))) for value in values]
 
 
 # --- one knob at a time ---

@@ -23,7 +23,7 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Piece]]) ->
         for row in rows
     ]
     heads = tag("tr", *(tag("th", name, scope="col") for name in head))
-    inside = tag("table", tag("caption", caption), tag("thead", heads), tag("tbody", *lines))
+    inside = tag("table", tag("caption", tag("span", caption)), tag("thead", heads), tag("tbody", *lines))
     return tag("div", inside, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 
@@ -73,7 +73,7 @@ def surroundings(run: RunReport) -> Html:
 def differences(caption: str, found: Sequence[Difference], names: Sequence[str]) -> Html:
     """Return only what is not the same in all runs."""
     rows = [(tag("code", one.key), *(tag("code", value) for value in one.values)) for one in found]
-    return table(caption, ("key", *names), rows) if rows else tag("p", f"{caption}: there are none.")
+    return table(caption, ("key", *names), rows) if rows else tag("p", f"{caption}: nothing.")
 
 
 def results(runs: Sequence[RunReport]) -> Html:
@@ -88,7 +88,7 @@ def results(runs: Sequence[RunReport]) -> Html:
         "at step",
         "rise on general",
     )
-    return table("Results", (*head, "test loss, change"), map(_result, runs))
+    return table("A row for each run, as it stands", (*head, "test loss, change"), map(_result, runs))
 
 
 def _result(run: RunReport) -> Sequence[str]:

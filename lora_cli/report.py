@@ -24,6 +24,7 @@ def report(paths: Sequence[Path], output: Path | None = None, table: Path | None
     One run's page goes into its folder where no `output` is named. `table` is a file for the measurements. Raises
     UserError, and then nothing is written.
     """
+    paths = [path if path.name not in ("", "..") else path.resolve() for path in paths]  # . and .. have no name
     runs, searches = _found(paths)
     alone = _folder_of(paths[0]) if len(paths) == 1 else Path()
     output = output or (alone / FILE)
@@ -59,6 +60,8 @@ def _found(paths: Sequence[Path]) -> tuple[list[RunDir], list[SearchReport]]:
             searches += run_facts.searches_of(place)
         except UserError as error:
             problems += error.problems
+    if not problems and not runs and not searches:
+        problems.append(f"{paths[0]}: this search has not come to anything yet; `lora tune` goes on with it.")
     if problems:
         raise AdapterError(*problems)
     return list({run.path.resolve(): run for run in runs}.values()), searches

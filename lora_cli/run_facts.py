@@ -2,14 +2,14 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_cli import config_file, curves, json_file, metrics, run_dir, run_words, search_dir
 from lora_cli.config import Range, RunConfig
-from lora_cli.errors import UserError
+from lora_cli.errors import AdapterError, UserError
 from lora_cli.json_file import is_number
 from lora_cli.records import DataCounts, Evaluated, Probed, Start
 from lora_cli.reports import EvalReport, Sample
@@ -67,11 +67,11 @@ def read_run(run: RunDir) -> RunReport:
         finished=known(lambda: run_dir.read_finished(run), None),
         curves=curves.of(records),
         settings=list(_settings(config, start)),
-        changes=[one for one in _listed(status.get("changes")) if isinstance(one, Mapping)],
+        changes=_objects(status.get("changes")),
         data=_counts(start),
         evaluations=known(lambda: list(_evaluations(run)), list[EvalReport]()),
         tried_rates=known(
-            lambda: [json_file.checked(Probed, one, run.probe) for one in _listed(probe.get("tried"))], []
+            lambda: [json_file.checked(Probed, one, run.probe) for one in _objects(probe.get("tried"))], []
         ),
         chosen_rate=float(probe["chosen"]) if is_number(probe.get("chosen")) else None,
         environment=known(lambda: run_dir.read_environment(run), dict[str, Any]()),
@@ -83,8 +83,8 @@ def _whole(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
-def _listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else []
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
 
 
 def _best(evaluated: Mapping[int, Evaluated]) -> Evaluated | None:
@@ -128,12 +128,13 @@ def _samples(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def is_search_dir(path: Path) -> bool:
     """Return whether a folder is that of a search."""
-    return (path / "config.yaml").is_file() and (path / "trials").is_dir() and not run_dir.is_run_dir(path)
+    inside = (path / "trials", path / "lora", SearchDir(path).report)
+    return (path / "config.yaml").is_file() and not run_dir.is_run_dir(path) and any(map(Path.exists, inside))
 
 
 def searches_of(path: Path) -> list[SearchReport]:
     """Return the search that a folder holds, or those beside a run. Raises UserError where one cannot be read."""
-    places = [path.with_name(f"{path.resolve().name}-{kind}") for kind in search_dir.KINDS]
+    places = [path.with_name(f"{path.name}-{kind}") for kind in search_dir.KINDS]
     here = [SearchDir(place) for place in (path, *places) if SearchDir(place).report.is_file()]
     return [read_search(place) for place in here]
 
@@ -147,12 +148,15 @@ def read_search(place: SearchDir) -> SearchReport:
     def read(record: type[Found], mark: str) -> Found | None:
         return json_file.checked(record, values, place.report) if mark in values else None
 
+    sensitivity = read(SensitivityReport, "knobs")
+    if sensitivity is not None and any(len(knob.values) != len(knob.changes) for knob in sensitivity.knobs):
+        raise AdapterError(f"{place.report}: a knob has not as many changes as values; put the file back as it was.")
     return SearchReport(
         name=str(place.path),
         path=place.path,
         logarithmic=[key for key, wanted in space.items() if isinstance(wanted, Range) and wanted.log],
         tune=read(TuneReport, "trials"),
-        sensitivity=read(SensitivityReport, "knobs"),
+        sensitivity=sensitivity,
         against_full=read(AgainstFullReport, "full"),
     )
 

@@ -87,7 +87,7 @@ def _forgetting(run: RunReport, config: RunConfig) -> Iterator[str]:
 def _answers(run: RunReport) -> Iterator[str]:
     for evaluation in run.evaluations[:1]:
         verdicts = [
-            f"{name.replace('_', ' ')} {with_interval(both.difference, '+.4g')} ({both.verdict})"
+            f"{name.replace('_', ' ')} {with_interval(both.difference, f'+{spec_of(name)}')} ({both.verdict})"
             for name, both in {**evaluation.figures, **evaluation.tasks}.items()
             if both.verdict is not None and name != "perplexity"
         ]

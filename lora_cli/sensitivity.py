@@ -23,14 +23,16 @@ if TYPE_CHECKING:  # torch is imported only once config and rows are good
 KIND = "sensitivity"
 
 
-def one_at_a_time(config: RunConfig, stop: StopRequest, seeds: int = 4) -> Generator[Event, None, SensitivityReport]:
+def one_at_a_time(
+    config: RunConfig, stop: StopRequest, seeds: int = 4, origins: Mapping[str, str] | None = None
+) -> Generator[Event, None, SensitivityReport]:
     """Run the config with some seeds, and with each knob at half and at twice its value; return what that changes.
 
     Other seeds change the order of rows, the adapter's start and dropout; the rows stay split as the config's own
     splits them. What was run before is not run again. Raises UserError.
     """
     place = search_dir.of(config, KIND)
-    session = yield from open_search(config, place, stop)
+    session = yield from open_search(config, place, stop, origins)
     config = config if config.train.learning_rate != "auto" else (yield from _settled(session, config, place))
     from lora_cli.session import for_trials
 

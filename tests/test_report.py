@@ -228,6 +228,7 @@ def barely_begun(run: Path) -> None:
 
 def full_of_holes(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "probe.json").write_text('{"tried": [3, "a"], "chosen": "x"}')
     kept = [*lines[:3], *lines[6:], '{"event": "step", "step": 99, "loss": NaN, "tokens": "x"}', '{"event": "st']
     (run / "metrics.jsonl").write_text("\n".join([*kept, '{"event": "evaluated", "step": 99}']))
 
@@ -362,7 +363,7 @@ SHOWN = {
 def test_a_search_is_shown_beside_its_run_and_alone(run: Path, kind: str):
     """By the run's folder, and by the search's own."""
     place = SearchDir(run.with_name(f"first-{kind}"))
-    (place.path / "trials").mkdir(parents=True)
+    place.path.mkdir()
     shutil.copy(run / "config.yaml", place.config)
     place.report.write_text(json.dumps(as_json(SEARCHES[kind])))
     beside, alone = report([run]), report([place.path])
@@ -383,6 +384,24 @@ def test_the_rates_that_were_tried_are_drawn(run: Path):
 
     assert rates["data-values"] == "0.0001:3;0.0003:2.75;0.0009:2.5"
     assert "chosen 0.0007" in seen.text
+
+
+def test_a_search_that_came_to_nothing_yet_is_an_error(run: Path):
+    """It says so, and writes no page."""
+    place = SearchDir(run.with_name("first-tune"))
+    (place.path / "trials").mkdir(parents=True)
+    shutil.copy(run / "config.yaml", place.config)
+
+    with pytest.raises(AdapterError, match="has not come to anything yet"):
+        report([place.path])
+
+
+def test_the_run_that_one_stands_in(run: Path, monkeypatch: pytest.MonkeyPatch):
+    """A point names it as well, and it is called by its folder's name."""
+    monkeypatch.chdir(run)
+
+    assert [one.name for one in report([Path()]).runs] == ["first"]
+    assert (run / "report.html").exists()
 
 
 # --- curves and pictures ---

@@ -15,9 +15,9 @@ from lora_cli.sources import is_hub_id
 def init(path: Path, given: Mapping[str, str], keep: bool = False) -> Generator[Notice | Preparing, None, InitReport]:
     """Write a config for a model and data, `given` with output_dir by their dotted keys; return what was decided.
 
-    `keep`: what the model knows beyond the task is to stay. Raises UserError; then nothing was written.
+    `keep`: what the model knows beyond the task is to stay. `require_new` comes before. Raises UserError; then nothing
+    was written.
     """
-    require_new(path)
     seen = yield from _look(given["model.path"], given["data.train"])
     decisions = first_config.decide(seen, keep)
     settings = {**given, **{each.key: each.value for each in decisions}}
@@ -34,8 +34,7 @@ def init(path: Path, given: Mapping[str, str], keep: bool = False) -> Generator[
 
 
 def init_from_recipe(path: Path, name: str, given: Mapping[str, str]) -> InitReport:
-    """Write a recipe with the user's own places in it. Raises UserError; then nothing was written."""
-    require_new(path)
+    """Write a recipe with the user's own places in it. `require_new` comes before. Raises InputError."""
     text = recipe.text(name, given)
     _write(path, config_text.with_schema(text))
     verb = "tune" if "\ntune:" in text else "train"

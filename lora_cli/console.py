@@ -132,9 +132,12 @@ def print_text(text: str) -> None:
     sys.stdout.flush()
 
 
-def message(text: str) -> None:
-    """Print a message on stderr."""
-    say(redact(text), err)
+def message(text: str, whole: bool = False) -> None:
+    """Print a message on stderr; what is to be copied as a `whole` is not folded."""
+    if whole:
+        err.print(Text(redact(text)), soft_wrap=True)
+    else:
+        say(redact(text), err)
 
 
 def print_error(error: UserError) -> None:

@@ -61,7 +61,7 @@ def _end(error: UserError, again: str) -> NoReturn:
     _leave_it_to_the_main_process(error)
     console.print_error(error)
     if isinstance(error, Interrupted):
-        console.message(f"Continue with: {again}")
+        console.message(f"Continue with: {again}", whole=True)
     _exit(Problem(error.exit_code, error.problems, error.state))
 
 

@@ -102,8 +102,7 @@ class Follower:
             case Evaluated():
                 self._evaluated(event)
             case Saved():
-                if event.is_best:
-                    self._say(f"saved {event.path} (best so far)")
+                self._say(f"saved {event.path}{' (best so far)' if event.is_best else ''}")
             case Finished():
                 pass
 

@@ -16,6 +16,7 @@ from lora_cli.standing import Standing
 FEWEST_COLUMNS, FEWEST_ROWS = 50, 20  # below, a bar is all
 _TWO_COLUMNS = 100  # from here on the figures stand beside the curve
 _WIDEST = 120
+_SHORTEST_BAR = 6
 _FACTS = 52  # columns that the figures take beside the curve
 _MARK = {False: "●", True: "o"}  # of a validation, by whether there is only ASCII
 
@@ -29,7 +30,9 @@ class RunPanel:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if options.max_width < FEWEST_COLUMNS or console.height < FEWEST_ROWS:
-            yield one_bar(self.standing, options.max_width, self.note)
+            yield one_bar(self.standing, options.max_width)
+            if self.note:
+                yield Text(self.note, "yellow")
             return
         width = min(options.max_width, _WIDEST)
         facts = Table.grid(Column(style="dim", no_wrap=True), Column(), padding=(0, 2, 0, 0))
@@ -50,17 +53,18 @@ class RunPanel:
             yield Text(self.note, "yellow")
 
 
-def one_bar(standing: Standing, width: int, note: str = "") -> RenderableType:
-    """Return where a run stands in one line, cut where it is wider than `width`."""
-    facts = [note] if note else []
+def one_bar(standing: Standing, width: int) -> RenderableType:
+    """Return where a run stands in one line, with as many of its figures as fit."""
+    head, facts = f"step {standing.at}/{standing.total}", list[str]()
     facts += [f"loss {standing.loss:.4f}"] if standing.loss is not None else []
     facts += [f"val {standing.evaluated.loss:.4f}"] if standing.evaluated else []
-    facts += [f"{standing.speed:,.0f} tok/s"] if standing.speed else []
     facts += [f"{duration(standing.left)} left"] if standing.left is not None else []
-    line, rest = f"step {standing.at}/{standing.total} ", f" {'  '.join(facts)}"
-    grid = Table.grid(*(Column(no_wrap=True, overflow="crop") for _ in range(3)))
-    bar = ProgressBar(standing.total or 1, standing.at, width=max(6, min(24, width - len(line) - len(rest))))
-    grid.add_row(line, bar, rest)
+    facts += [f"{standing.speed:,.0f} tok/s"] if standing.speed else []
+    while facts and (room := width - len(f"{head}  {'  '.join(facts)}")) < _SHORTEST_BAR:
+        facts.pop()
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    bar = ProgressBar(standing.total or 1, standing.at, width=min(24, room) if facts else _SHORTEST_BAR)
+    grid.add_row(head, bar, Text("  ".join(facts)))
     return grid
 
 

@@ -3,13 +3,13 @@
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from lora_cli.console import err
 from lora_cli.panel import FEWEST_COLUMNS, FEWEST_ROWS, one_bar
 from lora_cli.records import TrialEnded, short
 from lora_cli.standing import SearchStanding
-from lora_cli.tables import Fitting
+from lora_cli.tables import Fitting, last_parts
 
 _SHOWN = 5  # of the trials
-_LONGEST = 14  # characters of a value
 
 
 class SearchPanel:
@@ -26,7 +26,9 @@ class SearchPanel:
             if best:
                 yield _table(best, options.max_width)
             yield Text(_state(self.standing))
-        yield one_bar(self.standing.current, options.max_width, self.note)
+        yield one_bar(self.standing.current, options.max_width)
+        if self.note:
+            yield Text(self.note, "yellow")
 
 
 def _is_known(one: TrialEnded) -> bool:
@@ -50,9 +52,10 @@ def _state(standing: SearchStanding) -> str:
 
 
 def _table(best: list[TrialEnded], width: int) -> Fitting:
-    """Return the best trials; where not all keys fit beside each other, all values share a column."""
+    """Return the best trials; where not all keys have a column, the values share one."""
     keys = list(dict.fromkeys(key for one in best for key in one.values))
     rows = [[str(one.number), f"{one.loss:.4f}", *(short(one.values.get(key)) for key in keys)] for one in best]
-    if sum(max(_LONGEST // 2, len(key)) + 2 for key in keys) + 16 <= width:
-        return Fitting(["trial", "loss", *keys], rows, (0, 1))
+    table = Fitting(["trial", "loss", *last_parts(keys)], rows, (0, 1))
+    if table.fits(err, width):
+        return table
     return Fitting(["trial", "loss", ""], [[*row[:2], " ".join(row[2:])[: width - 18]] for row in rows], (0, 1))

@@ -20,6 +20,7 @@ _STAND_INS = {
     "•": "*",
     "·": ".",
     "°": " deg",
+    "\N{REPLACEMENT CHARACTER}": "?",
     **dict.fromkeys("–—−", "-"),
     **dict.fromkeys("‘’", "'"),
     **dict.fromkeys("“”„", '"'),

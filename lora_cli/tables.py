@@ -36,9 +36,11 @@ class Fitting:
         if self.fits(console, options.max_width):
             yield self._table()
             return
-        (_, *heads), *rows = zip(*[self.heads, *self.rows], strict=True) if self.by_column else [self.heads, *self.rows]
+        (name, *heads), *rows = (
+            zip(*[self.heads, *self.rows], strict=True) if self.by_column else [self.heads, *self.rows]
+        )
         for first, *cells in rows:
-            yield _cell(first, "bold")
+            yield _cell(f"{name} {first}".lstrip(), "bold")
             block = Table(Column(style="dim", min_width=max(map(len, heads))), Column(), box=None, show_header=False)
             for head, cell in zip(heads, cells, strict=True):
                 if cell:
@@ -58,6 +60,12 @@ class Fitting:
 
 def _cell(text: str, style: str = "") -> Text:
     return Text(text, STYLES.get(text, style))
+
+
+def last_parts(keys: Sequence[str]) -> list[str]:
+    """Return dotted keys as heads of columns: their last parts, where these differ."""
+    parts = [key.rsplit(".", 1)[-1] for key in keys]
+    return parts if len(set(parts)) == len(parts) else list(keys)
 
 
 def show(

@@ -21,13 +21,15 @@ def _tune(report: TuneReport) -> None:
     """Show the trials, the best first, and what to do with the best."""
     keys = list(dict.fromkeys(key for one in report.trials for key in one.values))
     both = any(one.forgetting is not None for one in report.trials)
-    heads, rows = ["trial", *keys, "loss", *(["rise on general text"] if both else []), "steps", ""], list[list[str]]()
+    rise, rows = ["rise"] if both else [], list[list[str]]()
     for one in report.in_order():
         cells = [short(one.values.get(key)) for key in keys]
         loss = "-" if one.loss is None else f"{one.loss:.4f}"
-        rise = ["-" if one.forgetting is None else f"{one.forgetting:+.4f}"] if both else []
-        rows.append([str(one.number), *cells, loss, *rise, f"{one.steps}/{one.of_steps}", report.note(one)])
-    tables.show(heads, rows)
+        forgot = ["-" if one.forgetting is None else f"{one.forgetting:+.4f}"] if both else []
+        rows.append([str(one.number), *cells, loss, *forgot, f"{one.steps}/{one.of_steps}", report.note(one)])
+    tables.show(["trial", *tables.last_parts(keys), "loss", *rise, "steps", ""], rows)
+    if both:
+        say("The rise is that of the loss on general text.")
     for line in _came_to(report):
         say(line)
     if report.final is not None:

@@ -246,7 +246,7 @@ def test_the_end_of_a_run_tells_of_test_rows_and_budget(
     assert code == 0
     assert "Forgetting: the loss on general text fell by" in out
     assert "nats a token, which is within eval.forgetting_budget." in out
-    assert "chose nothing); validation was flattered by" in out
+    assert "chose nothing; validation was flattered by" in out
     assert "No evaluation was within" not in out
     assert "forgetting: loss on general text" in err
     assert invoke("train", tmp_path / "config.yaml")[1].splitlines()[1:] == out.splitlines()[1:]

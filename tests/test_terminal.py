@@ -13,14 +13,16 @@ from conftest import Invoke
 from rich.console import Console
 from terminal import resize, watch
 
-from lora_cli import console, metrics, stand_ins
+from lora_cli import config_file, console, metrics, stand_ins
 from lora_cli.curve import Series, plot
+from lora_cli.interrupt import StopRequest
 from lora_cli.panel import RunPanel
 from lora_cli.records import DataCounts, Estimate, Evaluated, Forgetting, Started, StepDone, TrialEnded
 from lora_cli.run_dir import RunDir
 from lora_cli.search_panel import SearchPanel
 from lora_cli.standing import SearchStanding, Standing
 from lora_cli.tables import Fitting
+from lora_cli.train import train
 
 COLOUR = re.compile(r"\x1b\[(?:[\d;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])[;m]")
 COUNTS = DataCounts(40, 40, 900, 300, 0, 0, 0, (), (20, 30, 30, 30), (9, 9, 9, 9), (40,), 0, 0, 0, 0, 0, 0, 0, ())
@@ -115,7 +117,7 @@ def test_a_panel_of_few_rows_is_a_bar():
     """Where there is no room for a curve the line says step, losses, speed and the time left."""
     (line,) = drawn(RunPanel(after(started(), evaluated(0, 2.4), step(1, 2.5))), 80, 19)
 
-    assert re.fullmatch(r"step 1/40 \S+\s+loss 2\.5000  val 2\.4000  900 tok/s  0:\d\d left", line)
+    assert re.fullmatch(r"step 1/40 \S+\s+loss 2\.5000  val 2\.4000  0:\d\d left  900 tok/s", line)
 
 
 def test_a_panel_of_what_is_not_known_yet_or_not_finite():
@@ -166,6 +168,22 @@ def test_a_panel_of_a_search():
         assert [line.split()[:2] for line in lines[2:4]] == [["2", "1.5000"], ["0", "2.0000"]]
         assert lines[-1].startswith("step 3/40 ")
         assert max(map(len, lines)) <= columns
+
+
+def test_a_run_that_goes_on_knows_what_was_measured_before(
+    invoke: Invoke, make_config: Callable[..., Path], tmp_path: Path
+):
+    """The curve of a continued run begins where the run did, and its best is that of before."""
+    config = make_config(**{"train.epochs": 1})
+    invoke("train", config)
+    longer = config_file.load(config, ["train.epochs=2"])
+    begun = next(event for event in train(longer, StopRequest(), override=True) if isinstance(event, Started))
+    standing = after(begun)
+
+    assert begun.step == 8
+    assert [number for number, _ in standing.smooth] == list(range(1, 9))
+    assert [number for number, _ in standing.validation] == [0, 2, 4, 6, 8]
+    assert (standing.base, standing.best) == (begun.before[0], begun.before[-1])
 
 
 # --- real terminals ---
@@ -284,13 +302,19 @@ def test_quiet_says_only_what_warns(invoke: Invoke, make_config: Callable[..., P
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"prompt": f"Say {n}: ", "completion": f"It is {n}."}) + "\n" for n in range(40))
     )
-    for command in (["check", config], ["train", config], ["eval", tmp_path / "run", "--answers", "0"]):
+    run = tmp_path / "run"
+    commands = (["check", config], ["train", config], ["eval", run, "--answers", "0"])
+    for command in commands:
         loud, quiet = (invoke(*command, *more) for more in ([], ["--quiet"]))
         assert (quiet[0], quiet[2]) == (0, "")
         assert len(quiet[1]) > 200
         assert loud[2] or command[0] == "check"
 
-    (tmp_path / "run" / "checkpoints" / "checkpoint-7").mkdir()
+    half = ["scale", run, "--gain", "0.5", "--general", "false", "--output", tmp_path / "half"]
+    code, out, err = invoke(*half, "--quiet")
+    assert (code, "gain 0.5" in out, err) == (0, True, "")
+
+    (run / "checkpoints" / "checkpoint-7").mkdir()
     code, _, err = invoke("train", config, "train.epochs=2", "--override", "--quiet")
     assert code == 0
     assert "checkpoint-7: is no checkpoint of this program" in err

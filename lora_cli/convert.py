@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_cli import config_file, storage
+from lora_cli import config_file, config_text, init
 from lora_cli.config import RunConfig
 from lora_cli.conversion import (
     ConversionReport,
@@ -60,7 +60,7 @@ def convert(path: Path, written: Path, processes: int = 1) -> ConversionReport:
         [outcome for outcome in outcomes if isinstance(outcome, NotNeeded)],
         [*problems, *(outcome for outcome in outcomes if isinstance(outcome, NotPossible))],
     )
-    storage.write_file(written, text(report))
+    init.write(written, config_text.with_schema(text(report)))
     return report
 
 
@@ -141,20 +141,13 @@ def settings(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return dotted keys as sections; `data.train[0].path` is an entry of a list."""
-    whole: dict[str, Any] = {}
     sources: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
-        *above, last = key.split(".")
-        if above[-1:] and above[-1].startswith("train["):
-            sources.setdefault(above[-1], {})[last] = value
-            continue
-        section = whole
-        for name in above:
-            section = section.setdefault(name, {})
-        section[last] = value
-    if sources:
-        whole.setdefault("data", {})["train"] = list(sources.values())
-    return whole
+        if key.startswith("data.train["):
+            place, _, name = key.rpartition(".")
+            sources.setdefault(place, {})[name] = value
+    listed = {"data.train": list(sources.values())} if sources else {}
+    return config_text.nested({key: value for key, value in values.items() if "[" not in key} | listed)
 
 
 def _accepted(outcomes: list[Outcome]) -> tuple[list[Outcome], list[NotPossible]]:

@@ -21,7 +21,7 @@ def init(path: Path, given: Mapping[str, str], keep: bool = False) -> Generator[
     seen = yield from _look(given["model.path"], given["data.train"])
     decisions = first_config.decide(seen, keep)
     settings = {**given, **{each.key: each.value for each in decisions}}
-    _write(path, config_text.text(settings, {each.key: each.reason for each in decisions}))
+    write(path, config_text.text(settings, {each.key: each.reason for each in decisions}))
     return InitReport(
         config=path,
         schema=path.parent / config_text.SCHEMA,
@@ -36,7 +36,7 @@ def init(path: Path, given: Mapping[str, str], keep: bool = False) -> Generator[
 def init_from_recipe(path: Path, name: str, given: Mapping[str, str]) -> InitReport:
     """Write a recipe with the user's own places in it. `require_new` comes before. Raises InputError."""
     text = recipe.text(name, given)
-    _write(path, config_text.with_schema(text))
+    write(path, config_text.with_schema(text))
     verb = "tune" if "\ntune:" in text else "train"
     return InitReport(
         config=path,
@@ -60,7 +60,8 @@ def require_new(path: Path) -> None:
         )
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Write a config, and beside it the schema by which editors check it."""
     with interrupt.patience():  # both files, or none
         storage.write_file(path.parent / config_text.SCHEMA, json.dumps(config_file.json_schema(), indent=1) + "\n")
         storage.write_file(path, text)

@@ -37,6 +37,7 @@ _BY_KEY = {
     "train.shard": "deepspeed fsdp fsdp_config fsdp_version dp_shard_size",
     "train.early_stopping.patience": "early_stopping_patience early_stopping_steps early_stop_interval",
     "train.neftune_alpha": "neftune_noise_alpha",
+    "train.trackers": "report_to use_wandb wandb_project use_mlflow use_tensorboard logger_name",
     "eval.per_epoch": "evals_per_epoch eval_steps eval_strategy evaluation_strategy steps_per_eval",
     "save.per_epoch": "saves_per_epoch save_steps save_strategy save_every",
     "save.keep": "save_total_limit",

@@ -80,7 +80,7 @@ def _trackers(source: Source) -> Iterator[Outcome]:
     if source.get("wandb_mode") == "disabled":
         yield from (NotNeeded(*one, "wandb_mode: disabled") for one in on.pop("wandb"))
     trackers = [name for name, given in on.items() if given]
-    yield from (trainer.tracker_outcome(*one, trackers) for name in trackers for one in on[name])
+    yield from (Taken(*one, "train.trackers", trackers) for name in trackers for one in on[name])
 
 
 AXOLOTL = Peer(

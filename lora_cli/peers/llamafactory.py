@@ -75,7 +75,7 @@ def _trackers(source: Source) -> Iterator[Outcome]:
         named = [str(name) for name in value] if isinstance(value, list) else str(value).split(",")
         trackers = [name.strip() for name in named if name.strip() in known]
         if trackers:
-            yield trainer.tracker_outcome(key, value, trackers)
+            yield Taken(key, value, "train.trackers", trackers)
         else:
             yield NotPossible(key, value, "every number is in the run's metrics.jsonl", False)
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lora_cli.config import TrainConfig
 from lora_cli.conversion import NotNeeded, NotPossible, Outcome, Rule, Source, Taken, Unsaid, is_off
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
@@ -183,10 +182,3 @@ def switch(key: str, ours: str) -> Rule:
         yield from (Taken(*one, ours, True) for one in source.given(key))
 
     return Rule((key,), (ours,), convert)
-
-
-def tracker_outcome(key: str, value: Any, trackers: list[str]) -> Outcome:
-    """Return what becomes of a key that turns trackers on."""
-    if "trackers" in TrainConfig.model_fields:
-        return Taken(key, value, "train.trackers", trackers)
-    return NotPossible(key, value, "every number is in the run's metrics.jsonl", False)

@@ -45,7 +45,7 @@ def init(
     from_processes: Annotated[int, typer.Option(min=1, help="With --from: the processes that config was run on.")] = 1,
     json: Json = False,
 ) -> None:
-    """Look at data, model and machine, and write a commented config for them."""
+    """Write a config that suits your rows, your model and this machine."""
     if schema:
         console.print_json(config_file.json_schema())
         return
@@ -99,7 +99,7 @@ def check(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Show what a run would do: data, mask preview, targets, memory. Trains nothing."""
+    """Show what a run would do: rows, targets, memory. Trains nothing."""
     run_config = config_file.load(config, overrides or [])
     from lora_cli import data as rows
 
@@ -175,7 +175,10 @@ def tune(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Search hyperparameters; an interrupted search is continued, and several processes share one."""
+    """Search hyperparameters; an interrupted search is continued.
+
+    Several processes share one search: start the command as often as there are processors or machines.
+    """
     given = {"tune.trials": trials, "tune.storage": storage_place}
     more = [f"{key}={value}" for key, value in given.items() if value is not None]
     run_config = config_file.load(config, [*(overrides or []), *more])

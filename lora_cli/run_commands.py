@@ -109,7 +109,10 @@ def scale(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Write the adapter at another strength, which any reader of PEFT adapters honours."""
+    """Write the adapter at another strength.
+
+    It stands in lora_alpha, which any reader of PEFT adapters honours.
+    """
     from lora_cli import scale as scaling
 
     _begin(f"Writing {run} at another strength.", quiet)
@@ -173,7 +176,10 @@ def merge(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Write base + adapter, or several adapters, as an ordinary Hugging Face model, verified."""
+    """Write base + adapter as an ordinary Hugging Face model, verified.
+
+    Several adapters are added by weight, as one model or as one adapter.
+    """
     from lora_cli import hub, merged_folder, update
     from lora_cli import merge as merging
 
@@ -272,7 +278,11 @@ def report(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show runs on one page: what they gained and forgot, curves, config, data, answers, searches."""
+    """Show runs and searches on one HTML page.
+
+    What they gained and forgot, curves, config with origins, data, answers side by side, trials; several runs over
+    each other.
+    """
     from lora_cli import report as reporting
 
     made = reporting.report(runs, output, metrics)

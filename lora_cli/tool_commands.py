@@ -15,7 +15,7 @@ def doctor(
     no_test: Annotated[bool, typer.Option("--no-test", help="Do not try to train a small model.")] = False,
     json: Json = False,
 ) -> None:
-    """Say what is here to train with, whether it works, and what is missing."""
+    """Say what is here to train with, and what is missing."""
     from lora_cli import doctor as looking
     from lora_cli import doctor_tables
 

@@ -397,3 +397,18 @@ def test_no_torch_for_help(arguments: list[str]):
     done = run(*arguments)
 
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]")
+
+
+def test_the_readme_draws_the_package():
+    """One line a file, in the order in which they are read."""
+    text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    drawn = text[text.index("lora_cli/\n  ") : text.index("\nconfigs/ ")]
+    folder, names = "", list[str]()
+    for line in drawn.splitlines()[1:]:
+        name = line.split()[0]
+        if name.endswith("/"):
+            folder = name.replace("/", ".")
+        elif name.endswith(".py"):
+            names.append((folder if line.startswith("    ") else "") + name.removesuffix(".py"))
+
+    assert names == [name for name in FLOORS if name != "__main__"]

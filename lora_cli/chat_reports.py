@@ -27,26 +27,26 @@ class Said:
 class ChatReport:
     """One question and its answer."""
 
-    adapter: Path
-    prompt: str
-    answer: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    tokens: int
-    first_seconds: float | None
-    seconds: float
-    tokens_per_second: float | None
-    gain: float
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
+    adapter: Path  # that answered
+    prompt: str  # the question, as it was given
+    answer: str  # what came, without the end token
+    finish_reason: FinishReason  # it ended by itself, at its longest, or because somebody asked to stop
+    prompt_tokens: int  # that the model read
+    tokens: int  # of the answer, the end token included
+    first_seconds: float | None  # until the first token; null where none came
+    seconds: float  # until the last
+    tokens_per_second: float | None  # of the tokens after the first; null: there are none
+    gain: float  # how strong the adapter was: 1 as it is, 0 the base
+    temperature: float  # --temperature
+    top_p: float  # --top-p
+    top_k: int  # --top-k
+    seed: int  # --seed
     templated: bool  # whether the question went through the chat template
 
 
 @dataclass(frozen=True)
 class ServeReport:
-    """Where a server answers, and by which names."""
+    """Where a server answers. It is printed when it does; then it serves until it is stopped."""
 
-    url: str
-    models: list[str]
+    url: str  # what clients take as base_url
+    models: list[str]  # names that it answers by; the last is the base's

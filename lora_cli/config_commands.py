@@ -22,6 +22,7 @@ from lora_cli import (
 )
 from lora_cli.arguments import Config, Json, Overrides, Processes, Quiet, Restarts
 from lora_cli.errors import InputError
+from lora_cli.init_report import RecipeList
 from lora_cli.records import Finished, as_json
 from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport
 from lora_cli.standing import SearchStanding
@@ -54,8 +55,8 @@ def init(
     from lora_cli import recipe as recipes
 
     if list_recipes or recipe == "list":
-        named = recipes.names()
-        console.print_json({"recipes": named}) if json else decision_table.show_recipes(named)
+        listed = RecipeList(recipes.names())
+        console.print_json(as_json(listed)) if json else decision_table.show_recipes(listed)
         return
     starting.require_new(path)
     if from_ is not None:

@@ -14,39 +14,39 @@ from lora_cli.strict_yaml import dump_inline
 class Taken:
     """A key of theirs that sets a key here."""
 
-    key: str
-    value: Any
-    ours: str
-    our_value: Any
-    differs: str | None = None  # what is not the same all the same
+    key: str  # theirs
+    value: Any  # there
+    ours: str  # the key here, dotted
+    our_value: Any  # here
+    differs: str | None = None  # what is not the same all the same; null: nothing
 
 
 @dataclass(frozen=True)
 class Unsaid:
     """A key that is set here because of a default of theirs, which their file does not spell out."""
 
-    ours: str
-    our_value: Any
-    why: str
+    ours: str  # the key here, dotted
+    our_value: Any  # here
+    why: str  # it is set
 
 
 @dataclass(frozen=True)
 class NotNeeded:
     """A key of theirs that has nothing to say here."""
 
-    key: str
-    value: Any
-    why: str
+    key: str  # theirs
+    value: Any  # there
+    why: str  # it has nothing to say
 
 
 @dataclass(frozen=True)
 class NotPossible:
-    """A key of theirs that cannot be honoured, and what to do instead."""
+    """A key of theirs that cannot be honoured."""
 
-    key: str
-    value: Any
-    why: str
-    changes_training: bool  # without it something else is trained
+    key: str  # theirs
+    value: Any  # there
+    why: str  # it cannot be honoured, and what to do instead
+    changes_training: bool  # whether something else is trained without it
 
 
 Outcome = Taken | Unsaid | NotNeeded | NotPossible
@@ -54,15 +54,15 @@ Outcome = Taken | Unsaid | NotNeeded | NotPossible
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What became of every key of a config; each is in one list."""
+    """What became of every key of another program's config; each is in one list."""
 
-    config: Path
-    source: Path
-    program: str
-    taken: Sequence[Taken]
-    unsaid: Sequence[Unsaid]
-    not_needed: Sequence[NotNeeded]
-    not_possible: Sequence[NotPossible]
+    config: Path  # the file that was written
+    source: Path  # theirs
+    program: str  # its name
+    taken: Sequence[Taken]  # keys that set a key here
+    unsaid: Sequence[Unsaid]  # keys set here that their file does not spell out
+    not_needed: Sequence[NotNeeded]  # keys with nothing to say here
+    not_possible: Sequence[NotPossible]  # keys that cannot be honoured
 
     @property
     def other_training(self) -> Sequence[NotPossible]:

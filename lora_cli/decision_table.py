@@ -1,12 +1,12 @@
 """Draws what `lora init` saw and decided, what to look out for, and what to type next."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from rich.markup import escape
 from rich.table import Table
 
 from lora_cli.console import gigabytes, message, out
-from lora_cli.init_report import DataFacts, InitReport, MachineFacts, ModelFacts
+from lora_cli.init_report import DataFacts, InitReport, MachineFacts, ModelFacts, RecipeList
 from lora_cli.redact import redact
 from lora_cli.strict_yaml import dump_inline
 
@@ -29,10 +29,10 @@ def show(report: InitReport) -> None:
     out.print(f"Next: {', then '.join(report.next)}", markup=False, soft_wrap=True)
 
 
-def show_recipes(recipes: Mapping[str, str]) -> None:
+def show_recipes(listed: RecipeList) -> None:
     """Show each recipe's name and what it is for."""
-    widest = max(map(len, recipes))
-    for name, what in recipes.items():
+    widest = max(map(len, listed.recipes))
+    for name, what in listed.recipes.items():
         out.print(f"{name:<{widest}}  {what}", markup=False, soft_wrap=True)
 
 

@@ -254,13 +254,6 @@ class ExportReport:
 
 
 @dataclass(frozen=True)
-class InitReport:
-    """The config that was written."""
-
-    config: Path  # the file
-
-
-@dataclass(frozen=True)
 class VersionReport:
     """Versions of what makes the numbers."""
 

@@ -39,6 +39,7 @@ train:
   epochs: 2
   learning_rate: 2e-4
   schedule: linear
+  trackers: [tensorboard]
   early_stopping:
     patience: 5
 

@@ -18,13 +18,23 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
-from lora_cli import metrics, records, reports, search_reports
+from lora_cli import (
+    chat_reports,
+    conversion,
+    doctor_report,
+    init_report,
+    metrics,
+    records,
+    reports,
+    run_reports,
+    search_reports,
+)
 
 BAR = r"\|"  # within a cell of a table
 
 # What each command prints with --json: one of these records.
 SHAPES: Mapping[str, Sequence[type]] = {
-    "init": (reports.InitReport,),
+    "init": (init_report.InitReport, init_report.RecipeList, conversion.ConversionReport),
     "check": (reports.CheckReport,),
     "train": (records.Finished,),
     "tune": (search_reports.TuneReport, search_reports.SensitivityReport, search_reports.AgainstFullReport),
@@ -32,10 +42,17 @@ SHAPES: Mapping[str, Sequence[type]] = {
     "scale": (reports.ScaleReport,),
     "merge": (reports.MergeReport, reports.CombineReport),
     "export": (reports.GgufReport, reports.ExportReport),
+    "chat": (chat_reports.ChatReport,),
+    "serve": (chat_reports.ServeReport,),
+    "report": (run_reports.Report,),
+    "doctor": (doctor_report.DoctorReport,),
     "version": (reports.VersionReport,),
 }
 # When a command prints which, where it has several.
 WHEN = {
+    init_report.InitReport: "a config, or a recipe",
+    init_report.RecipeList: "`--list`",
+    conversion.ConversionReport: "`--from`",
     search_reports.TuneReport: "a search",
     search_reports.SensitivityReport: "`--one-at-a-time`",
     search_reports.AgainstFullReport: "`--against-full`",
@@ -158,6 +175,8 @@ stderr, and ends with the exit code in it. A command line that cannot be read (a
 def json_page() -> str:
     """docs/json.md."""
     lines, tops = [JSON_HEAD], [record for shapes in SHAPES.values() for record in shapes]
+    said = {record: f"[lora {command}](#lora-{command})" for command, shapes in SHAPES.items() for record in shapes}
+    said |= dict.fromkeys(MEASURED, "[metrics.jsonl](#metricsjsonl)")
     for command, shapes in SHAPES.items():
         lines += [f"## lora {command}", ""]
         for record in shapes:
@@ -169,15 +188,12 @@ def json_page() -> str:
         lines += [f'`"event": "{name}"`: {first_paragraph(record)}', "", *fields_of(record)]
     lines += ["As a flat table (`metrics` in [python.md](python.md)) its columns are:", ""]
     lines += [", ".join(f"`{column}`" for column in metrics.COLUMNS) + ".", "", "## Records", ""]
-    inside = dict.fromkeys(one for top in (*tops, *MEASURED, reports.ErrorReport) for one in records_in(top))
-    for record in inside:
-        if record not in tops and record not in MEASURED:
+    inner = {one for top in tops for hint in get_type_hints(top).values() for one in records_in(hint)}
+    for record in dict.fromkeys(one for top in (*tops, *MEASURED, reports.ErrorReport) for one in records_in(top)):
+        if record not in said:
             lines += [f"### {record.__name__}", "", first_paragraph(record), "", *fields_of(record)]
-        elif record in tops and any(
-            record in records_in(hint) for top in tops for hint in get_type_hints(top).values()
-        ):
-            command = next(name for name, shapes in SHAPES.items() if record in shapes)
-            lines += [f"### {record.__name__}", "", f"As [lora {command}](#lora-{command}) prints it.", ""]
+        elif record in inner:
+            lines += [f"### {record.__name__}", "", f"As {said[record]} has it.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -12,6 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import (
+    Invoke,
+    build_examples,
+    build_tokenizer,
+    read_rows,
+    save_base,
+    save_with_peft,
+    write_adapter,
+    write_rows,
+)
+from processes import end, fork, lora
 
 from lora_cli import decoding, model, slash, tuned
 from lora_cli.chat import Chat
@@ -25,17 +36,6 @@ from lora_cli.generate import GREEDY, Sampling, generate
 from lora_cli.prompts import Prompts
 from lora_cli.speaker import Manner, Speaker
 from lora_cli.text_stream import TextStream
-from tests.conftest import (
-    Invoke,
-    build_examples,
-    build_tokenizer,
-    read_rows,
-    save_base,
-    save_with_peft,
-    write_adapter,
-    write_rows,
-)
-from tests.processes import end, fork, lora
 
 CPU = torch.device("cpu")
 DRY = Manner(GREEDY, max_new_tokens=12)

@@ -13,6 +13,9 @@ from pydantic import ValidationError
 from shapes import SHAPES, fields_of, make_reference, require_shape
 
 from lora_cli import cli, metrics
+from lora_cli.chat_reports import ServeReport
+from lora_cli.conversion import ConversionReport
+from lora_cli.init_report import InitReport, RecipeList
 from lora_cli.records import Evaluated, StepDone
 from lora_cli.reports import CombineReport, ErrorReport, EvalReport, ExportReport, GgufReport, MergeReport
 from lora_cli.run_dir import RunDir
@@ -23,9 +26,11 @@ SMALL = ("data.validation=8", "train.max_steps=2", "eval.per_epoch=1", "save.per
 
 @pytest.fixture(scope="module")
 def folder(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], str]) -> Path:
-    """A finished run, a config, and general text."""
+    """A finished run and a copy of it, a model, configs of ours and of another program, and general text."""
     folder = tmp_path_factory.mktemp("shapes")
-    shutil.copytree(undisturbed, folder / "run")
+    for source, name in ((undisturbed, "run"), (undisturbed, "again"), (model_folder("llama"), "model")):
+        shutil.copytree(source, folder / name)
+    shutil.copy(Path(__file__).with_name("peers") / "axolotl-lora-1b.yaml", folder / "theirs.yaml")
     rows = write_rows(folder / "rows.jsonl", [conversation(number) for number in range(40)])
     write_config(folder, model_folder("llama"), rows, DROPOUT | {"output_dir": str(folder / "new")})
     (folder / "general.txt").write_text("The sky is blue. Red is a colour. " * 60)
@@ -33,9 +38,14 @@ def folder(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory, model_fo
 
 
 # What is typed in that folder, and which of its command's records it prints, where it has several. Dearer ones are held
-# to their shapes where they are run: test_sensitivity.py, test_against_full.py, and merge --speed in test_cli.py.
+# to their shapes where they are run: test_sensitivity.py, test_against_full.py, merge --speed in test_cli.py, and serve
+# in test_serve.py.
 COMMANDS: list[tuple[str, Any]] = [
-    ("init train.yaml", None),
+    ("init train.yaml", InitReport),
+    ("init seen.yaml --model model --data rows.jsonl", InitReport),
+    ("init recipe.yaml --recipe search", InitReport),
+    ("init --list", RecipeList),
+    ("init taken.yaml --from theirs.yaml", ConversionReport),
     ("check config.yaml", None),
     ("train config.yaml train.max_steps=2 data.test=4", None),
     ("eval run --answers 4", None),
@@ -49,6 +59,12 @@ COMMANDS: list[tuple[str, Any]] = [
     ("export run --format gguf-lora --output lora.gguf", GgufReport),
     ("export run --format gguf --output model.gguf", GgufReport),
     (f"tune config.yaml --trials 2 output_dir=search {' '.join(SMALL)}", TuneReport),
+    ("chat run --prompt Red? --max-new-tokens 4", None),
+    ("report run", None),
+    ("report run again --metrics table.csv", None),
+    ("report search-tune", None),
+    ("doctor", None),
+    ("doctor --no-test", None),
     ("version", None),
 ]
 
@@ -75,7 +91,11 @@ def test_every_command_has_a_shape_and_every_shape_was_seen():
     seen = {(line.split()[0], record or SHAPES[line.split()[0]][0]) for line, record in COMMANDS}
 
     assert commands == set(SHAPES)
-    assert documented - seen == {("tune", SensitivityReport), ("tune", AgainstFullReport)}
+    assert documented - seen == {
+        ("tune", SensitivityReport),
+        ("tune", AgainstFullReport),
+        ("serve", ServeReport),
+    }
 
 
 def test_a_failure_is_said_on_stdout_too(folder: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch):
@@ -107,10 +127,10 @@ def test_lines_of_metrics_have_their_shape(undisturbed: Path):
 
 def test_a_shape_is_strict():
     """A key more, a key less, and a value of another type are each refused."""
-    whole = {"config": "train.yaml"}
-    (shape,) = SHAPES["init"]
+    whole = {"lora": "1.0", "torch": "2.9", "transformers": "4.57"}
+    (shape,) = SHAPES["version"]
     require_shape(shape, json.dumps(whole))
-    for wrong in (whole | {"more": 1}, {}, {"config": 3}):
+    for wrong in (whole | {"more": 1}, {}, whole | {"lora": 1}):
         with pytest.raises((AssertionError, ValidationError)):
             require_shape(shape, json.dumps(wrong))
 

@@ -13,14 +13,16 @@ from typing import Any
 import openai
 import pytest
 import torch
+from conftest import Invoke, write_adapter
+from processes import end, fork, lora
+from shapes import require_shape
 
 from lora_cli import tuned
 from lora_cli.chat import Chat
+from lora_cli.chat_reports import ServeReport
 from lora_cli.config import LoraConfig
 from lora_cli.generate import GREEDY
 from lora_cli.speaker import Manner, Speaker
-from tests.conftest import Invoke, write_adapter
-from tests.processes import end, fork, lora
 
 ASKED: list[Any] = [{"role": "user", "content": "Name a colour."}]
 KEY = "a-key-of-this-test"
@@ -33,7 +35,7 @@ def start(said: Path, *arguments: object) -> tuple[int, str]:
     while time.monotonic() < limit:
         for line in said.read_text().splitlines() if said.exists() else ():
             if line.startswith("{"):
-                return process, json.loads(line)["url"]
+                return process, require_shape(ServeReport, line).url
         time.sleep(0.02)
     os.kill(process, signal.SIGKILL)
     raise TimeoutError(said.read_text())

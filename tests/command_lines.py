@@ -65,8 +65,10 @@ def read(words: list[str], monkeypatch: pytest.MonkeyPatch, whole: bool) -> None
             )
             assert (found.module, found.training_script) == (True, "lora_cli")
             read(["lora", *found.training_script_args], monkeypatch, whole)
-        case "python":
+        case "python" if whole or arguments[1:]:
             read_by_script(arguments, monkeypatch)
+        case "python":
+            assert (ROOT / arguments[0]).is_file(), arguments[0]
         case _ if program in UNWRAPPED or not arguments:
             assert (ROOT / program).is_file(), program
         case _:

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lora_cli import storage
+from lora_cli import disk, storage
 from lora_cli.errors import SurroundingsError
 
 
@@ -30,7 +30,8 @@ def require_writable(path: Path, key: str = "") -> None:
         tried = temporary / path.absolute().relative_to(near) / "tried"
         try:
             storage.make_folder(tried.parent)
-            storage.write_file(tried, bytes(4096))
+            storage.add_file(tried, bytes(4096))
+            disk.sync(tried)
         finally:
             storage.clear(temporary)
 

@@ -58,6 +58,7 @@ OTHERS: dict[str, Any] = {
     "train.learning_rate": 0.02,
     "train.loraplus_ratio": 4.0,
     "train.schedule": "linear",
+    "train.trackers": ["tensorboard"],
     "train.warmup_ratio": 0.1,
     "train.weight_decay": 0.1,
     "train.max_grad_norm": 0.5,

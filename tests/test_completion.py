@@ -133,6 +133,7 @@ def test_a_bash_of_its_own_completes(place: Path):
         "PATH": f"{program.parent}:{os.environ['PATH']}",
         "TERM": "dumb",
         "INPUTRC": os.devnull,
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",  # who runs the tests need not be a shell
     }
     with (place / "completion.sh").open("w") as script:
         subprocess.run([program, "--show-completion", "bash"], stdout=script, env=environment, check=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli import config_file, data, launch, resume, room, run_dir, storage
+from lora_cli import config_file, launch, resume, room, run_dir, storage
 from lora_cli.config import RunConfig
 from lora_cli.errors import AdapterError, ConfigError
 from lora_cli.run_dir import RunDir
@@ -78,6 +78,8 @@ def of(config: RunConfig, kind: str = "tune") -> SearchDir:
 
 def require_ready(config: RunConfig, place: SearchDir, alone: str) -> None:
     """Raise UserError where what a search needs is not there; `alone` says why one process is to start it."""
+    from lora_cli import data  # only here: what reads a search pays for no pyarrow
+
     launch.require_alone(alone)
     if config.data.validation == 0:
         raise ConfigError("data.validation: is 0, and runs are held against each other by validation loss.")

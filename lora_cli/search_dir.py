@@ -78,7 +78,7 @@ def of(config: RunConfig, kind: str = "tune") -> SearchDir:
 
 def require_ready(config: RunConfig, place: SearchDir, alone: str) -> None:
     """Raise UserError where what a search needs is not there; `alone` says why one process is to start it."""
-    from lora_cli import data  # brings pyarrow along, and who looks at a search needs none
+    from lora_cli import data  # only here: what reads a search pays for no pyarrow
 
     launch.require_alone(alone)
     if config.data.validation == 0:

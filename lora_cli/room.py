@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lora_cli import disk, storage
+from lora_cli import storage
 from lora_cli.errors import SurroundingsError
 
 
@@ -30,8 +30,9 @@ def require_writable(path: Path, key: str = "") -> None:
         tried = temporary / path.absolute().relative_to(near) / "tried"
         try:
             storage.make_folder(tried.parent)
-            storage.add_file(tried, bytes(4096))
-            disk.sync(tried)
+            storage.write_file(tried, bytes(4096))
+        except SurroundingsError as error:  # which names what was tried
+            raise error.__cause__ or error from None
         finally:
             storage.clear(temporary)
 

@@ -1,5 +1,6 @@
 """lora init --from: the config of another program as one of ours, with what became of each of its keys."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,9 @@ _REQUIRED = {"model.path": "model", "data.train": "train.jsonl", "output_dir": "
 
 def convert(path: Path, written: Path, processes: int = 1) -> ConversionReport:
     """Write another program's config as one of ours. Raises ConfigError, SurroundingsError."""
-    source = Source({key: _hidden(key, value) for key, value in config_file.read(path).values.items()}, path, processes)
+    source = Source(
+        {key: _printable(key, value) for key, value in config_file.read(path).values.items()}, path, processes
+    )
     peer = recognise(source)
     place = {key: index for index, key in enumerate(source.values)}
     outcomes, problems = _accepted(list(_agreed(_outcomes(peer, source))))
@@ -64,12 +67,14 @@ def convert(path: Path, written: Path, processes: int = 1) -> ConversionReport:
     return report
 
 
-def _hidden(key: str, value: Any) -> Any:
-    """Return a value without secrets: one whose key names one is hidden whole."""
+def _printable(key: str, value: Any) -> Any:
+    """Return a value without secrets, one whose key names one hidden whole; what JSON has no number for is text."""
     if isinstance(value, dict):
-        return {str(name): _hidden(str(name), inner) for name, inner in value.items()}
+        return {str(name): _printable(str(name), inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_hidden(key, inner) for inner in value]
+        return [_printable(key, inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return dump_inline(value)
     if isinstance(value, str):
         return HIDDEN if _SECRET.search(key) and value else redact(value)
     return value

@@ -104,5 +104,5 @@ class DoctorReport:
     mps: bool  # whether this is a Mac with a GPU for torch; it is not used
     places: Sequence[Place]  # runs, tokens, models
     hub: Hub  # and whether it can be reached
-    self_test: SelfTest | None  # a small model trained; null: skipped, or it raised an error
+    self_test: SelfTest | None  # a small model trained; null: skipped, or it failed before its end
     findings: Sequence[Finding]  # the worst first

@@ -1,5 +1,6 @@
 """Whether training works on a device: a small random model learns a few sequences, and its adapter is merged."""
 
+import math
 import time
 
 import torch
@@ -23,7 +24,10 @@ _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
 def self_test(device: torch.device) -> SelfTest:
-    """Train, merge and compare; by the same code as `lora train` and `lora merge`."""
+    """Train, merge and compare; by the same code as `lora train` and `lora merge`.
+
+    Raises FloatingPointError where a loss or a logit is not finite.
+    """
     began = time.perf_counter()
     loaded = model.build_random(device)
     before = _logits(loaded)
@@ -35,6 +39,8 @@ def self_test(device: torch.device) -> SelfTest:
     lora.merge_in_place(loaded.module)
     merged = _logits(loaded)
     difference, most = float((tuned - merged).abs().max()), float(tuned.abs().max())
+    if not all(map(math.isfinite, (*losses, difference))):
+        raise FloatingPointError("a loss or a logit is not finite")
     learned = losses[-1] < _LEARNED * losses[0]
     return SelfTest(
         device=str(device),

@@ -16,9 +16,13 @@ from output_shapes import SHAPES, fields_of
 __all__ = ["SHAPES", "fields_of", "make_reference", "require_shape"]
 
 
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
 def require_shape(record: Any, text: str) -> Any:
     """Return the one object in a text as a record. Raises where it is not exactly what the record is printed as."""
-    values = json.loads(text)
+    values = json.loads(text, parse_constant=_no_number)
     found = TypeAdapter(record).validate_json(text, strict=True)
     assert as_json(found) == values
     return found

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Invoke
+from shapes import require_shape
 
 from lora_cli import doctor, model, packages, self_test, storage, surroundings
-from lora_cli.doctor_report import Package
+from lora_cli.doctor_report import DoctorReport, Package
 
 CPU = torch.device("cpu")
 
@@ -47,6 +48,25 @@ def test_a_token_and_a_proxys_password_are_not_shown(invoke: Invoke, monkeypatch
     assert "secret-word" not in out
     assert "aaaaaa" not in out
     assert "\x1b" not in out
+
+
+def test_numbers_that_are_none_are_a_problem(invoke: Invoke, monkeypatch: pytest.MonkeyPatch):
+    """A library that makes NaN: said as a problem, and the figures are left out of what is printed as JSON."""
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: ruin(self.param_groups[0]["params"]))
+    code, out, _ = invoke("doctor", "--json")
+    report = require_shape(DoctorReport, out)
+
+    assert (code, report.self_test, report.findings[0].level) == (3, None, "problem")
+    assert report.findings[0].text == (
+        "Training does not work on cpu: FloatingPointError: a loss or a logit is not finite"
+    )
+
+
+@torch.no_grad()
+def ruin(parameters: list[torch.nn.Parameter]) -> None:
+    """Make every number NaN."""
+    for parameter in parameters:
+        parameter.fill_(torch.nan)
 
 
 def test_numbers_that_are_wrong_are_a_problem(invoke: Invoke, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """What commands print with --json is what docs/json.md says of it: no key more, none less, of the types said there."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from lora_cli import cli, metrics
 from lora_cli.chat_reports import ServeReport
 from lora_cli.conversion import ConversionReport
 from lora_cli.init_report import InitReport, RecipeList
-from lora_cli.records import Evaluated, StepDone
+from lora_cli.records import Evaluated, Probed, StepDone
 from lora_cli.reports import CombineReport, ErrorReport, EvalReport, ExportReport, GgufReport, MergeReport
 from lora_cli.run_dir import RunDir
 from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport
@@ -30,7 +31,8 @@ def folder(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory, model_fo
     folder = tmp_path_factory.mktemp("shapes")
     for source, name in ((undisturbed, "run"), (undisturbed, "again"), (model_folder("llama"), "model")):
         shutil.copytree(source, folder / name)
-    shutil.copy(Path(__file__).with_name("peers") / "axolotl-lora-1b.yaml", folder / "theirs.yaml")
+    theirs = (Path(__file__).with_name("peers") / "axolotl-lora-1b.yaml").read_text(encoding="utf-8")
+    (folder / "theirs.yaml").write_text(f"{theirs}\nunknown: [.nan, -.inf, 2026-01-31]\n", encoding="utf-8")
     rows = write_rows(folder / "rows.jsonl", [conversation(number) for number in range(40)])
     write_config(folder, model_folder("llama"), rows, DROPOUT | {"output_dir": str(folder / "new")})
     (folder / "general.txt").write_text("The sky is blue. Red is a colour. " * 60)
@@ -126,13 +128,15 @@ def test_lines_of_metrics_have_their_shape(undisturbed: Path):
 
 
 def test_a_shape_is_strict():
-    """A key more, a key less, and a value of another type are each refused."""
+    """A key more, a key less, a value of another type, and a number that JSON does not have are each refused."""
     whole = {"lora": "1.0", "torch": "2.9", "transformers": "4.57"}
     (shape,) = SHAPES["version"]
     require_shape(shape, json.dumps(whole))
     for wrong in (whole | {"more": 1}, {}, whole | {"lora": 1}):
         with pytest.raises((AssertionError, ValidationError)):
             require_shape(shape, json.dumps(wrong))
+    with pytest.raises(ValueError, match="Infinity is no JSON"):
+        require_shape(Probed, json.dumps({"rate": math.inf, "loss": None, "steps": 1}))
 
 
 def test_the_references_are_what_the_code_says(capsys: pytest.CaptureFixture[str]):

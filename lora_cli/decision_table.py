@@ -1,11 +1,10 @@
 """Draws what `lora init` saw and decided, what to look out for, and what to type next."""
 
+import shlex
 from collections.abc import Iterator
 
-from rich.markup import escape
-from rich.table import Table
-
-from lora_cli.console import gigabytes, message, out
+from lora_cli import tables
+from lora_cli.console import gigabytes, message, say, show_next
 from lora_cli.init_report import DataFacts, InitReport, MachineFacts, ModelFacts, RecipeList
 from lora_cli.redact import redact
 from lora_cli.strict_yaml import dump_inline
@@ -14,26 +13,25 @@ from lora_cli.strict_yaml import dump_inline
 def show(report: InitReport) -> None:
     """Show what a config rests on: facts, decisions, notes, and the next commands."""
     for line in _facts(report):
-        out.print(line, markup=False, soft_wrap=True)
+        say(line, indent=2)
     if report.decisions:
-        table = Table("key", "value", "why", box=None, padding=(0, 2, 0, 0))
-        for each in report.decisions:
-            table.add_row(each.key, escape(dump_inline(each.value)), escape(each.reason))
-        out.print(table)
+        rows = [(each.key, dump_inline(each.value), each.reason) for each in report.decisions]
+        tables.show(("key", "value", "why"), rows)
     for warning in report.warnings:
         message(f"note: {warning}")
     what = (
         f"the recipe {report.recipe}" if report.recipe else f"{len(report.decisions)} keys decided, the rest defaults"
     )
-    out.print(f"Wrote {report.config} ({what}).", markup=False, soft_wrap=True)
-    out.print(f"Next: {', then '.join(report.next)}", markup=False, soft_wrap=True)
+    say(f"Wrote {report.config} ({what}).")
+    words = ("what a run would do", "then run it")
+    show_next(*((shlex.split(command), words) for command, words in zip(report.next, words, strict=True)))
 
 
 def show_recipes(listed: RecipeList) -> None:
     """Show each recipe's name and what it is for."""
     widest = max(map(len, listed.recipes))
     for name, what in listed.recipes.items():
-        out.print(f"{name:<{widest}}  {what}", markup=False, soft_wrap=True)
+        say(f"{name:<{widest}}  {what}", indent=widest + 2)
 
 
 def _facts(report: InitReport) -> Iterator[str]:
@@ -67,4 +65,4 @@ def _of_machine(machine: MachineFacts) -> str:
     device = "CPU" if machine.device == "cpu" else f"{machine.devices} x {machine.device}"
     free = "" if machine.free is None else f", {gigabytes(machine.free)} free"
     needed = f", about {gigabytes(machine.fits[-1].total)} needed" if machine.fits else ""
-    return f"{device}, {machine.processors} processors{free}{needed}"
+    return f"{device}, {machine.processors} processor{'s' * (machine.processors != 1)}{free}{needed}"

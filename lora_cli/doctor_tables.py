@@ -3,7 +3,7 @@
 from rich.table import Table
 from rich.text import Text
 
-from lora_cli.console import gigabytes, out
+from lora_cli.console import gigabytes, out, say
 from lora_cli.doctor_report import DoctorReport, Finding, Level
 
 _STYLES: dict[Level, str] = {"problem": "bold red", "note": "yellow", "ok": "green"}
@@ -17,7 +17,7 @@ def show(report: DoctorReport) -> None:
     out.print(table)
     out.print()
     for finding in report.findings:
-        out.print(_line(finding), soft_wrap=True)
+        say(_line(finding), indent=2)
 
 
 def _line(finding: Finding) -> Text:

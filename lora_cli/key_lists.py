@@ -16,15 +16,14 @@ def show(report: ConversionReport) -> None:
         f"{len(report.taken)} keys taken over, {len(report.not_needed)} not needed here, "
         f"{len(report.not_possible)} not possible here"
     )
-    console.print_text(
-        f"{report.source} is a config of {report.program}; as one of ours it is {report.config}: {counts}."
-    )
+    console.say(f"{report.source} is a config of {report.program}; as one of ours it is {report.config}: {counts}.")
     _list("Not possible here, AND WITHOUT IT SOMETHING ELSE IS TRAINED", map(_left, report.other_training))
     _list("Not possible here", map(_left, quiet))
     _list("Taken over", map(_taken, report.taken))
     _list("Left to a default there, which is another one here", map(_unsaid, report.unsaid))
     _list("Not needed here", map(_left, report.not_needed))
-    console.print_text(f"\nNext: lora check {report.config}")
+    console.say("")
+    console.show_next((["lora", "check", report.config], "what a run would do"))
 
 
 def _list(head: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -32,7 +31,9 @@ def _list(head: str, rows: Iterable[tuple[str, str]]) -> None:
     listed = list(rows)
     if listed:
         width = min(_WIDEST, max(len(left) for left, _ in listed))
-        console.print_text("\n".join(["", f"{head}:", *(f"  {left.ljust(width)}  {right}" for left, right in listed)]))
+        console.say(f"\n{head}:")
+        for left, right in listed:
+            console.say(f"  {left.ljust(width)}  {right}", indent=6)
 
 
 def _taken(one: Taken) -> tuple[str, str]:

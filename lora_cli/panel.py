@@ -87,7 +87,7 @@ def _progress(standing: Standing, width: int) -> Iterator[RenderableType]:
     yield grid
     epoch = f"{standing.step.epoch:.2f}" if standing.step else "0"
     a_pass = standing.started.steps_per_epoch if standing.started else 0
-    words = [f"step {standing.at}/{standing.total}", f"epoch {epoch} of {standing.total / (a_pass or 1):.3g}"]
+    words = [f"step {standing.at}/{standing.total}", f"epoch {epoch} of {standing.total / (a_pass or 1):.2f}"]
     words.append(f"{duration(standing.elapsed)} elapsed")
     words += [f"{duration(standing.left)} left"] if standing.left is not None else []
     yield Text("  ".join(words))

@@ -31,7 +31,10 @@ import pyte
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "configs" / "quickstart"
-SHORT = "train.max_steps=40 train.epochs=1 eval.per_epoch=8 save.per_epoch=8"
+SHORT = (
+    "train.max_steps=24 train.epochs=1 train.batch_size=2 train.learning_rate=1e-3 data.validation=16 "
+    "eval.per_epoch=40 eval.general_tokens=1024 save.per_epoch=40"
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Screen:
 
 ASKED = "My parcel 7731 has not arrived and I want my money back."
 FIRST, SECOND = f"lora train train.yaml {SHORT}", f"lora train train.yaml {SHORT} seed=1 output_dir=runs/second"
-SEARCH = "lora tune train.yaml train.max_steps=24 train.epochs=1 tune.budget=0.5 tune.trials=6"
+SEARCH = f"lora tune train.yaml {SHORT} eval.general=false tune.budget=0.5 tune.trials=5"
 EVAL = "lora eval runs/first --data heldout.jsonl --answers"
 CHAT = "lora chat runs/first --temperature 0"
 SCREENS = (
@@ -59,9 +62,9 @@ SCREENS = (
     Screen("init", "A first config", "lora init train.yaml --model MODEL --data train.jsonl"),
     Screen("check", "What would happen", "lora check train.yaml"),
     Screen("error", "A mistake", "lora train train.yaml lora.rnk=8 train.learning_rate=fast"),
-    Screen("train", "A run on its way, and at its end", FIRST, glimpse=r"2\d/40", height=40),
-    Screen("train-60", "The same at 60 columns", SECOND, 60, r"2\d/40", height=40),
-    Screen("eval", "Base and adapter side by side", f"{EVAL} 20"),
+    Screen("train", "A run on its way, and at its end", FIRST, glimpse=r"1\d/24", height=40),
+    Screen("train-60", "The same at 60 columns", SECOND, 60, r"1\d/24", height=40),
+    Screen("eval", "Base and adapter side by side", f"{EVAL} 8"),
     Screen("scan", "What it learns and forgets at other strengths", f"{EVAL} 0 --scan"),
     Screen("chat", "Talking to it", CHAT, typed=(ASKED, "/base", "/exit"), height=60),
     Screen("prompt", "One answer, for a pipe", f"{CHAT} --prompt 'The app crashes when I open settings.'"),

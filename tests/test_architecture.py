@@ -233,7 +233,6 @@ DOORS = {
     "safetensors": {"adapter", "adapter_folder", "checkpoint", "environment", "formats.mlx_adapter", "model"},
     "rich": {
         "console",
-        "decision_table",
         "doctor_tables",
         "figures",
         "follower",

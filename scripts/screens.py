@@ -64,8 +64,8 @@ SCREENS = (
     Screen("error", "A mistake", "lora train train.yaml lora.rnk=8 train.learning_rate=fast"),
     Screen("train", "A run on its way, and at its end", FIRST, glimpse=r"1\d/24", height=40),
     Screen("train-60", "The same at 60 columns", SECOND, 60, r"1\d/24", height=40),
-    Screen("eval", "Base and adapter side by side", f"{EVAL} 8"),
-    Screen("scan", "What it learns and forgets at other strengths", f"{EVAL} 0 --scan"),
+    Screen("eval", "Base and adapter side by side", f"{EVAL} 8", 110),
+    Screen("scan", "What it learns and forgets at other strengths", f"{EVAL} 0 --scan", 110),
     Screen("chat", "Talking to it", CHAT, typed=(ASKED, "/base", "/exit"), height=60),
     Screen("prompt", "One answer, for a pipe", f"{CHAT} --prompt 'The app crashes when I open settings.'"),
     Screen("scale", "The adapter at another strength", "lora scale runs/first --gain 0.8 --output milder"),
@@ -127,7 +127,7 @@ def photograph(report: Path, out: Path) -> Iterator[str]:
         sys.exit("chromium is not on the path; no picture of the report was taken.")
     for name, size, dark in (("desktop", "1280,2400", 0), ("phone", "390,2400", 0), ("dark", "1280,1400", 1)):
         target = out / "screens" / f"report-{name}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(exist_ok=True)
         settings = [
             f"--window-size={size}",
             f"--screenshot={target}",
@@ -137,44 +137,54 @@ def photograph(report: Path, out: Path) -> Iterator[str]:
             [chromium, "--headless", "--no-sandbox", "--hide-scrollbars", *settings, report.as_uri()],
             check=True, capture_output=True,
         )  # fmt: skip
-        yield target.name
+        yield f"screens/{target.name}"
+
+
+HEAD = """# Every command's screen
+
+Made by `python scripts/screens.py models/SmolLM2-135M-Instruct`: a short run on the quickstart's rows, each command in
+a terminal of its own. Colours are not shown."""
+
+
+def prepare(folder: Path, model: Path) -> None:
+    """Put the model and the rows into the folder where commands are typed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / model.name).exists():
+        (folder / model.name).symlink_to(model)
+    for name in ("train.jsonl", "heldout.jsonl"):
+        shutil.copy(DATA / name, folder / name)
+
+
+def section(screen: Screen, folder: Path, model: str, out: Path) -> str:
+    """Run a command, and return what the page says of it."""
+    shown = [text.replace(str(folder), "~/project") for text in run(screen, folder, model)]
+    parts = [f"## {screen.title}", f"`{screen.command.replace('MODEL', model)}`"]
+    parts += [f"```text\n{text}\n```" for text in shown]
+    if screen.name == "report":
+        parts += [f"![The report]({name})" for name in photograph(folder / "report.html", out)]
+    return "\n\n".join(parts)
 
 
 def main() -> None:
-    """Run all, or those that are named, and write the page."""
+    """Run all, or those that are named, and write the page; sections of others stay as they are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--only", nargs="*", default=[], help="names of screens; the page is printed, not written")
+    parser.add_argument("--only", nargs="*", default=[screen.name for screen in SCREENS], help="names")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     parser.add_argument("--keep", type=Path, help="the folder to work in, which stays")
     arguments = parser.parse_args()
+    page, model = arguments.out / "screens.md", arguments.model.resolve()
+    before = page.read_text(encoding="utf-8").split("\n\n## ")[1:] if page.exists() else []
+    sections = {text.partition("\n")[0]: f"## {text.strip()}" for text in before}
     with tempfile.TemporaryDirectory() as made:
         folder = arguments.keep or Path(made)
-        folder.mkdir(parents=True, exist_ok=True)
-        model = arguments.model.resolve().name
-        if not (folder / model).exists():
-            (folder / model).symlink_to(arguments.model.resolve())
-        for name in ("train.jsonl", "heldout.jsonl"):
-            shutil.copy(DATA / name, folder / name)
-        parts = [
-            "# Every command's screen\n\nMade by `python scripts/screens.py models/SmolLM2-135M-Instruct`: a short run "
-            "on the quickstart's rows, each command in a terminal of its own."
-        ]
+        prepare(folder, model)
         for screen in SCREENS:
-            if arguments.only and screen.name not in arguments.only:
-                continue
-            print(screen.command, file=sys.stderr)
-            shown = [text.replace(str(folder), "~/project") for text in run(screen, folder, model)]
-            blocks = [f"```text\n{text}\n```" for text in shown]
-            command = screen.command.replace("MODEL", model)
-            parts.append("\n\n".join([f"## {screen.title}", f"`{command}`", *blocks]))
-        if (folder / "report.html").exists() and (not arguments.only or "report" in arguments.only):
-            parts += [f"![The report](screens/{name})" for name in photograph(folder / "report.html", arguments.out)]
-    page = "\n\n".join(parts) + "\n"
-    if arguments.only:
-        print(page)
-    else:
-        (arguments.out / "screens.md").write_text(page, encoding="utf-8")
+            if screen.name in arguments.only:
+                print(screen.command, file=sys.stderr)
+                sections[screen.title] = section(screen, folder, model.name, arguments.out)
+            listed = [sections[one.title] for one in SCREENS if one.title in sections]
+            page.write_text("\n\n".join([HEAD, *listed]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

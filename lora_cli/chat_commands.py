@@ -11,7 +11,7 @@ import typer
 
 from lora_cli import arguments, console
 from lora_cli.arguments import Base, Json, Run
-from lora_cli.errors import InputError
+from lora_cli.errors import InputError, one_line
 from lora_cli.records import as_json
 
 _Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -27,7 +27,9 @@ Dtype = Annotated[
 
 def chat(
     run: Run,
-    system: Annotated[str, typer.Option(help="The system message.", show_default=False)] = "",
+    system: Annotated[
+        str | None, typer.Option(help='The system message, "" for none; else that of the rows.', show_default=False)
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Ask this once and leave; - or a pipe: what stdin says.", show_default=False)
     ] = None,
@@ -66,7 +68,9 @@ def chat(
     result = tuned.find_any(run, base)
     speaker = Speaker([result], current_world(device or result.base.device).device, dtype)
     manner = Manner(Sampling(temperature, seed, top_p, top_k), max_new_tokens, gain, think=think)
-    conversation = chatting.Chat(speaker, manner, system)
+    if system is None and (system := tuned.system_of(result)):
+        console.message(f"The system message of the rows: {one_line(system)}")
+    conversation = chatting.Chat(speaker, manner, system or "")
     if question is None:
         try:
             conversation_view.View(conversation, tuned.name_of(result)).run()
@@ -148,6 +152,9 @@ def serve(
             console.print_json(as_json(report))
         else:
             console.print_text(f"{report.url} answers as {', '.join(report.models)}; Ctrl-C ends it.")
+        for name, result in zip(names, results, strict=True):
+            if system := tuned.system_of(result):
+                console.message(f"{name} was trained with this system message, to be sent along: {one_line(system)}")
         server.serve(app, listening)
 
 

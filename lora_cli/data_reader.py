@@ -1,11 +1,14 @@
 """The data of a config, for one model: its sources as sequences of tokens, ready to be split, fitted and mixed."""
 
+import contextlib
+import itertools
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TypeVar
 
 from lora_cli import data, dataset
 from lora_cli.chat_template import CHOICES, choose
+from lora_cli.conversation import RowError
 from lora_cli.corpus import Corpus, make
 from lora_cli.data_config import HELD_OUT, DataConfig, HeldOut, SourceConfig
 from lora_cli.dataset import Dataset
@@ -13,9 +16,11 @@ from lora_cli.errors import NOTHING_LOADED, DataError, ModelError
 from lora_cli.examples import Encoder
 from lora_cli.model import ModelHeader
 from lora_cli.records import DataCounts, Notice, Preparing
+from lora_cli.redact import redact
 
 News = Notice | Preparing
 Result = TypeVar("Result")
+_LOOKED_AT = 64  # rows of each file
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,24 @@ class DataReader:
                 "tokens, or false if they are text.",
                 state=NOTHING_LOADED,
             )
+
+
+def shared_system(config: DataConfig) -> str | None:
+    """Return the system message that the first rows of every training file have; None where they have none or several.
+
+    One that holds what looks like a secret is none.
+    """
+    found = set[str | None]()
+    for reader in (reader for source in config.sources for reader in data.readers(source)):
+        rows = (row for block in reader.file.blocks() for row in block.rows())
+        for number, row in itertools.islice(rows, _LOOKED_AT):
+            with contextlib.suppress(RowError):  # it is reported with its place elsewhere
+                first = reader.convert(row, number).messages[0]
+                found.add(first.content if first.role == "system" else None)
+        if len(found) > 1:
+            return None
+    system = found.pop() if found else None
+    return None if system is None or redact(system) != system else system
 
 
 def run_to_end(generator: Generator[News, None, Result]) -> Result:

@@ -10,7 +10,7 @@ from torch import nn
 from lora_cli import data, dataset, full_folder, lora, model, quantised
 from lora_cli.chat_template import ChatTemplate
 from lora_cli.config import LoraConfig, RunConfig
-from lora_cli.data_reader import DataReader, News
+from lora_cli.data_reader import DataReader, News, shared_system
 from lora_cli.dataset import Dataset, TrainingSet
 from lora_cli.errors import ModelError
 from lora_cli.examples import IGNORED, Example
@@ -38,6 +38,7 @@ class Prepared:
     replay_counts: DataCounts | None
     overlap: Overlap | None
     ends: frozenset[int]  # the tokens that answers end with
+    system: str | None  # the system message of the rows, where they share one
 
     @property
     def templated(self) -> bool:
@@ -138,6 +139,7 @@ def prepare(config: RunConfig, weights: bool = True) -> Generator[News, None, Pr
         replay_counts=replay_counts,
         overlap=overlap,
         ends=_ends(train),
+        system=shared_system(config.data),
     )
 
 

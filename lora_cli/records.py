@@ -208,7 +208,8 @@ class TrialEnded:
 class Start:
     """What was known of a run before its first step: each set of rows, what the user was told, where values came from.
 
-    `origins` are by dotted keys of the config; empty where that is not known.
+    `origins` are by dotted keys of the config; empty where that is not known. `system` is the system message of the
+    rows, where the first ones share one.
     """
 
     total_steps: int
@@ -217,6 +218,7 @@ class Start:
     data: Mapping[str, DataCounts]
     notices: Sequence[str]
     origins: Mapping[str, str]
+    system: str | None = None
 
 
 @dataclass(frozen=True)

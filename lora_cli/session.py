@@ -87,6 +87,7 @@ class Session:
             data={name: count for name, count in counts.items() if count is not None},
             notices=[*notices.of(prepared, config), *untrained_ends(self)],
             origins={key: origins.SEARCH if key in own else origin for key, origin in self.origins.items()},
+            system=prepared.system,
         )
 
     def _loop(self, config: RunConfig, run: RunDir) -> Loop:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lora_cli import adapter, base_folder, config_file, full, full_folder, manifest, model, results
+from lora_cli import adapter, base_folder, config_file, full, full_folder, manifest, model, results, run_dir
 from lora_cli.adapter import Adapter
 from lora_cli.config import ModelConfig, RunConfig
 from lora_cli.data_config import DataConfig
@@ -78,6 +78,12 @@ def name_of(result: AnyResult) -> str:
         return folder.name
     run = result.run.path.resolve().name
     return f"{run}/{folder.name}" if folder.parent.name == "checkpoints" else run
+
+
+def system_of(result: AnyResult) -> str | None:
+    """Return the system message of the rows it was trained on, where they share one and the run is known."""
+    start = run_dir.read_start(result.run) if result.run else None
+    return start.system if start else None
 
 
 def find(path: Path, base: str | None = None) -> Result:

@@ -16,6 +16,7 @@ from conftest import (
     Invoke,
     build_examples,
     build_tokenizer,
+    conversation,
     read_rows,
     save_base,
     save_with_peft,
@@ -28,6 +29,8 @@ from lora_cli import decoding, model, slash, tuned
 from lora_cli.chat import Chat
 from lora_cli.config import LoraConfig, ModelConfig
 from lora_cli.conversation import Message
+from lora_cli.data_config import DataConfig
+from lora_cli.data_reader import shared_system
 from lora_cli.decoding import Decoder, choose
 from lora_cli.ends import end_tokens
 from lora_cli.errors import InputError
@@ -120,6 +123,27 @@ def test_a_run_on_plain_text_is_continued_as_it_was_trained(make_config, tmp_pat
     assert (code, json.loads(out)["templated"]) == (0, False)
     assert "continued as it is" in err
     assert invoke("chat", tmp_path / "run", "--prompt", "x", "--system", "y")[0] == 2
+
+
+def test_the_system_message_of_the_rows_is_taken_and_said(make_config, tmp_path: Path, invoke: Invoke):
+    """Where all rows share one, what is asked is what was trained; "" takes none, and rows that differ have none."""
+    rows = [conversation(number) for number in range(24)]
+    for row in rows:
+        row["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    train_rows = write_rows(tmp_path / "brief.jsonl", rows)
+    assert invoke("train", make_config(**{"data.train": train_rows, "train.max_steps": 1}))[0] == 0
+    asked = ("chat", tmp_path / "run", "--json", "--max-new-tokens", 1, "--prompt", "Name a colour.")
+
+    code, out, err = invoke(*asked)
+    assert (code, "The system message of the rows: Be brief." in err) == (0, True), err
+    by_hand = invoke(*asked, "--system", "Be brief.")[1]
+    without = invoke(*asked, "--system", "")[1]
+    taken, given, none = (json.loads(each)["prompt_tokens"] for each in (out, by_hand, without))
+    assert taken == given > none
+
+    rows[5]["messages"][0]["content"] = "Be long."
+    write_rows(tmp_path / "brief.jsonl", rows)
+    assert shared_system(DataConfig(train=train_rows)) is None
 
 
 def test_the_oldest_turns_make_room_and_it_is_said(tmp_path: Path):

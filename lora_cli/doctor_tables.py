@@ -36,7 +36,7 @@ def _facts(report: DoctorReport) -> dict[str, str]:
         "extras": ", ".join(str(name) for name, fits in extras.items() if fits) or "none",
         "system": machine.system,
         "CPU": f"{machine.cpu}; {machine.usable:g} of {machine.processors} processors usable, torch uses "
-        f"{machine.threads} threads",
+        f"{machine.threads} thread{'s' * (machine.threads != 1)}",
         "memory": f"{_bytes(machine.free_memory)} free of {_bytes(machine.memory)}",
     }
     for number, gpu in enumerate(report.gpus):

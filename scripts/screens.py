@@ -157,7 +157,9 @@ def prepare(folder: Path, model: Path) -> None:
 
 def section(screen: Screen, folder: Path, model: str, out: Path) -> str:
     """Run a command, and return what the page says of it."""
-    shown = [text.replace(str(folder), "~/project") for text in run(screen, folder, model)]
+    shown = [
+        text.replace(str(folder), "~/project").replace(str(Path.home()), "~") for text in run(screen, folder, model)
+    ]
     parts = [f"## {screen.title}", f"`{screen.command.replace('MODEL', model)}`"]
     parts += [f"```text\n{text}\n```" for text in shown]
     if screen.name == "report":

@@ -46,7 +46,7 @@ class Screen:
     command: str
     columns: int = 100
     glimpse: str | None = None
-    typed: Sequence[str] = field(default=())  # lines, each typed when the screen has come to rest
+    typed: Sequence[str] = field(default=())  # lines, each typed when a prompt waits for it
     stop: str | None = None  # a pattern at which it is told to end
     height: int = 300  # of a terminal with all of the output on it
 
@@ -104,7 +104,7 @@ def run(screen: Screen, folder: Path, model: str) -> Iterator[str]:
         if not told and screen.stop and re.search(screen.stop, now):
             told = True
             os.kill(pid, signal.SIGINT)
-        if typed and time.monotonic() - quiet_since > 6:
+        if typed and time.monotonic() - quiet_since > 2 and _text(seen).endswith("\n>"):
             os.write(terminal, f"{typed.pop(0)}\n".encode())
             quiet_since = time.monotonic()
     os.waitpid(pid, 0)

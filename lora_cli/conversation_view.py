@@ -150,8 +150,11 @@ def _turns(count: int) -> str:
     return f"{count} turn{'' if count == 1 else 's'}"
 
 
-def answer_once(chat: Chat, question: str, adapter: Path, json: bool) -> None:
-    """Answer one question on stdout: its text alone as it comes, or one JSON object. Raises Interrupted."""
+def answer_once(chat: Chat, question: str, adapter: Path, json: bool) -> int | None:
+    """Answer one question on stdout: its text alone as it comes, or one JSON object, which says how it ended.
+
+    Returns the signal that ended the answer of a JSON object; raises Interrupted where one ended its text.
+    """
     if not chat.templated:
         console.message(PLAIN_ONCE)
     pieces = chat.ask(question, _stopped)
@@ -165,9 +168,10 @@ def answer_once(chat: Chat, question: str, adapter: Path, json: bool) -> None:
     assert said is not None, "it was asked"
     if json:
         console.print_json(as_json(_report(chat, question, said, adapter)))
-    else:
-        say_how_it_ended(said)
+        return interrupt.requested().signal_number
+    say_how_it_ended(said)
     interrupt.poll()
+    return None
 
 
 def _report(chat: Chat, question: str, said: Said, adapter: Path) -> ChatReport:

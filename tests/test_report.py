@@ -60,7 +60,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def run(undisturbed: Path, tmp_path: Path) -> Path:
     """A finished run of twelve steps."""
-    return Path(shutil.copytree(undisturbed, tmp_path / "runs" / "first"))
+    return Path(shutil.copytree(undisturbed, tmp_path / "runs" / "first", ignore=shutil.ignore_patterns("evaluations")))
 
 
 def estimate(value: float) -> Estimate:

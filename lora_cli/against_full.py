@@ -38,6 +38,7 @@ def against_full(config: RunConfig, stop: StopRequest) -> AgainstFullReport:
     """Train both, or what is left of them, and compare them on the rows that are held out. Raises UserError."""
     if config.lora.method == "full":
         raise ConfigError("lora.method: is full already; name the method that is held against it.")
+    search_dir.require_untracked(config)
     place = search_dir.of(config, KIND)
     search_dir.require_ready(config, place, "both runs are started here")
     sides = {name: _config_of(name, config, place) for name in ("lora", "full")}

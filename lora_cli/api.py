@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from lora_cli import config_file, run_dir
+from lora_cli import config_file, run_dir, tracking
 from lora_cli import metrics as measured
 from lora_cli.arguments import one_of
 from lora_cli.config import RunConfig
@@ -112,7 +112,8 @@ def iter_train(config: RunConfig, override: bool = False, stop: StopRequest | No
     if ended is not None:
         yield ended
         return
-    yield from training.train(config, stop or StopRequest(), override)
+    tracking.require(config)
+    yield from tracking.tracked(training.train(config, stop or StopRequest(), override), config)
 
 
 def train(

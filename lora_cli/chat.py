@@ -51,14 +51,13 @@ class Chat:
     def retry(self, stopped: Callable[[], bool] = never) -> Iterator[str]:
         """Answer the last question again in the place of its answer, drawn anew. Raises InputError."""
         self._require_turn()
-        last = self.turns.pop()
+        count, last = len(self.turns), self.turns.pop()
         self._draws += 1
         try:
             yield from self._answer(last[0], stopped)
-        except BaseException:
-            if not self.turns or self.turns[-1][0] != last[0]:
+        finally:
+            if len(self.turns) < count:
                 self.turns.append(last)
-            raise
 
     def by_base(self, stopped: Callable[[], bool] = never) -> Iterator[str]:
         """Answer the last question by the base, on the same history; the conversation stays as it is."""

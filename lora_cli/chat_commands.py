@@ -77,7 +77,8 @@ def chat(
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         return
-    conversation_view.answer_once(conversation, question, result.folder, json)
+    if (ended_by := conversation_view.answer_once(conversation, question, result.folder, json)) is not None:
+        raise typer.Exit(128 + ended_by)  # the one object says it already
 
 
 def _question(prompt: str | None) -> str | None:

@@ -185,8 +185,6 @@ def tune(
     run_config = config_file.load(config, [*(overrides or []), *more])
     if one_at_a_time and against_full:
         raise InputError("--one-at-a-time, --against-full: give one of them.")
-    if (one_at_a_time or against_full) and run_config.train.trackers:
-        raise InputError("train.trackers: these runs are not tracked; add train.trackers=[] to the command.")
     where = origins.of(run_config, config, [*(overrides or []), *more])
     search = SearchStanding(None if one_at_a_time else run_config.tune.trials)
     stop, follow = interrupt.requested(), follower.Follower(quiet=quiet, search=search).result_of
@@ -200,7 +198,6 @@ def tune(
 
         report = comparing.against_full(run_config, stop)
     else:
-        tracking.require(run_config)
         from lora_cli import tune as tuning
 
         report = follow(tuning.tune(run_config, stop, origins=where))

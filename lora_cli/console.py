@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lora_cli import stand_ins
-from lora_cli.errors import UserError
+from lora_cli.errors import UserError, in_lines
 from lora_cli.redact import redact
 from lora_cli.reports import ExportReport, GgufReport
 
@@ -76,7 +76,7 @@ def say(text: str | Text, console: Console | None = None, indent: int = 0) -> No
     What must stay whole to be copied, a path or a command, is never cut; what a text tells the terminal to do is shown.
     """
     console = console or out
-    line = text if isinstance(text, Text) else Text(text.replace("\x1b", "\\x1b"))
+    line = text if isinstance(text, Text) else Text(in_lines(text))
     if not console.is_terminal:
         console.print(line, soft_wrap=True)
         return

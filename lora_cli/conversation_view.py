@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_cli import console, interrupt, slash, storage
 from lora_cli.chat import Chat
 from lora_cli.chat_reports import ChatReport, Said
-from lora_cli.errors import InputError, Interrupted, SurroundingsError, one_line
+from lora_cli.errors import InputError, Interrupted, SurroundingsError, in_lines
 from lora_cli.prompt_line import Lines
 from lora_cli.records import as_json
 
@@ -66,7 +66,9 @@ class View:
                 chat.undo()
                 console.message(f"taken back; {_turns(len(chat.turns))}")
             case "history":
-                console.print_text("\n".join(f"{m.role}: {_shown(m.content)}" for m in chat.messages) or "nothing yet")
+                console.print_text(
+                    "\n".join(f"{m.role}: {in_lines(m.content)}" for m in chat.messages) or "nothing yet"
+                )
             case "save":
                 self._save(argument)
             case "reset":
@@ -87,7 +89,7 @@ class View:
             return
         answer = self._chat.by_base(_stopped)
         console.message(f"{self._name} said:")
-        console.print_text(_shown(self._chat.turns[-1][1]) if self._chat.turns else "nothing yet")
+        console.print_text(in_lines(self._chat.turns[-1][1]) if self._chat.turns else "nothing yet")
         console.message("the base says:")
         self._show(answer)
 
@@ -120,16 +122,11 @@ def write(pieces: Iterable[str], at_terminal: bool) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     with interrupt.patience():
         for piece in pieces:
-            text = _shown(piece) if at_terminal else piece
+            text = in_lines(piece) if at_terminal else piece
             sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
             sys.stdout.flush()
         sys.stdout.write("\n")
         sys.stdout.flush()
-
-
-def _shown(text: str) -> str:
-    """Return a text as a terminal may show it: with lines and tabs, other control characters spelt out."""
-    return "".join(c if c in "\n\t" else one_line(c) for c in text)
 
 
 def say_how_it_ended(said: Said | None) -> None:
@@ -150,8 +147,11 @@ def _turns(count: int) -> str:
     return f"{count} turn{'' if count == 1 else 's'}"
 
 
-def answer_once(chat: Chat, question: str, adapter: Path, json: bool) -> None:
-    """Answer one question on stdout: its text alone as it comes, or one JSON object. Raises Interrupted."""
+def answer_once(chat: Chat, question: str, adapter: Path, json: bool) -> int | None:
+    """Answer one question on stdout: its text alone as it comes, or one JSON object, which says how it ended.
+
+    Returns the signal that ended the answer of a JSON object; raises Interrupted where one ended its text.
+    """
     if not chat.templated:
         console.message(PLAIN_ONCE)
     pieces = chat.ask(question, _stopped)
@@ -165,9 +165,10 @@ def answer_once(chat: Chat, question: str, adapter: Path, json: bool) -> None:
     assert said is not None, "it was asked"
     if json:
         console.print_json(as_json(_report(chat, question, said, adapter)))
-    else:
-        say_how_it_ended(said)
+        return interrupt.requested().signal_number
+    say_how_it_ended(said)
     interrupt.poll()
+    return None
 
 
 def _report(chat: Chat, question: str, said: Said, adapter: Path) -> ChatReport:

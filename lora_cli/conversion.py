@@ -1,5 +1,6 @@
 """What becomes of the keys of another program's config: taken over, not needed here, or not possible here."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -84,13 +85,15 @@ class Source:
         return default if value is None else value
 
     def number(self, key: str) -> float | None:
-        """Return a value that is a number, or text that says one; a whole one as int."""
+        """Return a value that is a finite number, or text that says one; a whole one as int."""
         value = self.values.get(key)
         try:
-            number = float(value) if not isinstance(value, bool) and value is not None else None
-        except (TypeError, ValueError):
+            number = float(value) if not isinstance(value, bool) and value is not None else math.nan
+        except (TypeError, ValueError, OverflowError):
             return None
-        return int(number) if number is not None and number.is_integer() else number
+        if not math.isfinite(number):
+            return None
+        return int(number) if number.is_integer() else number
 
     def given(self, *keys: str) -> Iterator[tuple[str, Any]]:
         """Iterate over those keys that the file gives a value."""

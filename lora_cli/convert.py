@@ -21,7 +21,7 @@ from lora_cli.conversion import (
     reason_for,
     said,
 )
-from lora_cli.errors import ConfigError, shown
+from lora_cli.errors import ConfigError, one_line, shown
 from lora_cli.peers.axolotl import AXOLOTL
 from lora_cli.peers.llamafactory import LLAMA_FACTORY
 from lora_cli.redact import HIDDEN, redact
@@ -198,7 +198,7 @@ def text(report: ConversionReport) -> str:
         ("Not possible here", quiet),
     ):
         if lost:
-            lines += [f"# {head}:", *(f"#   {said(left.key, left.value)} - {left.why}" for left in lost)]
+            lines += [f"# {head}:", *(_comment(f"  {said(left.key, left.value)} - {left.why}") for left in lost)]
     values = settings([*report.unsaid, *report.taken])
     above: list[str] = []
     for key in sorted(values, key=_place):
@@ -209,9 +209,14 @@ def text(report: ConversionReport) -> str:
         first = sections[-1:] and sections[-1].endswith("]") and above != sections
         indent = "  " * len(sections) + ("  " if sections[-1:] and sections[-1].endswith("]") else "")
         head = f"{indent[:-2]}- {name}" if first else f"{indent}{name}"
-        lines.append(f"{head}: {dump_inline(values[key])}".ljust(34) + f" # {_origin(report, key)}")
+        lines.append(f"{head}: {dump_inline(values[key])}".ljust(34) + f" {_comment(_origin(report, key))}")
         above = sections
     return "\n".join(lines) + "\n"
+
+
+def _comment(text: str) -> str:
+    """Return a comment; whatever their keys hold, it ends with its line."""
+    return f"# {one_line(text)}"
 
 
 _ORDER = {key: place for place, (key, _) in enumerate(rules(RunConfig))}

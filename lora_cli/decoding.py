@@ -16,6 +16,7 @@ from lora_cli.generate import Sampling
 from lora_cli.model import LanguageModel
 
 _PIECE = 512  # tokens of a prompt that are read at once, so that reading it can be stopped
+_COLDEST = 1e-30  # temperature; float32 takes a much smaller one for 0
 _LIKELY = 256  # tokens that have `top_p` together most of the time
 
 
@@ -106,7 +107,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         )
     if not sampling.temperature:
         return int(logits.argmax())
-    scaled = (logits - best) / sampling.temperature
+    scaled = (logits - best) / max(sampling.temperature, _COLDEST)
     if sampling.top_k:
         values, tokens = scaled.topk(min(sampling.top_k, len(scaled)))
         shares = values.softmax(0)

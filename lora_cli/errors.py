@@ -12,12 +12,14 @@ UserError
 """
 
 from collections.abc import Sequence
+from unicodedata import category
 
 from lora_cli.redact import redact
 
 # What state things are in when a stage fails.
 NOTHING_READ = "No data or model was read, and nothing was written."
 NOTHING_LOADED = "No weights were read, and nothing was written."
+_JOINERS = "\u200c\u200d"  # of letters in Persian and Hindi, of emoji; as harmless as spaces outside ASCII
 
 
 def shown(value: object, most: int = 80) -> str:
@@ -27,8 +29,20 @@ def shown(value: object, most: int = 80) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a text with what a terminal would obey, or cannot show, spelt out."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """Return a text with what a terminal would obey, cannot show, or turns letters around, spelt out."""
+    return _spelt_out(text, "")
+
+
+def in_lines(text: str) -> str:
+    """Return a text as `one_line` does, with its lines and tabs."""
+    return _spelt_out(text, "\n\t")
+
+
+def _spelt_out(text: str, kept: str) -> str:
+    if text.isprintable():
+        return text
+    kept += _JOINERS
+    return "".join(c if c.isprintable() or c in kept or category(c) == "Zs" else repr(c)[1:-1] for c in text)
 
 
 class UserError(Exception):

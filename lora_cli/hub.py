@@ -1,5 +1,6 @@
 """The Hugging Face hub: whether it can be reached, and folders to it, only where it is asked for."""
 
+import http.client
 import threading
 import urllib.error
 import urllib.request
@@ -71,7 +72,7 @@ def _answers(address: str) -> bool:
             urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_PATIENCE).close()
         except urllib.error.HTTPError:
             pass  # an answer too
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):  # the last: what answers speaks another protocol
             return
         answered.set()
 

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import shlex
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def init(path: Path, given: Mapping[str, str], keep: bool = False) -> Generator[
         seen=seen,
         decisions=decisions,
         warnings=list(first_config.warnings(seen, keep)),
-        next=[f"lora check {path}", f"lora train {path}"],
+        next=_commands(path, "train"),
     )
 
 
@@ -45,8 +46,13 @@ def init_from_recipe(path: Path, name: str, given: Mapping[str, str]) -> InitRep
         seen=Survey(None, None, None),
         decisions=[],
         warnings=[],
-        next=[f"lora check {path}", f"lora {verb} {path}"],
+        next=_commands(path, verb),
     )
+
+
+def _commands(path: Path, verb: str) -> list[str]:
+    """Return what can be typed next, as a shell takes it."""
+    return [shlex.join(["lora", word, str(path)]) for word in ("check", verb)]
 
 
 def require_new(path: Path) -> None:
@@ -92,6 +98,8 @@ def _look(model: str, train: str) -> Generator[Notice | Preparing, None, Survey]
 def _beside(train: Path) -> Iterator[str]:
     """Say where rows to hold out lie beside the training data."""
     names = (f"{name}{''.join(train.suffixes)}" for name in ("validation", "valid", "val", "dev", "heldout", "eval"))
+    if not train.is_file():
+        return
     found = next((path for name in names if (path := train.with_name(name)).is_file() and path != train), None)
-    if found is not None and train.is_file():
+    if found is not None:
         yield f"{found} lies beside it: data.validation can name it, in the place of a share of the training rows."

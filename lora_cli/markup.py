@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 
+from lora_cli.errors import in_lines
 from lora_cli.redact import redact
 
 _VOID = ("meta", "br")
@@ -36,7 +37,4 @@ def joined(pieces: Iterable[Piece]) -> Html:
 
 def _escaped(text: str) -> str:
     """Return a text as HTML shows it; what no page can show, or what turns letters around, is spelt out."""
-    shown = redact(text)
-    if not shown.isprintable():
-        shown = "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in shown)
-    return escape(shown)
+    return escape(in_lines(redact(text)))

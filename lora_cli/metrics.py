@@ -35,7 +35,9 @@ def _lines(run: RunDir) -> list[dict[str, Any] | None]:
         record = None
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-        is_ours = isinstance(record, dict) and isinstance(record.get("step"), int) and "event" in record
+        is_ours = (
+            isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("event"), str)
+        )
         records.append(record if is_ours else None)
     return records
 

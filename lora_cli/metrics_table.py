@@ -15,17 +15,33 @@ from lora_cli.errors import InputError
 from lora_cli.run_dir import RunDir
 
 KINDS = (".csv", ".parquet")
+_KNOWN_BY = 3  # the first columns, which stay
 COLUMNS: Mapping[str, type] = {"run": str, **metrics.COLUMNS}
 
 
-def require_kind(path: Path) -> None:
-    """Raise InputError where a file's name says neither of the kinds."""
+def require_place(path: Path) -> None:
+    """Raise InputError where a file's name says neither of the kinds, or one is there that is no such table."""
     if path.suffix not in KINDS:
         raise InputError(f"--metrics: {path}: a name that ends with {' or '.join(KINDS)} is expected.")
+    if path.exists() and _first_columns(path) != list(COLUMNS)[:_KNOWN_BY]:
+        raise InputError(f"--metrics: {path} is there and was not written by lora report; name another file.")
+
+
+def _first_columns(path: Path) -> list[str]:
+    """Return the columns by which a table is known; none where a file is no table."""
+    try:
+        if path.suffix == ".csv":
+            with path.open(encoding="utf-8", newline="") as file:
+                return next(csv.reader(file), [])[:_KNOWN_BY]
+        import pyarrow.parquet
+
+        return list(pyarrow.parquet.read_schema(path).names[:_KNOWN_BY])
+    except (ValueError, csv.Error, IsADirectoryError):
+        return []
 
 
 def write(path: Path, runs: Sequence[tuple[str, RunDir]]) -> None:
-    """Write the records of runs, each with its name, in place of a file that is there."""
+    """Write the records of runs, each with its name; `require_place` comes before."""
     rows = [{"run": name, **row} for name, run in runs for row in metrics.table(run)]
     storage.write_file(path, _csv(rows) if path.suffix == ".csv" else _parquet(rows))
 

@@ -6,6 +6,7 @@ from rich.text import Text
 
 from lora_cli import tables
 from lora_cli.console import duration, gigabytes, out, say
+from lora_cli.errors import in_lines
 from lora_cli.records import DataCounts
 from lora_cli.reports import CheckReport, Marked, MemoryEstimate, RuntimeReport
 
@@ -121,7 +122,7 @@ def _marked(pieces: Sequence[Marked], most: int | None) -> Text:
     begin = 0
     for piece in pieces:
         end = begin + len(piece.text)
-        shown = piece.text.replace("\x1b", "\\x1b")
+        shown = piece.text
         if begin < cut[1] and end > cut[0]:
             head, tail = shown[: max(0, cut[0] - begin)], shown[max(0, cut[1] - begin) :]
             gap = f"\n... {cut[1] - cut[0]:,} characters ...\n" if begin <= cut[0] < end else ""
@@ -129,5 +130,5 @@ def _marked(pieces: Sequence[Marked], most: int | None) -> Text:
         begin = end
         if shown:
             marked = f"[[{shown}]]" if piece.trained and out.color_system is None else shown
-            text.append(marked, style="bold green" if piece.trained else "dim")
+            text.append(in_lines(marked), style="bold green" if piece.trained else "dim")
     return text

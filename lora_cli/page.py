@@ -5,6 +5,7 @@ A content security policy lets the browser run the one script below, known by it
 
 import base64
 import hashlib
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -155,8 +156,9 @@ def _duration(seconds: float) -> str:
 
 
 def _evaluations(run: RunReport) -> Iterator[Piece]:
+    command = shlex.join(["lora", "eval", str(run.path)])
     if not run.evaluations:
-        yield tag("p", "Not measured beside the base yet: ", tag("code", f"lora eval {run.path}"), " adds this.")
+        yield tag("p", "Not measured beside the base yet: ", tag("code", command), " adds this.")
     for number, found in enumerate(run.evaluations):
         title = f"{found.adapter.name} on {found.data}"
         counted = f"{found.rows:,} rows, {found.targets:,} trained tokens, {found.answers:,} answers"
@@ -171,8 +173,8 @@ def _evaluations(run: RunReport) -> Iterator[Piece]:
             parts += [tag("h3", f"Answers of {title}"), said]
         yield joined(parts) if number == 0 else page_tables.folded(f"Before that: {title}", *parts)
     if run.evaluations and not any(found.scan for found in run.evaluations):
-        command = tag("code", f"lora eval {run.path} --scan")
-        yield tag("p", "What it learns and forgets at other strengths: ", command, " adds this.", class_="hint")
+        scan = tag("code", f"{command} --scan")
+        yield tag("p", "What it learns and forgets at other strengths: ", scan, " adds this.", class_="hint")
 
 
 def _data(run: RunReport) -> Iterator[Piece]:

@@ -30,7 +30,7 @@ def report(paths: Sequence[Path], output: Path | None = None, table: Path | None
     output = output or (alone / FILE)
     _require_ours(output)
     if table is not None:
-        metrics_table.require_kind(table)
+        metrics_table.require_place(table)
     found = _named([run_facts.read_run(run) for run in runs])
     names = [run.name for run in found]
     whole = Report(

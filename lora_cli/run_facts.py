@@ -120,7 +120,8 @@ def _samples(path: Path) -> Iterator[Mapping[str, Any]]:
     with contextlib.suppress(OSError, ValueError), path.with_suffix(".samples.jsonl").open(encoding="utf-8") as lines:
         for _, text in zip(range(_SAMPLES), lines, strict=False):
             values = json.loads(text)
-            yield {name: str(values.get(name, "")) for name in names}
+            if isinstance(values, Mapping):
+                yield {name: str(values.get(name, "")) for name in names}
 
 
 # --- searches ---

@@ -81,7 +81,7 @@ def _forgetting(run: RunReport, config: RunConfig) -> Iterator[str]:
     against = "; no budget was set (eval.forgetting_budget)"
     if budget is not None:
         against = f", {'within' if found.rise.value <= budget else 'over'} the budget of {budget:g}"
-    yield f"Its loss on general text rose from {found.base_loss:.4f} by {rise} nats a token{against}."
+    yield f"Its loss on general text went from {found.base_loss:.4f} by {rise} nats a token{against}."
 
 
 def _answers(run: RunReport) -> Iterator[str]:
@@ -91,7 +91,8 @@ def _answers(run: RunReport) -> Iterator[str]:
             for name, both in {**evaluation.figures, **evaluation.tasks}.items()
             if both.verdict is not None and name != "perplexity"
         ]
-        yield f"Measured on {evaluation.data}, {evaluation.rows:,} rows, against the base: {'; '.join(verdicts)}."
+        said = "; ".join(verdicts) or "too few rows to tell them apart"
+        yield f"Measured on {evaluation.data}, {evaluation.rows:,} rows, against the base: {said}."
 
 
 def commands(run: RunReport, config: RunConfig) -> list[str]:

@@ -88,6 +88,12 @@ def require_ready(config: RunConfig, place: SearchDir, alone: str) -> None:
     room.require_writable(place.path, "output_dir")
 
 
+def require_untracked(config: RunConfig) -> None:
+    """Raise ConfigError where runs are to be tracked that are not."""
+    if config.train.trackers:
+        raise ConfigError("train.trackers: these runs are not tracked; add train.trackers=[] to the command.")
+
+
 def _require_place(config: RunConfig, place: SearchDir) -> None:
     """Raise ConfigError where a folder holds anything but a search around the same config, however many trials."""
     run_dir.require_own(place.as_run)

@@ -31,6 +31,7 @@ def one_at_a_time(
     Other seeds change the order of rows, the adapter's start and dropout; the rows stay split as the config's own
     splits them. What was run before is not run again. Raises UserError.
     """
+    search_dir.require_untracked(config)
     place = search_dir.of(config, KIND)
     session = yield from open_search(config, place, stop, origins)
     config = config if config.train.learning_rate != "auto" else (yield from _settled(session, config, place))

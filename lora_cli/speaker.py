@@ -100,7 +100,7 @@ class Speaker:
     """Answers for one result, or for several of the same base, switched as they are asked."""
 
     def __init__(self, results: Sequence[AnyResult], device: torch.device, dtype: str | None = None) -> None:
-        """Load the base once. Raises AdapterError where the results are not of one base."""
+        """Load the base once. Raises AdapterError where the results are not of one base, or one does not fit it."""
         _require_one_base(results)
         self.model = tuned.load(results[0], device, dtype)
         self.model.module.set_attn_implementation(self.model.own_attention)  # which knows caches
@@ -109,8 +109,10 @@ class Speaker:
         self.decoder = Decoder(self.model, end_tokens(self.model, self.tokenizer))
         self.prompts = [Prompts(result) for result in results]
         self._results = results
-        self._attached = 0  # the result whose adapter is on the base
+        self._attached: int | None = 0  # the result whose adapter is on the base; null: none is whole
         self._cached_for = (0, 1.0)  # the result and the gain that the cache is of
+        for voice in (*range(1, len(results)), 0) if len(results) > 1 else ():
+            self._attach(voice)  # one that does not fit is found now, not when it is asked for
 
     def answer(self, messages: Sequence[Message], manner: Manner = Manner(), voice: int = 0) -> Answer:
         """Return the answer to a conversation, not begun yet. Raises InputError.
@@ -135,12 +137,12 @@ class Speaker:
     @contextlib.contextmanager
     def speaking(self, voice: int, gain: float) -> Iterator[None]:
         """Run a block with a result at a gain; the cache of another one is dropped."""
-        if self._attached != voice and gain:
-            self._attach(voice)
-        if self._cached_for != (cached_for := (voice if gain else 0, gain)):
-            self.decoder.forget()
-            self._cached_for = cached_for
         try:
+            if self._attached != voice and gain:
+                self._attach(voice)
+            if self._cached_for != (cached_for := (voice if gain else 0, gain)):
+                self.decoder.forget()
+                self._cached_for = cached_for
             with tuning.gain(self.model.module, gain):
                 yield
         except (RuntimeError, MemoryError) as error:
@@ -154,6 +156,7 @@ class Speaker:
         """Put a result's adapter on the base in the place of the one that is there."""
         result = self._results[voice]
         assert isinstance(result, Result), "several results are adapters"
+        self._attached = None  # what fails here leaves the base alone, which is nobody's answer
         tuning.remove(self.model.module)
         adapter.attach(self.model.module, result.adapter)
         lora.set_dropout(self.model.module, None)

@@ -8,6 +8,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lora_cli.console import out
+from lora_cli.errors import one_line
 
 STYLES = {"better": "green", "worse": "bold red", "yes": "green", "no": "red", "the best": "bold green"}
 
@@ -59,7 +60,7 @@ class Fitting:
 
 
 def _cell(text: str, style: str = "") -> Text:
-    return Text(text, STYLES.get(text, style))
+    return Text(one_line(text), STYLES.get(text, style))
 
 
 def last_parts(keys: Sequence[str]) -> list[str]:

@@ -51,8 +51,9 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
             value = value.get(part) if isinstance(value, Mapping) else None
         if json_file.is_number(value):
             found[name] = float(value)
-    if record["event"] == "step" and record["seconds"]:
-        found["train/tokens_per_second"] = record["tokens"] / record["seconds"]
+    tokens, seconds = record.get("tokens"), record.get("seconds")
+    if record["event"] == "step" and json_file.is_number(tokens) and json_file.is_number(seconds) and seconds:
+        found["train/tokens_per_second"] = tokens / seconds
     return found
 
 
@@ -185,7 +186,7 @@ def tracked(
             return result
         except BaseException as error:
             if tracking is not None:
-                status = "stopped" if isinstance(error, Interrupted | GeneratorExit) else "failed"
+                status = "stopped" if isinstance(error, Interrupted | GeneratorExit | KeyboardInterrupt) else "failed"
                 said = list(tracking.end(status, error.problems[0] if isinstance(error, UserError) else ""))
                 if not isinstance(error, GeneratorExit):
                     yield from said

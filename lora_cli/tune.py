@@ -33,6 +33,7 @@ def tune(
     """
     from lora_cli import study  # where Optuna is not installed this says so, before torch is imported
 
+    tracking.require(config)
     place = search_dir.of(config)
     session = yield from open_search(config, place, stop, origins)
     from lora_cli.optim import start_rate

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -23,10 +24,13 @@ from conftest import (
     write_adapter,
     write_rows,
 )
-from processes import end, fork, lora
+from processes import disturb, end, fork, lora, send
+from shapes import require_shape
 
 from lora_cli import decoding, model, slash, tuned
+from lora_cli import speaker as speaking
 from lora_cli.chat import Chat
+from lora_cli.chat_reports import ChatReport
 from lora_cli.config import LoraConfig, ModelConfig
 from lora_cli.conversation import Message
 from lora_cli.data_config import DataConfig
@@ -218,7 +222,7 @@ def test_drawing_keeps_to_the_likely_and_to_the_seed():
     assert drawn(few, Sampling(1.0, top_p=0.5)) == {0}
     assert drawn(few, Sampling(1.0, top_k=3)) == {0, 1, 2}
     assert drawn(few, Sampling(1.0, top_k=3, top_p=0.8)) == {0, 1}
-    assert drawn(few, Sampling(0.01)) == drawn(few, GREEDY) == {0}
+    assert drawn(few, Sampling(0.01)) == drawn(few, Sampling(1e-60)) == drawn(few, GREEDY) == {0}
     assert max(drawn(many, Sampling(1.0, top_p=0.5))) < 500
     assert len(drawn(many, Sampling(1.0, top_p=0.5))) > 200
 
@@ -303,6 +307,18 @@ def test_a_conversation_is_kept_taken_back_and_saved(chat: Chat, tmp_path: Path)
             action()
 
 
+def test_an_answer_that_is_not_given_anew_stays(chat: Chat):
+    """Whoever leaves a retry keeps the turn as it was, also where the question was asked twice."""
+    for _ in range(2):
+        list(chat.ask("Name a colour."))
+    turns = list(chat.turns)
+    pieces = chat.retry()
+    next(iter(pieces))
+    pieces.close()  # type: ignore[attr-defined]
+
+    assert chat.turns == turns
+
+
 def test_a_stopped_answer_is_kept_as_far_as_it_came(chat: Chat):
     """Asking to stop ends an answer, and what it said is the turn."""
     asked = iter([False] * 5)
@@ -345,6 +361,18 @@ def test_one_question_is_one_object(invoke: Invoke, undisturbed: Path):
     assert report["finish_reason"] in ("stop", "length")
     assert 1 <= report["tokens"] <= 6
     assert again["answer"] == report["answer"]
+
+
+def test_an_object_that_was_interrupted_is_the_only_one(undisturbed: Path, tmp_path: Path):
+    """Ctrl-C within an answer: what was said by then, how it ended, and the exit code."""
+
+    def work() -> None:
+        disturb(speaking, "iter_pieces", 1, send(signal.SIGINT))
+        lora("chat", undisturbed, "--prompt", "Name a colour.", "--json", "--max-new-tokens", 1900)
+
+    assert end(fork(work, tmp_path / "said")) == 128 + signal.SIGINT
+    (only,) = [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("{")]
+    assert require_shape(ChatReport, only).finish_reason == "interrupted"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -298,6 +299,25 @@ def test_rows_that_are_wrong_are_said_before_anything_is_written(
 
     assert (code, sorted(path.name for path in tmp_path.iterdir())) == (2, ["rows.jsonl"]), said
     assert says in said
+
+
+def test_the_folder_one_stands_in_may_hold_the_rows(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`.` has no name of its own, beside which held-out rows could lie."""
+    write_rows(tmp_path / "train.jsonl", map(labelled, range(30)))
+    monkeypatch.chdir(tmp_path)
+    code, out, err = invoke("init", "--model", "not/here", "--data", ".", "--json")
+    assert (code, json.loads(out)["seen"]["data"]["rows"]) == (0, 30), err
+
+
+@pytest.mark.parametrize("name", ["it's mine.yaml", "a b.yaml"])
+def test_what_to_type_next_is_quoted_for_the_shell(name: str, invoke: Invoke, tmp_path: Path):
+    """A config may be called anything, and the commands can be pasted all the same."""
+    asked = ("init", tmp_path / name, "--recipe", "laptop")
+    code, out, err = invoke(*asked)
+    assert (code, f"  lora check {shlex.quote(str(tmp_path / name))} " in out) == (0, True), err
+    (tmp_path / name).unlink()
+    following = [shlex.split(command) for command in json.loads(invoke(*asked, "--json")[1])["next"]]
+    assert following == [["lora", verb, str(tmp_path / name)] for verb in ("check", "train")]
 
 
 def test_a_folder_of_rows_is_looked_at(invoke: Invoke, tmp_path: Path, model_folder: Callable[[str], str]):

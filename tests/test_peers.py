@@ -94,7 +94,7 @@ def test_every_key_of_a_public_example_is_in_exactly_one_list(example: Path, tmp
 
 
 @pytest.mark.parametrize("peer", convert.PEERS, ids=lambda peer: peer.name)
-@pytest.mark.parametrize("value", [None, False, True, 0, 1, 3.5, "text", ["a"], {"a": 1}], ids=str)
+@pytest.mark.parametrize("value", [None, False, True, 0, 1, -1, 3.5, "inf", "nan", "text", ["a"], {"a": 1}], ids=str)
 def test_every_key_that_is_known_is_in_exactly_one_list_whatever_its_value(peer: Peer, value: Any, tmp_path: Path):
     """All keys of a program's tables, each with a value that may not be meant; what is written loads all the same."""
     tables = (peer.same, peer.fixed, peer.not_needed, peer.not_possible, peer.other_training)
@@ -326,6 +326,29 @@ def test_data_sets_are_found_in_dataset_info(tmp_path: Path):
         "dataset_info.json[elsewhere].file_name",
         "dataset[unknown]",
     }
+
+
+@pytest.mark.parametrize(
+    ("described", "lost"),
+    [
+        ("file.json", "dataset[mine]"),
+        ([], "dataset[mine]"),
+        ({"file_name": "a.json", "columns": ["instruction"]}, "dataset_info.json[mine].columns"),
+        ({"file_name": "a.json", "formatting": "sharegpt", "tags": "role"}, "dataset_info.json[mine].tags"),
+    ],
+    ids=str,
+)
+def test_a_damaged_description_of_a_data_set_is_said(described: Any, lost: str, tmp_path: Path):
+    """dataset_info.json is a file of the user's, and may hold anything."""
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": described}))
+    assert {one.key for one in converted(LLAMA_FACTORY, tmp_path).other_training} == {lost}
+
+
+def test_no_key_or_value_writes_a_line_of_its_own(tmp_path: Path):
+    """What of theirs stands in a comment ends with it, so that no key of ours can hide in a key of theirs."""
+    hidden = "x\nseed: 7\n#"
+    values = AXOLOTL | {hidden: 1, "chat_template": hidden, "datasets": [{"path": "a.jsonl", "type": "x", hidden: 1}]}
+    assert ours(values, tmp_path, "seed") == 0
 
 
 def test_a_value_that_is_refused_here_is_listed_with_our_reason(tmp_path: Path):

@@ -60,7 +60,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def run(undisturbed: Path, tmp_path: Path) -> Path:
     """A finished run of twelve steps."""
-    return Path(shutil.copytree(undisturbed, tmp_path / "runs" / "first"))
+    return Path(shutil.copytree(undisturbed, tmp_path / "runs" / "first", ignore=shutil.ignore_patterns("evaluations")))
 
 
 def estimate(value: float) -> Estimate:
@@ -293,6 +293,39 @@ def test_only_a_page_of_ours_is_replaced(run: Path, tmp_path: Path, invoke: Invo
     assert other.read_text() == "<p>mine</p>"
     assert (code, out) == (0, f"Wrote {run / 'report.html'}.\n")
     assert (run / "report.html").read_text().endswith("</html>\n")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_only_a_table_of_ours_is_replaced(run: Path, tmp_path: Path, kind: str):
+    """Training data may end with .csv too."""
+    other = tmp_path / f"train.{kind}"
+    other.write_text("prompt,completion\na,b\n")
+    with pytest.raises(InputError, match="was not written by lora report"):
+        report([run], table=other)
+    for _ in range(2):
+        report([run], table=tmp_path / f"table.{kind}")
+
+    assert other.read_text() == "prompt,completion\na,b\n"
+
+
+def test_answers_that_are_damaged_are_passed_over(run: Path):
+    """A line that is no object is none of them; the others are shown."""
+    evaluate(run, "Name a colour.")
+    samples = run / "evaluations" / "adapter-heldout.samples.jsonl"
+    samples.write_text("null\n[]\n" + samples.read_text())
+    (found,) = report([run]).runs
+
+    assert [sample.prompt for sample in found.evaluations[0].samples] == ["Name a colour."]
+
+
+def test_commands_of_a_page_can_be_pasted(run: Path, tmp_path: Path):
+    """Also where the run's folder has a space in its name."""
+    place = run.rename(tmp_path / "my run")
+    report([place])
+    text = Page(place / "report.html").text
+
+    assert f"lora eval '{place}' adds this" in text
+    assert f"lora eval {place}" not in text
 
 
 def test_a_report_imports_no_torch(run: Path):

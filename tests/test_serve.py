@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,13 +15,16 @@ import openai
 import pytest
 import torch
 from conftest import Invoke, write_adapter
-from processes import end, fork, lora
+from processes import disturb, end, fork, lora
+from safetensors.torch import load_file, save_file
 from shapes import require_shape
 
-from lora_cli import tuned
+from lora_cli import adapter, tuned
 from lora_cli.chat import Chat
 from lora_cli.chat_reports import ServeReport
 from lora_cli.config import LoraConfig
+from lora_cli.conversation import Message
+from lora_cli.errors import AdapterError, SurroundingsError
 from lora_cli.generate import GREEDY
 from lora_cli.speaker import Manner, Speaker
 
@@ -231,6 +235,40 @@ def test_a_key_is_asked_for_and_ctrl_c_ends_an_answer(undisturbed: Path, tmp_pat
     assert end(process, 15) == 128 + signal.SIGINT
     assert "Traceback" not in (tmp_path / "said").read_text()
     assert KEY not in (tmp_path / "said").read_text()
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_serving(adapters: tuple[Path, Path], tmp_path: Path):
+    """It names the same base, and its layers are of other sizes."""
+    run, other = adapters
+    misfit = shutil.copytree(other, tmp_path / "misfit")
+    tensors = load_file(misfit / adapter.WEIGHTS)
+    wider = {name: torch.nn.functional.pad(t, (0, 1)) if "lora_A" in name else t for name, t in tensors.items()}
+    save_file(wider, misfit / adapter.WEIGHTS)
+
+    with pytest.raises(AdapterError, match="does not fit this base model"):
+        Speaker([tuned.find(run), tuned.find(misfit)], torch.device("cpu"))
+
+
+def test_what_fails_while_adapters_are_changed_is_not_answered_by_the_base(
+    adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+):
+    """Memory that runs out takes the adapter away; the next answer of the same name is the one it was."""
+    speaker = Speaker([tuned.find(path) for path in adapters], torch.device("cpu"))
+    asked = [Message("user", "Name a colour.", False)]
+
+    def said(voice: int, gain: float = 1.0) -> str:
+        return "".join(speaker.answer(asked, Manner(GREEDY, 8, gain), voice).pieces())
+
+    def run_out(_: object) -> None:
+        raise MemoryError
+
+    before = said(0)
+    monkeypatch.setattr(adapter, "attach", adapter.attach)  # as it is again afterwards
+    disturb(adapter, "attach", 1, run_out)
+    with pytest.raises(SurroundingsError, match="memory ran out"):
+        said(1)
+
+    assert said(0) == before != said(0, 0.0)
 
 
 def test_what_cannot_be_served_is_said_before_weights_are_read(

@@ -13,8 +13,9 @@ from conftest import Invoke
 from rich.console import Console
 from terminal import resize, watch
 
-from lora_cli import config_file, console, metrics, stand_ins
+from lora_cli import config_file, console, metrics, stand_ins, tables
 from lora_cli.curve import Series, plot
+from lora_cli.errors import in_lines
 from lora_cli.interrupt import StopRequest
 from lora_cli.panel import RunPanel
 from lora_cli.records import DataCounts, Estimate, Evaluated, Forgetting, Started, StepDone, TrialEnded
@@ -282,6 +283,16 @@ def test_a_search_and_a_look_at_the_knobs_fold_at_sixty_columns(
     assert "the best" in out
     assert "\nNext:\n  lora eval " in out
     assert re.search(r"trial 0: .*validation loss", err)
+
+
+def test_text_of_others_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]):
+    """Controls of eight bits too, and what turns letters around; spaces and joiners of all languages are text."""
+    harmless = "Ça va\u00a0? 東京\u3000駅 می\u200cخواهم \U0001f468\u200d\U0001f469"
+    assert in_lines(f"{harmless}\n\tx") == f"{harmless}\n\tx"
+    assert in_lines("\x1b[2J\x9b2J\r\u202e\x07") == "\\x1b[2J\\x9b2J\\r\\u202e\\x07"
+    console.say("\x9b2J")
+    tables.show(["a", "b"], [["\x1b[2J", "one\ntwo"]])
+    assert capsys.readouterr().out.split() == ["\\x9b2J", "a", "b", "\\x1b[2J", "one\\ntwo"]
 
 
 def test_a_table_that_does_not_fit_is_blocks():

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from lora_cli import checkpoint, metrics, tracking
+from lora_cli import api, checkpoint, metrics, tracking
 from lora_cli.run_dir import RunDir
 from lora_cli.trackers import wandb as weights_and_biases
 
@@ -231,3 +231,37 @@ def test_a_search_tracks_the_run_of_its_best_only(invoke: Invoke, make_config: C
     assert (code, len(json.loads(out)["trials"])) == (0, 2)
     assert [path.parent.name for path in (tmp_path / "run-tune").rglob("trackers.json")] == ["best"]
     assert_holds(tmp_path / "run-tune" / "best", ["mlflow"])
+
+
+def test_a_run_that_is_called_from_python_is_tracked_too(make_config: Callable[..., Path], tmp_path: Path):
+    """The config says so, whoever reads it."""
+    api.train(api.load_config(make_config(**{"train.trackers": ["tensorboard"], "train.max_steps": 4})))
+    assert_holds(tmp_path / "run", ["tensorboard"])
+
+
+@pytest.mark.parametrize("run", [api.train, api.tune], ids=["train", "tune"])
+def test_python_too_is_told_what_is_missing_first(
+    run: Callable[[api.RunConfig], object],
+    make_config: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Before anything is trained; a search would fail at its very end."""
+    monkeypatch.setitem(sys.modules, "lora_cli.trackers.mlflow", None)
+    with pytest.raises(api.SurroundingsError, match="mlflow is not installed"):
+        run(api.load_config(make_config(**{"train.trackers": ["mlflow"]})))
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("run")]
+
+
+@pytest.mark.parametrize("run", [api.one_at_a_time, api.against_full], ids=["one-at-a-time", "against-full"])
+def test_runs_that_are_not_tracked_refuse_trackers(
+    run: Callable[[api.RunConfig], object], make_config: Callable[..., Path]
+):
+    """A key without an effect is an error, from Python as at the command line."""
+    with pytest.raises(api.ConfigError, match="these runs are not tracked"):
+        run(api.load_config(make_config(**{"train.trackers": ["tensorboard"]})))
+
+
+def test_a_measurement_that_lacks_figures_gives_those_it_has():
+    """A line of metrics.jsonl may be damaged, and is no reason to fail."""
+    assert tracking.figures({"event": "step", "step": 3, "loss": 2.0, "seconds": 1.5}) == {"train/loss": 2.0}

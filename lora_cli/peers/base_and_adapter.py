@@ -47,7 +47,7 @@ def adapter(keys: AdapterKeys, is_full: Callable[[Source], bool]) -> Rule:
         r = rank or keys.default_rank
         yield Taken(keys.rank, rank, "lora.rank", rank) if rank else Unsaid("lora.rank", r, "their default")
         alpha = source.number("lora_alpha")
-        factor = math.sqrt(r) if dora and rslora else 1
+        factor = math.sqrt(abs(r)) if dora and rslora else 1
         scale = (alpha or keys.default_alpha(r)) * factor
         folded = f"times sqrt(rank): {keys.rslora} with DoRA" if factor != 1 else None
         yield (

@@ -54,11 +54,16 @@ def _info(source: Source) -> tuple[Path, Mapping[str, Any]] | None:
     return None
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def _described(folder: Path, entry: Mapping[str, Any], stage: str) -> Described:
     """Return how a data set is read here."""
-    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    columns, tags = (_mapping(entry.get(key)) for key in ("columns", "tags"))
     settings: dict[str, Any] = {}
-    lost = {
+    lost = {key: "must be names" for key in ("columns", "tags") if entry.get(key) and not _mapping(entry[key])}
+    lost |= {
         f"columns.{name}": "is not read" for name in columns if name not in (*_ALPACA, "messages", "tools", "chosen")
     }
     if name := entry.get("hf_hub_url"):
@@ -97,7 +102,9 @@ def _datasets(source: Source) -> Iterator[Outcome]:
     """Iterate over what becomes of each data set that is trained on, by its name."""
     names, info = _names(source.get("dataset", "")), _info(source)
     stage = str(source.get("stage", "sft"))
-    found = [_described(info[0], info[1][name], stage) if info and name in info[1] else None for name in names]
+    found = [
+        _described(info[0], entry, stage) if info and (entry := _mapping(info[1].get(name))) else None for name in names
+    ]
     alone = len(names) == 1 and not (found[0] and {"subset", "split"} & found[0].settings.keys())
     for index, (name, described) in enumerate(zip(names, found, strict=True)):
         key, place = f"dataset[{name}]", Place(None if alone else index)

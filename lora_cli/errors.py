@@ -26,6 +26,11 @@ def shown(value: object, most: int = 80) -> str:
     return one_line(text if len(text) <= most else text[: most - 1] + "…")
 
 
+def first_line_of(error: Exception, most: int = 200) -> str:
+    """Return the first line of what another library's error says, without its full stop."""
+    return shown(str(error).strip().partition("\n")[0].rstrip("."), most)
+
+
 def one_line(text: str) -> str:
     """Return a text with what a terminal would obey, or cannot show, spelt out."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,11 +1,11 @@
 """The folder of a base model: found here or on the hub, its weight files, what tells it from another."""
 
-import difflib
 import hashlib
 from pathlib import Path
 
 from lora_cli import json_file, manifest, names
-from lora_cli.errors import NOTHING_LOADED, ModelError, SurroundingsError, shown
+from lora_cli.errors import NOTHING_LOADED, ModelError, SurroundingsError, first_line_of, shown
+from lora_cli.nearby import did_you_mean
 
 
 def find_folder(path: str, revision: str | None = None, weights: bool = True) -> Path:
@@ -29,8 +29,7 @@ def find_folder(path: str, revision: str | None = None, weights: bool = True) ->
             raise ModelError(f"model.path: {path} {what}.", state=NOTHING_LOADED)
         return folder
     if folder.exists() or _is_spelt_as_folder(path):
-        near = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.glob("*/")], n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(near)}?" if near else f" Folders are looked for from {Path.cwd()}."
+        hint = did_you_mean(folder, Path.is_dir) or f" Folders are looked for from {Path.cwd()}."
         if "://" in path:
             hint = f" Of a model of the hub only its name is written: {'/'.join(folder.parts[-2:])}."
         raise ModelError(f"model.path: there is no model folder {path}.{hint}", state=NOTHING_LOADED)
@@ -49,7 +48,8 @@ def find_folder(path: str, revision: str | None = None, weights: bool = True) ->
         raise ModelError(f"model.revision: {path} has no revision {revision}.", state=NOTHING_LOADED) from None
     except hub_errors.RepositoryNotFoundError:
         raise ModelError(
-            f"model.path: {path} is no folder here and no model on the hub (or a private one: `hf auth login`).",
+            f"model.path: {path} is no folder here and no model on the hub (or a private one: `hf auth login`)."
+            + did_you_mean(folder, Path.is_dir),
             state=NOTHING_LOADED,
         ) from None
     except hub_errors.HFValidationError:
@@ -59,8 +59,8 @@ def find_folder(path: str, revision: str | None = None, weights: bool = True) ->
         ) from None
     except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as error:
         raise SurroundingsError(
-            f"model.path: {path} is no folder here, and the hub cannot be reached to fetch it: {shown(error, 120)} "
-            f"Where there is a network, `hf download {path}` fetches it.",
+            f"model.path: {path} is no folder here, and the hub cannot be reached to fetch it: {first_line_of(error)}."
+            f"{did_you_mean(folder, Path.is_dir)} Where there is a network, `hf download {path}` fetches it.",
             state=NOTHING_LOADED,
         ) from None
 

@@ -28,6 +28,11 @@ def shown(value: object, most: int = 80) -> str:
     return one_line(text if len(text) <= most else text[: most - 1] + "…")
 
 
+def first_line_of(error: Exception, most: int = 200) -> str:
+    """Return the first line of what another library's error says, without its full stop."""
+    return shown(str(error).strip().partition("\n")[0].rstrip("."), most)
+
+
 def one_line(text: str) -> str:
     """Return a text with what a terminal would obey, cannot show, or turns letters around, spelt out."""
     return _spelt_out(text, "")

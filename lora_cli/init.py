@@ -9,6 +9,7 @@ from pathlib import Path
 from lora_cli import base_folder, config_file, config_text, first_config, interrupt, recipe, storage
 from lora_cli.errors import NOTHING_READ, ConfigError, ModelError
 from lora_cli.init_report import InitReport, Survey
+from lora_cli.nearby import did_you_mean
 from lora_cli.records import Notice, Preparing
 from lora_cli.sources import is_hub_id
 
@@ -79,14 +80,15 @@ def _look(model: str, train: str) -> Generator[Notice | Preparing, None, Survey]
     try:
         has_model = base_folder.find_kept(model) is not None
         if not has_model:
-            missing.append(f"{model} was not fetched yet, so no row is counted in tokens; lora check fetches it.")
+            hint = did_you_mean(Path(model).expanduser(), Path.is_dir)
+            missing.append(f"{model} was not fetched yet, so no row is counted in tokens; lora check fetches it.{hint}")
     except ModelError as error:
         has_model = False
         missing.append(error.problems[0])
     has_rows = Path(train).expanduser().exists() or glob.has_magic(train)
     if not has_rows:
         what = "taken for a data set of the hub, and not fetched" if is_hub_id(train) else "not here yet"
-        missing.append(f"{train} is {what}, so no row was looked at.")
+        missing.append(f"{train} is {what}, so no row was looked at.{did_you_mean(Path(train).expanduser())}")
     missing += _beside(Path(train).expanduser())
     if not has_model and not has_rows:
         return Survey(None, None, None, missing)

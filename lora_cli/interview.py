@@ -9,6 +9,7 @@ import typer
 from lora_cli import base_folder, columns, console
 from lora_cli.data_file import kind_of
 from lora_cli.errors import NOTHING_READ, InputError, UserError, shown
+from lora_cli.nearby import did_you_mean
 from lora_cli.sources import is_hub_id
 
 _MODEL, _DATA, _OUTPUT_DIR = "HuggingFaceTB/SmolLM2-135M-Instruct", "train.jsonl", "runs/first"
@@ -90,14 +91,19 @@ def _models_here() -> list[str]:
 
 def _check_data(answer: str) -> None:
     if is_hub_id(answer):
-        console.message(f"{shown(answer)} is no file here; it is taken for a data set of the hub.")
+        console.message(
+            f"{shown(answer)} is no file here; it is taken for a data set of the hub.{did_you_mean(Path(answer))}"
+        )
         return
     columns.settings_for(answer)
 
 
 def _check_model(answer: str) -> None:
     if base_folder.find_kept(answer) is None:
-        console.message(f"{shown(answer)} is no folder here; it is taken for a model of the hub, to be fetched later.")
+        hint = did_you_mean(Path(answer), Path.is_dir)
+        console.message(
+            f"{shown(answer)} is no folder here; it is taken for a model of the hub, to be fetched later.{hint}"
+        )
 
 
 def _check_output(answer: str) -> None:

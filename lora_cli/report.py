@@ -1,6 +1,5 @@
 """`lora report`: runs and the searches beside them on one page, and their measurements as one flat table."""
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,6 +8,7 @@ from typing import Any
 
 from lora_cli import metrics_table, page, run_facts, storage
 from lora_cli.errors import AdapterError, InputError, UserError
+from lora_cli.nearby import did_you_mean
 from lora_cli.run_dir import RunDir, is_run_dir
 from lora_cli.run_reports import Difference, Report, RunReport, SearchReport
 from lora_cli.search_dir import SearchDir
@@ -80,11 +80,7 @@ def _folder_of(path: Path) -> Path:
             f"directory (with config.yaml and metrics.jsonl). `lora eval {path} --data FILE` measures any adapter."
         )
     what = "is neither a run directory nor that of a search" if path.exists() else "does not exist"
-    beside = [each.name for each in path.parent.iterdir() if is_run_dir(each)] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.5)
-    hint = (
-        f" Did you mean {path.parent / near[0]}?" if near else " Name the output_dir of a run, or a checkpoint in it."
-    )
+    hint = did_you_mean(path, is_run_dir) or " Name the output_dir of a run, or a checkpoint in it."
     raise AdapterError(f"{path}: {what}.{hint}")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lora_cli import manifest
 from lora_cli.errors import AdapterError
+from lora_cli.nearby import did_you_mean
 from lora_cli.run_dir import RunDir, is_run_dir, require_own, step_folders
 
 
@@ -60,8 +61,9 @@ def find_result(path: Path) -> tuple[Path, RunDir | None]:
             state="Nothing was read.",
         )
     what = "is neither a run directory nor an adapter (no adapter_config.json)" if path.exists() else "does not exist"
+    hint = did_you_mean(path, lambda beside: is_run_dir(beside) or _is_adapter(beside))
     raise AdapterError(
-        f"{path}: {what}; name a run directory, a checkpoint or an adapter folder.", state="Nothing was read."
+        f"{path}: {what}; name a run directory, a checkpoint or an adapter folder.{hint}", state="Nothing was read."
     )
 
 

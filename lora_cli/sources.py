@@ -1,12 +1,12 @@
 """What a source names: a file, a folder, a glob or a split of a hub data set -> its files."""
 
 import codecs
-import difflib
 import glob
 from pathlib import Path
 
 from lora_cli.data_file import PACKED, SUFFIXES, DataFile, explained, holds_lines, kind_of
-from lora_cli.errors import NOTHING_LOADED, DataError, SurroundingsError, shown
+from lora_cli.errors import NOTHING_LOADED, DataError, SurroundingsError, first_line_of, shown
+from lora_cli.nearby import did_you_mean
 
 
 def find_files(source: str, subset: str | None = None, split: str | None = None) -> list[DataFile]:
@@ -33,8 +33,7 @@ def find_files(source: str, subset: str | None = None, split: str | None = None)
     elif is_hub_id(source):
         return [_fetch(source, subset, split or "train")]
     else:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(near)}?" if near else f" Paths are read from {Path.cwd()}."
+        hint = did_you_mean(path) or f" Paths are read from {Path.cwd()}."
         raise DataError(f"{source}: no such file.{hint}", state=NOTHING_LOADED)
     if subset or split:
         raise DataError(
@@ -68,17 +67,19 @@ def _fetch(name: str, subset: str | None, split: str) -> DataFile:
         rows = datasets.load_dataset(name, subset, split=split)
     except FileNotFoundError as error:  # of which datasets' DatasetNotFoundError is one
         raise DataError(
-            f'data: "{name}" is no file here, and no data set that the hub shows: {shown(error, 200)}',
+            f'data: "{name}" is no file here, and no data set that the hub shows: {first_line_of(error)}.'
+            + did_you_mean(Path(name)),
             state=NOTHING_LOADED,
         ) from None
     except (ConnectionError, OSError) as error:
         raise SurroundingsError(
-            f'data: "{name}" is no file here, and as a hub data set it cannot be reached: {shown(error, 200)}',
+            f'data: "{name}" is no file here, and as a hub data set it cannot be reached: {first_line_of(error)}.'
+            + did_you_mean(Path(name)),
             state=NOTHING_LOADED,
         ) from None
     except Exception as error:  # the hub client raises many kinds for a name or split that is not there
         raise DataError(
-            f'data: the hub data set "{name}" cannot be read: {shown(error, 300)}', state=NOTHING_LOADED
+            f'data: the hub data set "{name}" cannot be read: {first_line_of(error)}.', state=NOTHING_LOADED
         ) from None
     return DataFile(
         f"{name}[{f'{subset}/' if subset else ''}{split}]",
@@ -121,5 +122,6 @@ def is_hub_id(source: str) -> bool:
         or path.suffix == ".txt"
         or source.startswith(("/", ".", "~"))
         or source.count("/") > 1
+        or (path.suffix != "" and "/" not in source)  # a misspelt file.jsnl; no hub data set without an owner has a dot
     )
     return not path.exists() and not spelt_as_path and not glob.has_magic(source)

@@ -16,6 +16,7 @@ FLOORS = [
     "stand_ins",
     "markup",
     "names",
+    "nearby",
     "remote_code",
     "json_file",
     "time_limit",

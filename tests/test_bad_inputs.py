@@ -100,3 +100,27 @@ def test_the_catalogue_is_whole():
     assert sorted(path.stem for path in FOLDER.iterdir()) == sorted(AREAS)
     found = [str(parameter.values[0]) for area in AREAS for parameter in cases(area)]
     assert len(found) == len(set(found)) >= 130
+
+
+def test_a_name_that_is_nearly_right_is_met_with_what_lies_beside_it(
+    invoke: Invoke, make_config: Callable[..., Path], undisturbed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Rows, a model and a run; what a hub would be asked for too, in one line, and no hidden file is offered."""
+    config = make_config()
+    (tmp_path / ".rows.jsonl").touch()
+    (tmp_path / "models" / "SmolLM2-135M-Instruct").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    misspelt = invoke("check", config, "data.train=rows.jsnl")
+    model = invoke("check", config, "model=models/Smol")
+    run = invoke("eval", undisturbed.with_name("ran"), "--quiet")
+    init = invoke("init", "new.yaml", "--data", "rosw.jsonl", "--model", "models/Smol", "--yes")
+
+    near = f"Did you mean {Path('models', 'SmolLM2-135M-Instruct')}?"
+    assert (misspelt[0], model[0], run[0], init[0]) == (2, 3, 2, 0)
+    assert "rows.jsnl: no such file. Did you mean rows.jsonl?\n" in misspelt[2]
+    assert near in model[2]
+    assert "\\n" not in model[2]
+    assert f"Did you mean {undisturbed}?" in run[2]
+    assert near in init[2]
+    assert "Did you mean rows.jsonl?" in init[2]

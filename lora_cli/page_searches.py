@@ -10,7 +10,7 @@ from lora_cli.json_file import is_number
 from lora_cli.markup import Html, joined, tag
 from lora_cli.page_charts import grid, picture
 from lora_cli.page_tables import table
-from lora_cli.records import TrialEnded, short, with_interval
+from lora_cli.records import TrialEnded, gigabytes, short, with_interval
 from lora_cli.run_reports import SearchReport
 from lora_cli.search_reports import AgainstFullReport, Knob, SensitivityReport, Side, TuneReport
 
@@ -133,6 +133,12 @@ def _sides(report: AgainstFullReport) -> Iterator[Html]:
 
 def _side(side: Side) -> Sequence[str]:
     loss, change = with_interval(side.loss, ".4f"), with_interval(side.change, "+.4f")
-    memory = f"{side.peak_memory / 1e9:.2f} GB"
-    figures = (f"{side.learning_rate:.2g}", loss, change, f"{side.parameters:,}", memory, f"{side.seconds:.3g}")
+    figures = (
+        f"{side.learning_rate:.2g}",
+        loss,
+        change,
+        f"{side.parameters:,}",
+        gigabytes(side.peak_memory),
+        f"{side.seconds:.3g}",
+    )
     return (side.method, *figures)

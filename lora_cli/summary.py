@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lora_cli import tables
-from lora_cli.console import duration, say, show_next
-from lora_cli.records import Evaluated, Finished, StepDone, with_interval
+from lora_cli.console import say, show_next
+from lora_cli.records import Evaluated, Finished, StepDone, duration, with_interval
 
 
 def show_finished(end: Finished, run: str, measured: Sequence[StepDone | Evaluated], already: bool) -> None:

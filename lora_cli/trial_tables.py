@@ -1,8 +1,8 @@
 """Draws what searches came to: trials, and what each knob does."""
 
 from lora_cli import tables
-from lora_cli.console import gigabytes, say, show_next
-from lora_cli.records import short, with_interval
+from lora_cli.console import say, show_next
+from lora_cli.records import gigabytes, short, with_interval
 from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport
 
 

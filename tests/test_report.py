@@ -388,7 +388,7 @@ SEARCHES = {
 SHOWN = {
     "tune": ["Search: 4 trials", "Best so far", "validation loss over its value", "diverged", "the best"],
     "sensitivity": ["One knob at a time", "mean of 3 seeds", "training stopped"],
-    "against-full": ["LoRA reaches 90.0% [80.0%, 100.0%] of the full run's gain", "1.00 GB"],
+    "against-full": ["LoRA reaches 90.0% [80.0%, 100.0%] of the full run's gain", "1.0 GB"],
 }
 
 

@@ -3,6 +3,7 @@
 The loop yields them, `run_dir` appends the measurements to metrics.jsonl, `console` draws them.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -81,6 +82,11 @@ def with_interval(estimate: Estimate, spec: str) -> str:
 def short(value: object) -> str:
     """Return a value of a config in few letters."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def perplexity(loss: float) -> float:
+    """Return the perplexity of a loss in nats a token."""
+    return math.exp(min(loss, 700.0))  # more would be no float
 
 
 def gigabytes(count: int) -> str:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from lora_cli import stand_ins
 from lora_cli.errors import UserError, in_lines
+from lora_cli.records import gigabytes
 from lora_cli.redact import redact
 from lora_cli.reports import ExportReport, GgufReport
 
@@ -143,18 +144,6 @@ def message(text: str, whole: bool = False) -> None:
 def print_error(error: UserError) -> None:
     """Print an error as one paragraph on stderr."""
     say(Text("error: ", style="bold red") + Text(error.paragraph()), err)
-
-
-def gigabytes(count: int) -> str:
-    """Return bytes as text."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as minutes:seconds, or hours:minutes:seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 # --- export ---

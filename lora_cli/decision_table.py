@@ -4,8 +4,9 @@ import shlex
 from collections.abc import Iterator
 
 from lora_cli import tables
-from lora_cli.console import gigabytes, message, say, show_next
+from lora_cli.console import message, say, show_next
 from lora_cli.init_report import DataFacts, InitReport, MachineFacts, ModelFacts, RecipeList
+from lora_cli.records import gigabytes
 from lora_cli.redact import redact
 from lora_cli.strict_yaml import dump_inline
 

@@ -11,6 +11,7 @@ from lora_cli import __version__, hub, packages, surroundings
 from lora_cli.distributed import choose_device
 from lora_cli.doctor_report import DoctorReport, Finding, Gpu, Hub, Level, Machine, Package, Place, SelfTest
 from lora_cli.errors import shown
+from lora_cli.records import gigabytes
 from lora_cli.self_test import self_test
 
 # What each extra is for; one that is not named here is for `lora` itself to explain.
@@ -82,7 +83,7 @@ def _of_machine(machine: Machine) -> Iterator[Finding]:
         text = f"torch uses {machine.threads} threads, and this process may use {machine.usable:g} processors."
         yield Finding("note", text, f"OMP_NUM_THREADS={max(1, int(machine.usable))}")
     if machine.free_memory is not None and machine.free_memory < _LITTLE_MEMORY:
-        text = f"Little memory is free: {machine.free_memory / 1e9:.1f} GB."
+        text = f"Little memory is free: {gigabytes(machine.free_memory)}."
         yield Finding("note", text, "`lora check CONFIG` says what a run takes")
     if machine.compiler is None:
         yield Finding("note", "There is no C++ compiler, which train.compile needs on a CPU.", "install g++")
@@ -116,7 +117,7 @@ def _of_places(places: Sequence[Place]) -> Iterator[Finding]:
             level: Level = "problem" if place.name == "here" else "note"
             yield Finding(level, f"{place.name}: {place.problem}", "work in another folder, on a local disk")
         elif place.free < _LITTLE_ROOM:
-            text = f"{place.name}: little room is left on the disk of {place.path}: {place.free / 1e9:.1f} GB."
+            text = f"{place.name}: little room is left on the disk of {place.path}: {gigabytes(place.free)}."
             yield Finding("note", text, "save.keep=1, or another output_dir")
 
 

@@ -3,8 +3,9 @@
 from rich.table import Table
 from rich.text import Text
 
-from lora_cli.console import gigabytes, out, say
+from lora_cli.console import out, say
 from lora_cli.doctor_report import DoctorReport, Finding, Level
+from lora_cli.records import gigabytes
 
 _STYLES: dict[Level, str] = {"problem": "bold red", "note": "yellow", "ok": "green"}
 

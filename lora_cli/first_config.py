@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from lora_cli.config import RunConfig
 from lora_cli.init_report import Decision, Fit, Survey
+from lora_cli.records import gigabytes
 from lora_cli.schema import rules
 
 _FEWEST_ROWS = 10  # of which some can be held out
@@ -53,7 +54,7 @@ def warnings(seen: Survey, keep: bool = False) -> Iterator[str]:
         yield f"Longer than {fit.length:,} tokens: {share:.1%} of the sequences; see data.too_long."
     if fit is not None and fit.fits is False:
         yield (
-            f"It does not fit: about {_gigabytes(fit.total)} are needed and {_gigabytes(fit.free or 0)} are free. A "
+            f"It does not fit: about {gigabytes(fit.total)} are needed and {gigabytes(fit.free or 0)} are free. A "
             "smaller model fits, or several devices with train.shard."
         )
     if model is not None and not model.weights:
@@ -65,10 +66,6 @@ def warnings(seen: Survey, keep: bool = False) -> Iterator[str]:
 
 def _fit(seen: Survey) -> Fit | None:
     return seen.machine.fits[-1] if seen.machine is not None and seen.machine.fits else None
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
 
 
 # --- rows ---
@@ -146,5 +143,5 @@ def _of_memory(seen: Survey) -> Iterator[Decision]:
         return
     first = seen.machine.fits[0]
     for key, value in fit.settings.items():
-        without = f"without it about {_gigabytes(first.total)} are needed, and {_gigabytes(first.free or 0)} are free"
+        without = f"without it about {gigabytes(first.total)} are needed, and {gigabytes(first.free or 0)} are free"
         yield Decision(key, value, without)

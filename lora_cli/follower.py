@@ -9,7 +9,7 @@ from typing import TypeVar
 from rich.live import Live
 
 from lora_cli import interrupt
-from lora_cli.console import duration, err, is_live, say
+from lora_cli.console import err, is_live, say
 from lora_cli.panel import RunPanel
 from lora_cli.records import (
     Evaluated,
@@ -22,6 +22,7 @@ from lora_cli.records import (
     Started,
     StepDone,
     TrialEnded,
+    duration,
     short,
 )
 from lora_cli.redact import redact

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from rich.text import Text
 
 from lora_cli import tables
-from lora_cli.console import duration, gigabytes, out, say
+from lora_cli.console import out, say
 from lora_cli.errors import in_lines
-from lora_cli.records import DataCounts
+from lora_cli.records import DataCounts, duration, gigabytes
 from lora_cli.reports import CheckReport, Marked, MemoryEstimate, RuntimeReport
 
 _SHOWN_CHARACTERS = 2000  # of a row in a preview

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lora_cli import __version__, page_charts, page_searches, page_tables
 from lora_cli.markup import Html, Piece, joined, tag
-from lora_cli.records import with_interval
+from lora_cli.records import duration, with_interval
 from lora_cli.run_reports import Report, RunReport, SearchReport
 from lora_cli.run_words import forgetting_in_words
 
@@ -142,17 +142,12 @@ def _tiles(run: RunReport) -> Iterator[Html]:
     yield _tile("Steps", f"{run.step:,}", of)
     speed = f"{run.tokens / run.seconds:,.0f} a second" if run.seconds else ""
     yield _tile("Tokens", f"{run.tokens:,}", speed)
-    yield _tile("Time", _duration(run.seconds), "of training and validation")
+    yield _tile("Time", duration(run.seconds), "of training and validation")
 
 
 def _tile(name: str, value: str, note: str) -> Html:
     pieces = (tag("dt", name), tag("dd", value, class_="value"), tag("dd", note, class_="note"))
     return tag("dl", *pieces, class_="tile")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
 def _evaluations(run: RunReport) -> Iterator[Piece]:

@@ -10,9 +10,9 @@ from lora_cli.json_file import is_number
 from lora_cli.markup import Html, joined, tag
 from lora_cli.page_charts import grid, picture
 from lora_cli.page_tables import table
-from lora_cli.records import TrialEnded, short, with_interval
+from lora_cli.records import TrialEnded, gigabytes, short, with_interval
 from lora_cli.run_reports import SearchReport
-from lora_cli.search_reports import AgainstFullReport, Knob, SensitivityReport, Side, TuneReport
+from lora_cli.search_reports import AgainstFullReport, Knob, SensitivityReport, Side, TuneReport, change_in_words
 
 _STATES = ("finished", "pruned", "diverged")
 
@@ -101,8 +101,7 @@ def _axis_of(key: str, values: Sequence[Any], log: bool) -> tuple[Axis, list[flo
 
 
 def _knobs(report: SensitivityReport) -> Iterator[Html]:
-    noise = "not known, for one seed" if report.noise is None else f"±{report.noise:.4f}"
-    yield tag("p", f"Validation loss {report.loss:.4f}, mean of {report.seeds} seeds; another seed may change {noise}.")
+    yield tag("p", report.around())
     if report.knobs:
         yield tag("figure", tornado.picture(report), class_="tornado", tabindex="0")
         yield table("What half and twice of each knob change", _KNOB_HEAD, map(_knob, report.knobs))
@@ -112,12 +111,8 @@ _KNOB_HEAD = ("key", "value", "change at half", "change at twice", "more than a 
 
 
 def _knob(knob: Knob) -> Sequence[str]:
-    cells = []
-    for is_its in (min, max):
-        there = [at for at, value in enumerate(knob.values) if is_its(value, knob.value) == value]
-        change = knob.changes[there[0]] if there else None
-        cells.append("-" if not there else "training stopped" if change is None else f"{change:+.4f}")
-    return (knob.key, short(knob.value), *cells, {True: "yes", False: "no", None: "-"}[knob.matters])
+    cells = ["-" if side is None else change_in_words(side[1]) for side in knob.sides()]
+    return (knob.key, short(knob.value), *cells, knob.verdict())
 
 
 # --- against full ---
@@ -133,6 +128,12 @@ def _sides(report: AgainstFullReport) -> Iterator[Html]:
 
 def _side(side: Side) -> Sequence[str]:
     loss, change = with_interval(side.loss, ".4f"), with_interval(side.change, "+.4f")
-    memory = f"{side.peak_memory / 1e9:.2f} GB"
-    figures = (f"{side.learning_rate:.2g}", loss, change, f"{side.parameters:,}", memory, f"{side.seconds:.3g}")
+    figures = (
+        f"{side.learning_rate:.2g}",
+        loss,
+        change,
+        f"{side.parameters:,}",
+        gigabytes(side.peak_memory),
+        f"{side.seconds:.3g}",
+    )
     return (side.method, *figures)

@@ -7,10 +7,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from lora_cli.console import duration, gigabytes
 from lora_cli.curve import Series, plot
 from lora_cli.memory_use import memory_use
-from lora_cli.records import Evaluated
+from lora_cli.records import Evaluated, duration, gigabytes
 from lora_cli.standing import Standing
 
 FEWEST_COLUMNS, FEWEST_ROWS = 50, 20  # below, a bar is all

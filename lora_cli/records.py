@@ -3,6 +3,7 @@
 The loop yields them, `run_dir` appends the measurements to metrics.jsonl, `console` draws them.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -81,6 +82,23 @@ def with_interval(estimate: Estimate, spec: str) -> str:
 def short(value: object) -> str:
     """Return a value of a config in few letters."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def perplexity(loss: float) -> float:
+    """Return the perplexity of a loss in nats a token."""
+    return math.exp(min(loss, 700.0))  # more would be no float
+
+
+def gigabytes(count: int) -> str:
+    """Return bytes as text."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as minutes:seconds, or hours:minutes:seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 @dataclass(frozen=True)

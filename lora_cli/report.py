@@ -28,8 +28,10 @@ def report(paths: Sequence[Path], output: Path | None = None, table: Path | None
     runs, searches = _found(paths)
     alone = _folder_of(paths[0]) if len(paths) == 1 else Path()
     output = output or (alone / FILE)
+    _require_folder("--output", output)
     _require_ours(output)
     if table is not None:
+        _require_folder("--metrics", table)
         metrics_table.require_place(table)
     found = _named([run_facts.read_run(run) for run in runs])
     names = [run.name for run in found]
@@ -82,6 +84,12 @@ def _folder_of(path: Path) -> Path:
     what = "is neither a run directory nor that of a search" if path.exists() else "does not exist"
     hint = did_you_mean(path, is_run_dir) or " Name the output_dir of a run, or a checkpoint in it."
     raise AdapterError(f"{path}: {what}.{hint}")
+
+
+def _require_folder(option: str, path: Path) -> None:
+    """Raise InputError where a file is to be written into a folder that is not there."""
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist; make it first.")
 
 
 def _require_ours(output: Path) -> None:

@@ -1,11 +1,10 @@
 """A run in sentences, and the commands that follow from how it stands."""
 
-import math
 import shlex
 from collections.abc import Iterator
 
 from lora_cli.config import RunConfig
-from lora_cli.records import Evaluated, Forgetting, Tested, with_interval
+from lora_cli.records import Forgetting, Tested, perplexity, with_interval
 from lora_cli.reports import ScanReport
 from lora_cli.run_reports import RunReport
 
@@ -52,15 +51,11 @@ def _gain(run: RunReport) -> Iterator[str]:
         return
     kept = "is kept" if run.status == "finished" else "is the best so far"
     yield (
-        f"Validation loss went from {base.loss:.4f} (base) to {best.loss:.4f}, perplexity from {_perplexity(base)} to "
-        f"{_perplexity(best)}; that of step {best.step:,} {kept}."
+        f"Validation loss went from {base.loss:.4f} (base) to {best.loss:.4f}, perplexity from "
+        f"{perplexity(base.loss):,.2f} to {perplexity(best.loss):,.2f}; that of step {best.step:,} {kept}."
     )
     if best.loss >= base.loss:
         yield "No evaluation was better than the base model: on the validation rows this does not help."
-
-
-def _perplexity(evaluated: Evaluated) -> str:
-    return f"{math.exp(min(evaluated.loss, 700.0)):,.2f}"
 
 
 def _test(run: RunReport) -> Iterator[str]:

@@ -48,6 +48,22 @@ class Knob:
     changes: Sequence[float | None]  # of validation loss at those; null: training stopped
     matters: bool | None  # whether more than another seed may; null: not known
 
+    def sides(self) -> list[tuple[float, float | None] | None]:
+        """Return (value, change) at half and at twice of it, None where the key does not take that."""
+        both = list(zip(self.values, self.changes, strict=True))
+        lower = next((side for side in both if side[0] < self.value), None)
+        upper = next((side for side in both if side[0] > self.value), None)
+        return [lower, upper]
+
+    def verdict(self) -> str:
+        """Return whether it does more than another seed, in a word."""
+        return {True: "yes", False: "no", None: "-"}[self.matters]
+
+
+def change_in_words(change: float | None) -> str:
+    """Return what a knob changes."""
+    return "training stopped" if change is None else f"{change:+.4f}"
+
 
 @dataclass(frozen=True)
 class SensitivityReport:
@@ -60,6 +76,11 @@ class SensitivityReport:
     left: Sequence[str]  # keys at 0, which have no half and no double
     plot: Path  # an SVG file
     saved: Path  # where this report lies
+
+    def around(self) -> str:
+        """Return in a sentence what the knobs are turned around."""
+        noise = "not known, for one seed" if self.noise is None else f"±{self.noise:.4f}"
+        return f"Validation loss {self.loss:.4f}, mean of {self.seeds} seeds; another seed may change {noise}."
 
 
 @dataclass(frozen=True)

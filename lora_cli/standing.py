@@ -117,7 +117,8 @@ class SearchStanding:
                 self.ended.append(event)
                 self.current = Standing()
             case Started():
-                self.current = Standing()
-                self.current.take(event)
+                begun = Standing()
+                begun.take(event)
+                self.current = begun  # whole before another thread draws it
             case _:
                 self.current.take(event)

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lora_cli import tables
-from lora_cli.console import duration, say, show_next
-from lora_cli.records import Evaluated, Finished, StepDone, with_interval
+from lora_cli.console import say, show_next
+from lora_cli.records import Evaluated, Finished, StepDone, duration, perplexity, with_interval
 
 
 def show_finished(end: Finished, run: str, measured: Sequence[StepDone | Evaluated], already: bool) -> None:
@@ -34,7 +34,7 @@ def show_finished(end: Finished, run: str, measured: Sequence[StepDone | Evaluat
 
 def _rows(base: float, best: float, end: Finished, passes: dict[int, Evaluated]) -> list[list[str]]:
     """Return what is known of base and best: their losses, and what else was measured at their steps."""
-    rows = [_row("validation loss", base, best, ".4f"), _row("perplexity", _exp(base), _exp(best), ",.2f")]
+    rows = [_row("validation loss", base, best, ".4f"), _row("perplexity", perplexity(base), perplexity(best), ",.2f")]
     first, chosen = passes.get(0), passes.get(end.best_step or -1)
     if first is not None and chosen is not None:
         rows.append(_row("token accuracy", first.token_accuracy, chosen.token_accuracy, ".1%"))
@@ -48,10 +48,6 @@ def _rows(base: float, best: float, end: Finished, passes: dict[int, Evaluated])
 
 def _row(name: str, base: float, best: float, form: str) -> list[str]:
     return [name, format(base, form), format(best, form), format(best - base, f"+{form}")]
-
-
-def _exp(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
 
 
 def _verdicts(end: Finished) -> Iterator[str]:

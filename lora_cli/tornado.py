@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from lora_cli.charts import bar, line, text
 from lora_cli.markup import Html, tag
 from lora_cli.records import short
-from lora_cli.search_reports import Knob, SensitivityReport
+from lora_cli.search_reports import Knob, SensitivityReport, change_in_words
 
 _LEFT, _PLOT, _RIGHT, _ROW, _TOP = 200, 440, 40, 34, 56  # pixels
 _STYLE = """
@@ -70,4 +70,4 @@ def _knob(knob: Knob, top: float, middle: float, unit: float, reach: float) -> I
         to = reach if change is None else change
         yield bar(min(middle, middle + to * unit), top + 4 + 13 * row, abs(to) * unit, 11, class_)
         if change is None:
-            yield text(middle + reach * unit - 4, top + 13 + 13 * row, "training stopped", "end")
+            yield text(middle + reach * unit - 4, top + 13 + 13 * row, change_in_words(change), "end")

@@ -1,9 +1,9 @@
 """Draws what searches came to: trials, and what each knob does."""
 
 from lora_cli import tables
-from lora_cli.console import gigabytes, say, show_next
-from lora_cli.records import short, with_interval
-from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport
+from lora_cli.console import say, show_next
+from lora_cli.records import gigabytes, short, with_interval
+from lora_cli.search_reports import AgainstFullReport, SensitivityReport, TuneReport, change_in_words
 
 
 def show(report: TuneReport | SensitivityReport | AgainstFullReport) -> None:
@@ -57,24 +57,17 @@ def _came_to(report: TuneReport) -> list[str]:
 
 def _sensitivity(report: SensitivityReport) -> None:
     """Show what half and twice of each knob change, and what another seed alone may."""
-    noise = "not known, for one seed" if report.noise is None else f"±{report.noise:.4f}"
-    say(f"Validation loss {report.loss:.4f}, mean of {report.seeds} seeds; another seed may change {noise}.")
+    say(report.around())
     rows = list[list[str]]()
     for knob in report.knobs:
         cells = list[str]()
-        for is_its in (min, max):
-            there = [i for i, value in enumerate(knob.values) if is_its(value, knob.value) == value]
-            cells += [short(knob.values[there[0]]), _change(knob.changes[there[0]])] if there else ["-", "-"]
-        matters = {True: "yes", False: "no", None: "-"}[knob.matters]
-        rows.append([knob.key, short(knob.value), *cells, matters])
+        for side in knob.sides():
+            cells += ["-", "-"] if side is None else [short(side[0]), change_in_words(side[1])]
+        rows.append([knob.key, short(knob.value), *cells, knob.verdict()])
     tables.show(["key", "value", "half", "change", "twice", "change", "more than a seed"], rows)
     if report.left:
         say(f"At 0, so neither halved nor doubled: {', '.join(report.left)}.")
     say(f"Plot: {report.plot}. Report: {report.saved}.")
-
-
-def _change(change: float | None) -> str:
-    return "training stopped" if change is None else f"{change:+.4f}"
 
 
 def _against_full(report: AgainstFullReport) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import resource
+import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from conftest import Invoke
 from shapes import require_shape
 
-from lora_cli import doctor, model, packages, self_test, storage, surroundings
+from lora_cli import doctor, hub, model, packages, self_test, storage, surroundings
 from lora_cli.doctor_report import DoctorReport, Package
 
 CPU = torch.device("cpu")
@@ -48,6 +50,22 @@ def test_a_token_and_a_proxys_password_are_not_shown(invoke: Invoke, monkeypatch
     assert "secret-word" not in out
     assert "aaaaaa" not in out
     assert "\x1b" not in out
+
+
+def test_what_is_no_hub_does_not_answer(monkeypatch: pytest.MonkeyPatch):
+    """Something listens there that speaks another protocol; the thread that asked ends quietly."""
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def greet() -> None:
+            with listening.accept()[0] as caller:
+                caller.recv(1000)
+                caller.sendall(b"SSH-2.0-other\r\n")
+
+        threading.Thread(target=greet, daemon=True).start()
+        assert not hub._answers(f"http://127.0.0.1:{listening.getsockname()[1]}")
+    assert raised == []
 
 
 def test_numbers_that_are_none_are_a_problem(invoke: Invoke, monkeypatch: pytest.MonkeyPatch):

@@ -308,6 +308,17 @@ def test_only_a_table_of_ours_is_replaced(run: Path, tmp_path: Path, kind: str):
     assert other.read_text() == "prompt,completion\na,b\n"
 
 
+@pytest.mark.parametrize("option", ["--output", "--metrics"])
+def test_a_folder_that_is_missing_is_said_before_anything_is_written(
+    run: Path, tmp_path: Path, invoke: Invoke, option: str
+):
+    """With both files asked for, neither is there alone."""
+    code, _, err = invoke("report", run, option, tmp_path / "none" / "x.csv")
+
+    assert (code, f"the folder {tmp_path / 'none'} does not exist" in err) == (2, True)
+    assert not (run / "report.html").exists()
+
+
 def test_answers_that_are_damaged_are_passed_over(run: Path):
     """A line that is no object is none of them; the others are shown."""
     evaluate(run, "Name a colour.")
@@ -388,7 +399,7 @@ SEARCHES = {
 SHOWN = {
     "tune": ["Search: 4 trials", "Best so far", "validation loss over its value", "diverged", "the best"],
     "sensitivity": ["One knob at a time", "mean of 3 seeds", "training stopped"],
-    "against-full": ["LoRA reaches 90.0% [80.0%, 100.0%] of the full run's gain", "1.00 GB"],
+    "against-full": ["LoRA reaches 90.0% [80.0%, 100.0%] of the full run's gain", "1.0 GB"],
 }
 
 

@@ -22,7 +22,6 @@ def show(report: ConversionReport) -> None:
     _list("Taken over", map(_taken, report.taken))
     _list("Left to a default there, which is another one here", map(_unsaid, report.unsaid))
     _list("Not needed here", map(_left, report.not_needed))
-    console.say("")
     console.show_next((["lora", "check", report.config], "what a run would do"))
 
 

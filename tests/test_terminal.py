@@ -366,5 +366,5 @@ def test_the_end_of_a_run_is_made_of_its_metrics(invoke: Invoke, undisturbed: Pa
 
     assert code == 0
     assert "12 steps in 0:0" in out
-    assert f"{tokens:,} tokens" in out
+    assert re.search(rf" with validation; {tokens:,} tokens, [\d,]+ a second without it\.", out)
     assert row.split()[2:4] == [f"{passes[0].token_accuracy:.1%}", f"{best.token_accuracy:.1%}"]

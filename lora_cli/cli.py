@@ -1,5 +1,7 @@
 """The command line: which commands there are, and that what goes wrong ends as it should."""
 
+from typing import Annotated
+
 import typer
 
 from lora_cli import chat_commands, config_commands, ending, run_commands, tool_commands
@@ -10,6 +12,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version, as the command does.",
+            is_eager=True,
+            show_default=False,
+            callback=tool_commands.leave_with_version,
+        ),
+    ] = False,
+) -> None:
+    """Take what stands before a command."""
 
 
 app.command()(config_commands.init)

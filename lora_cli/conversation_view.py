@@ -54,7 +54,8 @@ class View:
             return
         match name:
             case "help":
-                console.print_text(slash.listing())
+                for line, indent in slash.listing():
+                    console.say(line, indent=indent)
             case "base":
                 self._base(argument)
             case "system":

@@ -140,7 +140,7 @@ def _tiles(run: RunReport) -> Iterator[Html]:
         yield _tile("Forgetting", f"{forgetting.rise.value:+.4f}", f"nats on general text, {budget}")
     of = f"of {run.total_steps:,}" if run.total_steps else run.status
     yield _tile("Steps", f"{run.step:,}", of)
-    speed = f"{run.tokens / run.seconds:,.0f} a second" if run.seconds else ""
+    speed = f"{run.tokens / run.seconds:,.0f} a second with validation" if run.seconds else ""
     yield _tile("Tokens", f"{run.tokens:,}", speed)
     yield _tile("Time", duration(run.seconds), "of training and validation")
 

@@ -111,6 +111,8 @@ def _facts(standing: Standing) -> Iterator[tuple[str, RenderableType]]:
             yield "patience left", Text(f"{left} of {standing.started.patience}", spent)
         if standing.evaluated.forgetting is not None and standing.evaluated.step:
             yield "forgetting", _forgetting(standing, standing.evaluated)
+    elif standing.step is None and standing.started is not None and standing.started.validation is not None:
+        yield "validation", "of the base, being measured"
     if standing.step is not None:
         yield "learning rate", f"{standing.step.learning_rate:.2e}"
     if standing.speed is not None:

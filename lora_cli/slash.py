@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,15 +57,14 @@ def parse(text: str) -> tuple[str, str]:
     return name, argument
 
 
-def listing() -> str:
-    """Return what there is, a line each."""
+def listing() -> Iterator[tuple[str, int]]:
+    """Yield what there is, a line each, with the columns by which what does not fit in a line is indented."""
     usages = {f"/{name} {command.argument}".strip(): command.does for name, command in COMMANDS.items()}
     width = max(map(len, usages))
-    lines = [f"{usage:{width}}  {does}" for usage, does in usages.items()]
-    typing = 'A line that ends in \\ goes on in the next one; """ begins and ends a text of several lines.'
-    return "\n".join(
-        [*lines, typing, "Ctrl-C stops an answer. Ctrl-D leaves, and so does Ctrl-C where nothing stands."]
-    )
+    for usage, does in usages.items():
+        yield f"{usage:{width}}  {does}", width + 2
+    yield 'A line that ends in \\ goes on in the next one; """ begins and ends a text of several lines.', 0
+    yield "Ctrl-C stops an answer. Ctrl-D leaves, and so does Ctrl-C where nothing stands.", 0
 
 
 _KNOBS: dict[str, tuple[Callable[[str], Any], Callable[[Any], bool], str]] = {

@@ -25,7 +25,7 @@ def show_finished(end: Finished, run: str, measured: Sequence[StepDone | Evaluat
     tokens, pace = sum(one.tokens for one in steps), sum(one.seconds for one in steps)
     took = f"{end.step} steps in {duration(seconds) if math.isfinite(seconds) else '?'}"
     if pace:
-        took += f" with validation; {tokens:,} tokens, {tokens / pace:,.0f} a second"
+        took += f" with validation; {tokens:,} tokens, {tokens / pace:,.0f} a second without it"
     say(f"{took}.")
     what = "model" if end.adapter.name == "model" else "adapter"
     say(f"{what.capitalize()}: {end.adapter}")

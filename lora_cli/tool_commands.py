@@ -28,6 +28,13 @@ def doctor(
         raise typer.Exit(SurroundingsError.exit_code)
 
 
+def leave_with_version(wanted: bool) -> None:
+    """Do what is usual for `--version`, where it is given."""
+    if wanted:
+        version()
+        raise typer.Exit
+
+
 def version(json: Json = False) -> None:
     """Print the version."""
     from importlib import metadata

@@ -453,6 +453,8 @@ def test_a_conversation_at_a_terminal(undisturbed: Path, tmp_path: Path):
     assert "/help" in terminal.until("\n> ")
     terminal.type("/hepl\n")
     assert "did you mean /help" in terminal.until("\n> ")
+    terminal.type("/help\n")
+    assert max(map(len, terminal.until("\n> ").splitlines())) <= 80
     terminal.type('"""one\n')
     terminal.until("... ")
     terminal.type('two"""\n')

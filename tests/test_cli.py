@@ -173,6 +173,14 @@ def test_init_writes_a_config_that_loads(invoke: Invoke, tmp_path: Path):
     assert json.loads(invoke("init", "--schema")[1])["properties"].keys() == type(config).model_fields.keys()
 
 
+def test_the_version_is_also_an_option(invoke: Invoke):
+    """`lora --version` prints what `lora version` does; without anything there is help."""
+    code, out, err = invoke("--version")
+    assert (code, out, err) == invoke("version")
+    assert (code, out[:5], err) == (0, "lora ", "")
+    assert invoke()[0] == 2
+
+
 def test_a_bug_is_exit_1_with_a_log(invoke: Invoke, make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     """What is no fault of the user is a short note and a traceback in a file."""
     monkeypatch.setattr(config_file, "load", lambda *_: 1 / 0)

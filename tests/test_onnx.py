@@ -62,7 +62,9 @@ def test_a_missing_extra_is_named(model_folder: Callable[[str], str], tmp_path: 
     """Before anything is written: exit 3 and the command that installs it."""
     write_adapter(model_folder("llama"), tmp_path / "adapter", LoraConfig(rank=2))
     monkeypatch.setattr(onnx_graph, "_NEEDED", ("onnx", "no_such_package"))
-    with pytest.raises(SurroundingsError, match=r"no_such_package is not installed: uv pip install 'lora-cli\[onnx\]'"):
+    with pytest.raises(
+        SurroundingsError, match=r"needs no_such_package, not installed here: pip install 'lora-cli\[onnx\]'"
+    ):
         export.export(tmp_path / "adapter", "onnx", tmp_path / "onnx")
 
     assert not (tmp_path / "onnx").exists()

@@ -148,7 +148,8 @@ def test_check_accepts_what_becomes_of_a_public_example(
 ):
     """On a tiny model, with rows of the shape that its data set has."""
     rows = write_rows(tmp_path / "rows.jsonl", [ROWS[example.stem](number) for number in range(40)])
-    assert invoke("init", tmp_path / "ours.yaml", "--from", example)[0] == 0
+    code, out, err = invoke("init", tmp_path / "ours.yaml", "--from", example)
+    assert (code, "\n\nNext:\n" in out, "\n\n\n" in out) == (0, True, False)
     code, out, err = invoke(
         "check", tmp_path / "ours.yaml", f"model={model_folder('llama')}", f"data.train={rows}", "--json"
     )

@@ -122,8 +122,10 @@ def test_a_panel_of_few_rows_is_a_bar():
 
 
 def test_a_panel_of_what_is_not_known_yet_or_not_finite():
-    """Nothing is measured yet; then a loss is not a number: both are drawn."""
-    assert any("step 0/40" in line for line in drawn(RunPanel(after(started())), 80))
+    """Nothing is measured yet, and what is going on is said; then a loss is not a number: both are drawn."""
+    waiting = drawn(RunPanel(after(started())), 80)
+    assert any("step 0/40" in line for line in waiting)
+    assert any(re.fullmatch(r" *validation +of the base, being measured", line) for line in waiting)
     lines = drawn(RunPanel(after(started(), evaluated(0, math.nan, math.nan), step(1, math.nan))), 80)
     assert any(line.split() == ["training", "loss", "not", "finite"] for line in lines)
 
@@ -375,5 +377,5 @@ def test_the_end_of_a_run_is_made_of_its_metrics(invoke: Invoke, undisturbed: Pa
 
     assert code == 0
     assert "12 steps in 0:0" in out
-    assert f"{tokens:,} tokens" in out
+    assert re.search(rf" with validation; {tokens:,} tokens, [\d,]+ a second without it\.", out)
     assert row.split()[2:4] == [f"{passes[0].token_accuracy:.1%}", f"{best.token_accuracy:.1%}"]

@@ -33,11 +33,11 @@ def require_exporter() -> None:
     """Raise SurroundingsError where what this needs is not installed."""
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise SurroundingsError(
-            f"--format onnx: {', '.join(missing)} is not installed: uv pip install 'lora-cli[onnx]'."
+            f"--format onnx: this needs {', '.join(missing)}, not installed here: pip install 'lora-cli[onnx]'."
         )
     if importlib.util.find_spec("transformers.exporters") is None:
         raise SurroundingsError(
-            "--format onnx: this transformers has no exporters; 5.24 has: uv pip install -U transformers"
+            "--format onnx: this transformers has no exporters; 5.24 has: pip install -U transformers"
         )
 
 

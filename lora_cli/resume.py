@@ -12,6 +12,7 @@ from lora_cli.errors import AdapterError, ConfigError, DataError
 from lora_cli.records import Start, as_json
 from lora_cli.run_dir import FORMAT, RunDir
 from lora_cli.schema import OnResume, rules, value_of
+from lora_cli.strict_yaml import dump_inline
 
 _ELSEWHERE = "To start anew, set another output_dir (output_dir=...)."
 # What a run saw, by its hash in environment.json.
@@ -37,7 +38,12 @@ class Change:
     rule: OnResume
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.before} there, {self.after} now"
+        return f"{self.key}: {_as_written(self.before)} there, {_as_written(self.after)} now"
+
+
+def _as_written(value: Any) -> Any:
+    """Return what YAML writes in another way than Python as it stands in a config."""
+    return dump_inline(value) if value is None or isinstance(value, bool) else value
 
 
 def changes(old: RunConfig, new: RunConfig) -> list[Change]:

@@ -208,6 +208,14 @@ def test_the_rule_of_a_key_decides(key: str, config: Path, tmp_path: Path):
     assert resume.changes(written, changed) == []
 
 
+def test_a_change_is_said_as_a_config_writes_it(invoke: Invoke, config: Path):
+    """null, true and false, not what Python calls them."""
+    _, _, err = invoke("train", config, "train.neftune_alpha=5", "train.kl_without_target=true", "train.kl_to_base=0.1")
+
+    assert "train.neftune_alpha: null there, 5.0 now" in err
+    assert "train.kl_without_target: false there, true now" in err
+
+
 def test_a_change_that_needs_override_through_the_command(invoke: Invoke, config: Path):
     """Exit 2 without --override and 0 with it; later starts need it no more; the card tells of it."""
     config = with_values(config, **{"train.learning_rate": 0.02})

@@ -278,7 +278,7 @@ EDITS = [
     # what people see and touch
     (180, "convert", "        if key not in done:", "        if key not in done and value is not None:"),
     (181, "peers/trainer", "(parts or 1)) * source.processes", "(parts or 1))"),
-    (182, "peers/base_and_adapter", "math.sqrt(r) if dora and rslora else 1", "1"),
+    (182, "peers/base_and_adapter", "math.sqrt(abs(r)) if dora and rslora else 1", "1"),
     (183, "columns", "found = find(first_row(train))", "found: dict[str, tuple[Any, str]] = {}"),
     (184, "survey", "        if memory.fits is not False:\n            return\n", "        return\n"),
     (
@@ -289,9 +289,9 @@ EDITS = [
     ),
     (186, "prompts", "_THOUGHT if think else {}", "{}"),
     (187, "decoding", "            self._cache.crop(-extra)", "            pass"),
-    (188, "speaker", "            self.decoder.forget()\n            self._cached_for", "            self._cached_for"),
+    (188, "speaker", "                self.decoder.forget()\n", ""),
     (189, "text_stream", "(whole and text.endswith(_HALF)) or ", ""),
-    (190, "markup", "return escape(shown)", "return shown"),
+    (190, "markup", "return escape(in_lines(redact(text)))", "return in_lines(redact(text))"),
     (191, "curves", "min(known)[1], max(known)[1], ", ""),
     (192, "report", "if not is_ours:", "if False:"),
     (193, "resume", "{**start.origins, **kept}", "{**kept, **start.origins}"),
@@ -314,6 +314,14 @@ EDITS = [
     ),
     (201, "session", "Interrupted | GeneratorExit | KeyboardInterrupt", "Interrupted | GeneratorExit"),
     (202, "ending", "_exit(Problem(1, [bug], log))", "sys.exit(1)"),
+    (203, "convert", '    return f"# {one_line(text)}"', '    return f"# {text}"'),
+    (204, "speaker", "        self._attached = None", "        pass"),
+    (
+        205,
+        "api",
+        "    yield from tracking.tracked(training.train(config, stop or StopRequest(), override), config)",
+        "    yield from training.train(config, stop or StopRequest(), override)",
+    ),
 ]
 
 

@@ -5,8 +5,8 @@
 Each command runs in a terminal of its own (a pty, read by a terminal emulator), one after another in an empty folder,
 on the quickstart's rows and a small model: a short run from the first config to an answer. What stands on the screen
 when the command has ended is kept as text; of `lora train` and `lora tune` also what stood there on the way. The report
-is opened in headless Chromium, at a desktop's and at a phone's width, light and dark. Needs the packages of the
-dependency group `screens`, and `chromium` on the path.
+is opened in headless Chromium, at a desktop's and at a phone's width, light and dark. Needs `pyte`, which
+the tests' packages hold, and `chromium` on the path.
 """
 
 import argparse

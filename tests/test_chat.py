@@ -27,7 +27,7 @@ from conftest import (
 from processes import disturb, end, fork, lora, send
 from shapes import require_shape
 
-from lora_cli import decoding, model, slash, tuned
+from lora_cli import console, decoding, model, slash, tuned
 from lora_cli import speaker as speaking
 from lora_cli.chat import Chat
 from lora_cli.chat_reports import ChatReport
@@ -424,6 +424,7 @@ class Terminal:
             sys.stdin, sys.stdout, sys.stderr = (
                 os.fdopen(n, m, closefd=False) for n, m in ((0, "r"), (1, "w"), (2, "w"))
             )
+            console.out.width = 80  # it was made where stdout is no terminal
             code = 70
             try:
                 lora(*arguments)

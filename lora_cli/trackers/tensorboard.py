@@ -5,8 +5,10 @@ A run that goes on says from which step on: readers forget what they read from t
 tensorboard/compat/proto/event.proto, and `_Purge` in its event_accumulator.py).
 """
 
+import re
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -19,6 +21,12 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from lora_cli.trackers.tracker import NOTHING, TrackedRun
 
 FOLDER = "tensorboard"
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait, a second at most, until a new file's name sorts behind those that are there: readers go by their seconds."""
+    seconds = [found[1] for file in folder.glob("events.*") if (found := re.search(r"tfevents\.(\d+)", file.name))]
+    time.sleep(min(1.0, max(0.0, max(map(int, seconds), default=0) + 1 - time.time())))
 
 
 class TensorBoard:
@@ -35,6 +43,7 @@ class TensorBoard:
         """Begin an event file behind those that are there; what they hold after the step returned is forgotten."""
         folder = self._run.place / FOLDER
         held = min(self._run.known.step, step) if folder.is_dir() else NOTHING
+        _wait_for_a_later_name(folder)
         self._writer = EventFileWriter(str(folder))
         self._step = held + 1
         self._add(session_log=SessionLog(status=SessionLog.START))

@@ -24,7 +24,7 @@ FOLDER = "tensorboard"
 
 
 def _wait_for_a_later_name(folder: Path) -> None:
-    """Wait, a second at most, until a new file's name sorts behind those that are there: readers go by their seconds."""
+    """Wait, a second at most, until a new file's name sorts behind those there: readers go by the seconds in it."""
     seconds = [found[1] for file in folder.glob("events.*") if (found := re.search(r"tfevents\.(\d+)", file.name))]
     time.sleep(min(1.0, max(0.0, max(map(int, seconds), default=0) + 1 - time.time())))
 

@@ -471,6 +471,7 @@ def test_a_conversation_at_a_terminal(undisturbed: Path, tmp_path: Path):
     time.sleep(0.2)
     terminal.type("\x03")
     terminal.until("\n> ")
+    time.sleep(0.5)  # the prompt stands there before the line is read
     terminal.type("\x03")
 
     assert end(terminal.process) == 130

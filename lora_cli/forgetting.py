@@ -39,9 +39,13 @@ class Validation:
         """Return a validation set of at most so many of the rows, evenly spread."""
         if count >= len(self.examples):
             return self
+        return Validation(self.model, self.examples.where(self._spread(count)), self.general, self.world)
+
+    def _spread(self, wanted: float) -> np.ndarray:
+        """Return which rows are taken where so many are wanted, evenly spread."""
         taken = np.zeros(len(self.examples), bool)
-        taken[spread(len(taken), count)] = True
-        return Validation(self.model, self.examples.where(taken), self.general, self.world)
+        taken[spread(len(taken), wanted)] = True
+        return taken
 
     def measure_base(self, tokens: int) -> tuple[Measured, Forgetting | None]:
         """Measure a model whose adapter is fresh; later runs on the same base are told what was found."""
@@ -54,8 +58,7 @@ class Validation:
         world = self.world
         if not self.general:
             return measure(self.model, self.examples, tokens, world=world)[0], None
-        near = np.zeros(len(self.examples), bool)
-        near[spread(len(near), _KL_TOKENS / self.examples.lengths.mean())] = True
+        near = self._spread(_KL_TOKENS / self.examples.lengths.mean())
         _, beside_base = measure(self.model, self.examples.where(near), tokens, BASE_AND_ADAPTER, world)
         (rest,) = measure(self.model, self.examples.where(~near), tokens, world=world)
         if self._base is None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_cli import config_file, how_to_load, metrics, run_dir, sources, storage, strict_yaml
+from lora_cli import config_file, how_to_load, json_file, metrics, run_dir, sources, storage, strict_yaml
 from lora_cli.adapter import Adapter
 from lora_cli.adapter_folder import Origin
 from lora_cli.config import RunConfig
@@ -51,6 +51,7 @@ class Facts:
     after: Evaluated | None  # the adapter
     finished: Finished | None  # where it is the run's best
     evaluations: Sequence["Evaluation"]
+    chosen_rate: float | None  # by train.learning_rate: auto
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ def _facts_of(folder: Path, run: RunDir | None, finished: Finished | None = None
         after=evaluated.get(step) if step is not None else None,
         finished=finished,
         evaluations=list(_evaluations(run, name)),
+        chosen_rate=json_file.read_object(run.probe).get("chosen") if run.probe.exists() else None,
     )
 
 
@@ -250,6 +252,8 @@ def _making(facts: Facts | None) -> str:
         f"\nFrom step {one['step'] + 1} on with another {one['key']}: {one['after']}, not {one['before']}.\n"
         for one in facts.changes
     )
+    if facts.chosen_rate is not None:
+        changed += f"\nThe learning rate that `auto` found is {facts.chosen_rate:g}.\n"
     versions = ", ".join(
         f"{name} {environment[name]}" for name in ("lora", "torch", "transformers") if name in environment
     )

@@ -98,8 +98,9 @@ class View:
         if not path:
             raise InputError("/save: expected a file to append to, such as /save talks.jsonl.")
         rows = self._chat.rows()
-        for row in rows:
-            storage.append_line(Path(path), dumps(row, ensure_ascii=False))
+        with storage.appending(Path(path)) as file:
+            for row in rows:
+                storage.append_line(file, dumps(row, ensure_ascii=False))
         storage.keep(Path(path))
         console.message(f"appended {len(rows)} row{'s'[: len(rows) != 1]} to {path}")
 

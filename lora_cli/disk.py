@@ -38,10 +38,9 @@ def create(path: Path) -> BinaryIO:
     return io.BufferedWriter(_Announced(path, "xb"))
 
 
-def append(path: Path, data: bytes) -> None:
-    """Add bytes to a file's end."""
-    with io.BufferedWriter(_Announced(path, "ab")) as file:
-        file.write(data)
+def open_end(path: Path) -> io.FileIO:
+    """Open a file, which is made where there is none, to write behind its end; nothing is kept back in memory."""
+    return _Announced(path, "ab")
 
 
 def copy(source: Path, path: Path) -> None:

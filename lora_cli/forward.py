@@ -100,13 +100,14 @@ def target_logits(model: LanguageModel, batch: Batch) -> Tensor:
     return logits
 
 
+@torch.no_grad()
 def share_inputs(model: LanguageModel) -> None:
     """Have adapted layers that read the same input computed together; which ones do is found by a short forward."""
     if next(lora.lora_layers(model.module), None) is None:
         return
     some = Example((0, 1, 2), (0, 1, 2), "tokens of no row")
     with lora.sharing_inputs(model.module):
-        target_loss(model, lay_out(model, ALONE, [some]))
+        target_states(model, lay_out(model, ALONE, [some]))
 
 
 @contextlib.contextmanager

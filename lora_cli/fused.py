@@ -148,11 +148,17 @@ _ROTARY = "apply_rotary_pos_emb"  # the function of this name that a model's fil
 
 
 def _with_our_rotation(module: nn.Module) -> Callable[..., Any] | None:
-    """Return a forward that is the module's own but for the rotation of queries and keys; None where it has none.
+    """Return a forward that is the module's own but for the rotation of queries and keys; None where it has none."""
+    turned = _turned(type(module).forward)
+    return None if turned is None else MethodType(turned, module)
+
+
+@functools.cache
+def _turned(forward: Callable[..., Any]) -> FunctionType | None:
+    """Return the function with our rotation in it; None where it has none, or another.
 
     Its code is given another name space, so that no other model is touched.
     """
-    forward = type(module).forward
     if getattr(forward, "__globals__", {}).get("__name__") == "transformers.utils.deprecation":
         forward = inspect.unwrap(forward)  # what is around it only takes old names of arguments
     if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
@@ -166,15 +172,17 @@ def _with_our_rotation(module: nn.Module) -> Callable[..., Any] | None:
         cos, sin = cos[:, None], sin[:, None]
         return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
 
-    names = {**forward.__globals__, _ROTARY: rotate}
-    ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    ours.__kwdefaults__ = forward.__kwdefaults__
-    x = torch.linspace(-1, 1, 48).view(1, 2, 3, 8)
-    cos, sin = (torch.linspace(-1, 1, 24).roll(shift).view(1, 3, 8) for shift in (0, 5))
+    x = torch.linspace(-1, 1, 48, device="cpu").view(1, 2, 3, 8)
+    cos, sin = (torch.linspace(-1, 1, 24, device="cpu").roll(shift).view(1, 3, 8) for shift in (0, 5))
     try:
         with torch.enable_grad():
             pairs = zip(rotate(x, -x, cos, sin), theirs(x, -x, cos, sin), strict=True)
             same = all(agree(mine, other, x.dtype) for mine, other in pairs)
     except (TypeError, ValueError, RuntimeError):
         return None
-    return MethodType(ours, module) if same else None
+    if not same:
+        return None
+    names = {**forward.__globals__, _ROTARY: rotate}
+    ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    return ours

@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from io import FileIO
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -16,9 +17,9 @@ Record = TypeVar("Record")
 _KINDS: dict[str, type[StepDone] | type[Evaluated]] = {"step": StepDone, "evaluated": Evaluated}
 
 
-def append(run: RunDir, record: StepDone | Evaluated) -> None:
+def append(file: FileIO, record: StepDone | Evaluated) -> None:
     """Append one measurement to metrics.jsonl."""
-    storage.append_line(run.metrics, json.dumps({"event": event_name(record), **as_json(record)}))
+    storage.append_line(file, json.dumps({"event": event_name(record), **as_json(record)}))
 
 
 def read(run: RunDir) -> list[dict[str, Any]]:

@@ -3,10 +3,11 @@
 The loop yields them, `run_dir` appends the measurements to metrics.jsonl, `console` draws them.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -262,21 +263,25 @@ Event = Preparing | Probed | TrialEnded | Started | StepDone | Evaluated | Saved
 
 def event_name(record: object) -> str:
     """Return a record's name in metrics.jsonl: StepDone -> step, Evaluated -> evaluated."""
-    name = type(record).__name__.removesuffix("Done")
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+    return _name_of(type(record).__name__)
+
+
+@functools.cache
+def _name_of(kind: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.removesuffix("Done")).lower()
 
 
 def plain(value: Any) -> Any:
-    """Return values as JSON and YAML have them, paths as text."""
+    """Return records and values as JSON and YAML have them, paths as text."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
         return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]
-    return value
+    return as_json(value) if is_dataclass(value) else value
 
 
 def as_json(record: Any) -> dict[str, Any]:
     """Return a record as plain JSON values, paths as text."""
-    return {key: plain(value) for key, value in asdict(record).items()}
+    return {field.name: plain(getattr(record, field.name)) for field in fields(record)}

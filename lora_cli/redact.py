@@ -55,6 +55,8 @@ def redact(text: str) -> str:
     """Return a text with every secret hidden."""
     if holds_secret(text):
         text = _FORMS.sub(HIDDEN, text)
+    if len(text) < _SHORTEST:
+        return text
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and value in text and _SECRET_NAME.search(name) and value[0] not in "/~.":
             text = text.replace(value, HIDDEN)

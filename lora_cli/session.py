@@ -6,7 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lora_cli import adapter, adapter_folder, ends, interrupt, metrics, model, notices, origins, resume, run_dir, tuning
+from lora_cli import (
+    adapter,
+    adapter_folder,
+    ends,
+    interrupt,
+    metrics,
+    model,
+    notices,
+    origins,
+    resume,
+    run_dir,
+    storage,
+    tuning,
+)
 from lora_cli.config import ModelConfig, RunConfig
 from lora_cli.distributed import World, memory_error
 from lora_cli.errors import Interrupted, UserError
@@ -179,14 +192,15 @@ def _written_down(loop: Loop, run: RunDir, world: World) -> Iterator[Event]:
         run_dir.write_status(run, "running", step=loop.state.step, pid=os.getpid())
     finished = False
     try:
-        for event in loop:
-            if isinstance(event, StepDone | Evaluated) and world.is_main:
-                metrics.append(run, event)
-            if isinstance(event, Finished) and world.is_main:
-                facts = {key: value for key, value in as_json(event).items() if key != "adapter"}
-                run_dir.write_status(run, "finished", **facts)
-                finished = True
-            yield event
+        with storage.appending(run.metrics) if world.is_main else contextlib.nullcontext() as measured:
+            for event in loop:
+                if isinstance(event, StepDone | Evaluated) and measured is not None:
+                    metrics.append(measured, event)
+                if isinstance(event, Finished) and world.is_main:
+                    facts = {key: value for key, value in as_json(event).items() if key != "adapter"}
+                    run_dir.write_status(run, "finished", **facts)
+                    finished = True
+                yield event
     except BaseException as caught:
         error = memory_error(caught) or caught
         if not finished and world.is_main:

@@ -14,6 +14,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,10 +75,21 @@ def write_json(path: Path, values: Any) -> None:
     write_file(path, json_file.as_text(values))
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append one line in one write. It may be lost with the power until `keep`."""
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[FileIO]:
+    """Yield a file to append lines to; it is made where there is none."""
     with explained(path):
-        disk.append(path, f"{line}\n".encode())
+        file = disk.open_end(path)
+    with file:
+        yield file
+
+
+def append_line(file: FileIO, line: str) -> None:
+    """Append one line, in one write where the system takes it whole. It may be lost with the power until `keep`."""
+    rest = f"{line}\n".encode()
+    with explained(Path(file.name)):
+        while rest:
+            rest = rest[file.write(rest) :]
 
 
 def keep(path: Path) -> None:

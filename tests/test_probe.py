@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import facts, opened
 
-from lora_cli import config_file, metrics, probe, run_dir
+from lora_cli import card, config_file, metrics, probe, run_dir
 from lora_cli.errors import Interrupted
 from lora_cli.interrupt import StopRequest
 from lora_cli.records import Event, Finished, Notice, Probed, StepDone
@@ -44,6 +44,7 @@ def test_the_rate_comes_from_trials_and_is_kept(make_config: Callable[..., Path]
         min(each["rate"] for each in table["tried"]) <= table["chosen"] <= max(each["rate"] for each in table["tried"])
     )
     assert not (tmp_path / "run" / "probes").exists()
+    assert f"that `auto` found is {table['chosen']:g}." in (tmp_path / "run" / "adapter" / card.FILE).read_text()
     settings = SETTINGS | {"train.learning_rate": table["chosen"], "output_dir": f"{tmp_path}/alone"}
     run(make_config(**settings))
     assert facts(tmp_path / "run")[0] == facts(tmp_path / "alone")[0]

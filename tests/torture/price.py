@@ -11,7 +11,7 @@ from lora_cli import config_file, manifest, room, storage, train
 from lora_cli.interrupt import StopRequest
 
 PLAIN = ("write_file", "append_line", "keep", "add_file", "add_copy", "make_folder", "remove_directory")
-MANAGED = ("new_directory", "lock")
+MANAGED = ("new_directory", "appending", "lock")
 
 
 class Clock:

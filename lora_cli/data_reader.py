@@ -124,7 +124,7 @@ def shared_system(config: DataConfig) -> str | None:
     return None if system is None or redact(system) != system else system
 
 
-def run_to_end(generator: Generator[News, None, Result]) -> Result:
+def run_to_end(generator: Generator[object, None, Result]) -> Result:
     """Return what a generator returns; its news are not wanted."""
     while True:
         try:

@@ -155,10 +155,11 @@ def build_loop(job: Job, tokens: str, name: str = "ours") -> Any:
         seed=job["seed"],
         output_dir=job["folder"],
     )
-    training = TrainingSet(Examples(job), Mixture((Part(0, len(job["rows"])),)))
+    examples: Any = Examples(job)
+    training = TrainingSet(examples, Mixture((Part(0, len(job["rows"])),)))
     origin = Origin(job["model"], None, "", {})
     run = RunDir(Path(job["folder"]))
-    return Loop(config, run, load_ours(job), training, None, origin, StopRequest(), tokens_of(tokens))
+    return Loop(config, run, load_ours(job), training, None, None, origin, StopRequest(), tokens_of(tokens))
 
 
 def tokens_of(setting: str) -> int:

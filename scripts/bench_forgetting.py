@@ -116,18 +116,21 @@ def measure_all(out: Path, tasks: list[str]) -> None:
 
     (out / "measured").mkdir(exist_ok=True)
     for task in tasks:
-        loaded = rows = general = base_general = None
-        for seed, (method, gain) in itertools.product(SEEDS, POINTS):
-            run, kept = place(out, task, method, seed), measured_at(out, task, method, seed, gain)
-            if not (run / "adapter").exists() or kept.exists():
-                continue
-            result = tuned.find(run)
-            if loaded is None:
-                loaded = tuned.load(result, torch.device("cpu"))
-                rows = held_out_rows(result, str(out / f"{task}-test.jsonl"))[0]
-                rows = rows.where(np.arange(len(rows)) % ONE_IN == 0)
-                general = general_text(result, None)
-                (base_general,) = measure(loaded, general, 1024, (0.0,))
+        due = [
+            (tuned.find(run), kept, gain)
+            for seed, (method, gain) in itertools.product(SEEDS, POINTS)
+            if ((run := place(out, task, method, seed)) / "adapter").exists()
+            and not (kept := measured_at(out, task, method, seed, gain)).exists()
+        ]
+        if not due:
+            continue
+        first = due[0][0]
+        loaded = tuned.load(first, torch.device("cpu"))
+        rows = held_out_rows(first, str(out / f"{task}-test.jsonl"))[0]
+        rows = rows.where(np.arange(len(rows)) % ONE_IN == 0)
+        general = general_text(first, None)
+        (base_general,) = measure(loaded, general, 1024, (0.0,))
+        for result, kept, gain in due:
             adapter.load_weights(loaded.module, result.adapter)
             tokenizer = result.header.tokenizer
             base, tuned_on_task = measure(loaded, rows, 1024, (0.0, gain))
@@ -194,7 +197,7 @@ def report(out: Path) -> None:
                 ]
                 print(f"  {method}, gain {gain:g}: {in_words(difference(*both), '+.1%')}")
     for name, some in (("all", points), ("those without replay", [p for p in points if "replay" not in p[0]])):
-        _, kls, rises = zip(*some, strict=True)
+        kls, rises = [kl for _, kl, _ in some], [rise for *_, rise in some]
         print(f"\nSpearman of KL and rise over {len(some)} runs and gains ({name}): {spearman(kls, rises):.2f}")
 
 
@@ -227,7 +230,8 @@ def budget(out: Path, task: str = "banking77") -> None:
     ours.module.set_attn_implementation(ours.own_attention)
     base = transformers.AutoModelForCausalLM.from_pretrained(result.header.folder, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, scaled)
-    ids = torch.tensor([result.header.tokenizer((out / "general.txt").read_text(encoding="utf-8")[:2000])["input_ids"]])
+    text = (out / "general.txt").read_text(encoding="utf-8")[:2000]
+    ids = torch.tensor(result.header.tokenizer([text])["input_ids"])
     with torch.no_grad(), layers.gain(ours.module, gain):
         wanted, got = ours.module(input_ids=ids).logits, theirs(input_ids=ids).logits
     print(
@@ -242,8 +246,8 @@ def in_words(found: Estimate, spec: str) -> str:
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's rank correlation."""
-    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    one, other = (np.argsort(np.argsort(values)).astype(float) for values in (first, second))
+    return float(np.corrcoef(one, other)[0, 1])
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=500)
     asked = parser.parse_args()
     result = tuned.find(asked.run)
-    rows, _, _ = held_out_rows(result, asked.data)
+    rows = held_out_rows(result, asked.data)[0]
     loaded = tuned.load(result, torch.device("cpu"))
     tokenizer = result.header.tokenizer
     prompts = [question.prompt for question in questions_of(rows, asked.rows)]

@@ -30,12 +30,12 @@ from lora_cli.trial import train_whole  # noqa: E402
 
 def loss_of(session: Session, config: RunConfig) -> float:
     """Return a run's validation loss, infinite where training stopped."""
-    loss = float("inf")
     try:
         loss = run_to_end(train_whole(session, config, run_dir.of(config))).best_loss
     except TrainingStopped as stopped:
         print(f"  {stopped.problems[0]}", file=sys.stderr)
-    return loss
+        loss = None
+    return float("inf") if loss is None else loss
 
 
 def main() -> None:

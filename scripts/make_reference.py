@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from output_shapes import first_paragraph, json_page, json_schema, meanings, table
 
@@ -112,7 +112,7 @@ def without_choices(meaning: str, schema: Mapping[str, Any]) -> str:
     return rest if len(choices) > 1 and all(f"`{one}`" in accepted(schema) for one in choices) else meaning
 
 
-def _is_section(kind: Any) -> bool:
+def _is_section(kind: Any) -> TypeGuard[type[Section]]:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
@@ -139,7 +139,7 @@ def config_page() -> str:
     head = ("key", "takes", "default", "meaning", "when a run goes on")
     top = config.RunConfig.model_fields
     examples = {text.partition(":")[0]: text for text in EXAMPLES}
-    sections = {name: field.annotation for name, field in top.items() if _is_section(field.annotation)}
+    sections = {name: kind for name, field in top.items() if _is_section(kind := field.annotation)}
     others = [row for row in keys_of(config.RunConfig, "", known) if row[0].strip("`") in top.keys() - sections.keys()]
     for name, section in sections.items():
         lines += [f"## {name}", "", first_paragraph(section), "", *table(head, keys_of(section, f"{name}.", known))]

@@ -133,7 +133,7 @@ def in_words(hint: Any) -> str:
         return f"object of {in_words(arguments[1])}"
     if arguments:
         return f"list of {in_words(arguments[0])}"
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return f"[{hint.__name__}](#{hint.__name__.lower()})"
     return JSON_NAMES[hint]
 
@@ -150,7 +150,7 @@ def fields_of(record: type) -> Iterator[str]:
 
 def records_in(hint: Any) -> Iterator[type]:
     """The records that a type holds, in the order in which they are met."""
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         yield hint
         for inner in get_type_hints(hint).values():
             yield from records_in(inner)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -61,7 +61,8 @@ def main() -> int:
         folder = Path(name)
         base = folder / "base.gguf"
         gguf_file.write(base, gguf_export.model_plan(result, "f32", adapted=False)[0])
-        for kind in ("f32", "f16", "q8_0", "lora"):
+        kinds: tuple[Literal["f32", "f16", "q8_0", "lora"], ...] = ("f32", "f16", "q8_0", "lora")
+        for kind in kinds:
             file = folder / f"{kind}.gguf"
             begin = time.perf_counter()
             if kind == "lora":

@@ -405,12 +405,12 @@ def read_proofs() -> list[Proof]:
     rows = re.findall(r"^\| (\d+) \|.*\| `([^`]+)` \|$", TABLE.read_text(encoding="utf-8"), re.MULTILINE)
     tests = {int(number): test for number, test in rows}
     proofs: list[Proof] = []
-    for row, *edit in EDITS:
+    for row, file, old, new in EDITS:
         if row == ALSO:
             last = proofs.pop()
-            proofs.append(Proof(last.row, last.test, [*last.edits, tuple(edit)]))
+            proofs.append(Proof(last.row, last.test, [*last.edits, (file, old, new)]))
         else:
-            proofs.append(Proof(row, tests.get(row, ""), [tuple(edit)]))
+            proofs.append(Proof(row, tests.get(row, ""), [(file, old, new)]))
     listed = {proof.row for proof in proofs}
     if listed != tests.keys() or len(rows) != len(tests) or sorted(tests) != list(range(1, len(tests) + 1)):
         sys.exit(f"{TABLE.name}, misnumbered or unlike the list in the rows {sorted(listed ^ tests.keys())}")
@@ -451,11 +451,12 @@ def main(wanted: set[int]) -> int:
                 process.start()
                 sender.close()
                 running[receiver] = proof, process
-            for receiver in connection.wait(list(running), SECONDS) or list(running):
-                proof, process = running.pop(receiver)
+            ready: Any
+            for ready in connection.wait(list(running), SECONDS) or list(running):
+                proof, process = running.pop(ready)
                 answer = None
                 with contextlib.suppress(EOFError):
-                    answer = receiver.recv() if receiver.poll() else None
+                    answer = ready.recv() if ready.poll() else None
                 process.kill() if answer is None else process.join()
                 problem = problem_of(proof, everything, answer)
                 tell(proof, answer, problem)

@@ -141,12 +141,12 @@ class Plan:
         weights = shape.block * shape.blocks
         attention = 2 * self.length * shape.queries * shape.blocks  # causal: half of all pairs
         of_token = passes * (2 * weights + attention) + 6 * shape.adapter(self.rank) + attention
-        of_token += 4 * TRAINED * shape.vocabulary * shape.hidden
-        decoded = passes * weights * (NF4 + 2) / MEMORY_RATE if self.weight == NF4 else 0
+        of_head = 4 * TRAINED * shape.vocabulary * shape.hidden
+        decoded = passes * weights * (NF4 + 2) / MEMORY_RATE if self.weight == NF4 else 0.0
         rate = SHARE_OF_LINKS * (NVLINK if self.shared <= PER_MACHINE else NETWORK)
         hops = shape.blocks * (self.shared - 1) * HOP
         return {
-            "arithmetic": of_token * self.tokens / (PEAK * SHARE_OF_PEAK) + decoded,
+            "arithmetic": (of_token + of_head) * self.tokens / (PEAK * SHARE_OF_PEAK) + decoded,
             "weights' reading": passes * 2 * weights / MEMORY_RATE + decoded,
             "launches": shape.blocks * BLOCK,
             "gathering": 2 * (self.weight * weights * (1 - 1 / self.shared) / rate + hops),

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 256  # target positions whose logits exist at the same time
+CHUNK = 512  # target positions whose logits exist at the same time
+_PIECE = 2048  # rows of the head that a CPU multiplies at once: more do not stay in its caches
 
 
 _NOTHING = torch.zeros((), dtype=torch.float64)
@@ -91,7 +92,7 @@ class _HeadLoss(torch.autograd.Function):
         room = hidden.new_empty(min(len(labels), CHUNK), len(weight))
         for part in chunks(len(labels)):
             x = hidden[part]
-            logits = torch.mm(x, weight.T, out=room[: len(x)])  # [C, V]
+            logits = _products(x, weight, room[: len(x)])
             if bias is not None:
                 logits += bias
             logits = _wide(logits)
@@ -139,6 +140,14 @@ class _HeadLoss(torch.autograd.Function):
         of_weight, of_bias = (None if each is None else each.mul_(factor) for each in ctx.of_head)
         del ctx.of_head
         return gradient * factor, of_weight, of_bias, None, None, None
+
+
+def _products(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """Write the products of `x` [C, D] with a head's weight [V, D] into `out` [C, V], and return it."""
+    size = _PIECE if weight.device.type == "cpu" else len(weight)
+    for rows, columns in zip(weight.split(size), out.split(size, 1), strict=True):
+        torch.mm(x, rows.T, out=columns)
+    return out
 
 
 def _wide(logits: Tensor) -> Tensor:

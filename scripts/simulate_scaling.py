@@ -21,7 +21,7 @@ HOP = 5e-6  # seconds between neighbours in the ring of an all-gather or all-red
 BLOCK = 3e-4  # seconds that launching a block's kernels takes, forward and backward, however few tokens it sees
 MOST_TOKENS = 4096  # of a forward
 TRAINED = 1 / 3  # of all tokens are targets
-CHUNK = 256  # targets whose logits exist at a time
+CHUNK = 512  # targets whose logits exist at a time
 PROCESS = 1.07e9
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight
 

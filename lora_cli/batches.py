@@ -3,6 +3,7 @@
 The plan is data: an epoch is a pure function of (mixture, seed, epoch), a step's micro-batches one of its examples.
 """
 
+import functools
 import itertools
 import random
 from collections.abc import Sequence
@@ -186,14 +187,20 @@ def plan_epoch(
 
     Examples with the same key (one for each example) stay together, where the first of them stands.
     """
-    order = mixture.draw(seed, epoch)
-    random.Random(derive_seed(seed, "order", epoch)).shuffle(order)
+    order = _order(mixture, seed, epoch)
     if keys is not None:
         first: dict[int, int] = {}
         for place, index in enumerate(order):
             first.setdefault(keys[index], place)
-        order.sort(key=lambda index: first[keys[index]])
-    return [tuple(order[begin : begin + batch_size]) for begin in range(0, len(order), batch_size)]
+        order = tuple(sorted(order, key=lambda index: first[keys[index]]))
+    return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+
+
+@functools.lru_cache(maxsize=1)  # the trials of a search have the same
+def _order(mixture: Mixture, seed: int, epoch: int) -> tuple[int, ...]:
+    order = mixture.draw(seed, epoch)
+    random.Random(derive_seed(seed, "order", epoch)).shuffle(order)
+    return tuple(order)
 
 
 def collate(groups: MicroBatch, examples: Sequence[Example], device: torch.device, padded: bool = False) -> Batch:

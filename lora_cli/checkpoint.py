@@ -165,9 +165,13 @@ def latest(run: RunDir) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def prune(run: RunDir, keep: int) -> None:
-    """Delete checkpoints beyond the newest `keep` whole ones and the best ones these refer to."""
-    whole = [path for _, path in run_dir.step_folders(run) if not manifest.problems_in(path)]
+def prune(run: RunDir, keep: int, written: Path | None = None) -> None:
+    """Delete checkpoints beyond the newest `keep` whole ones and the best ones these refer to.
+
+    `written` is one that this process has just written; it is not read again.
+    """
+    folders = [path for _, path in run_dir.step_folders(run)]
+    whole = [path for path in folders if path == written or not manifest.problems_in(path)]
     kept = set(whole[:keep])
     for path in whole[:keep]:
         _, stopping = read_numbers(path)

@@ -248,8 +248,8 @@ class Loop:
     def _save(self, is_best: bool) -> Saved:
         if self.world.is_main:
             try:
-                checkpoint.save(self.run, self.state, self._save_trained)
-                checkpoint.prune(self.run, self.config.save.keep)
+                written = checkpoint.save(self.run, self.state, self._save_trained)
+                checkpoint.prune(self.run, self.config.save.keep, written)
             except SurroundingsError as error:
                 last, _ = checkpoint.latest(self.run)
                 way = f"goes on from {last}" if last else "begins anew, as there is no whole checkpoint yet"

@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,7 +70,9 @@ def read_run(run: RunDir) -> RunReport:
         settings=list(_settings(config, start)),
         changes=_objects(status.get("changes")),
         data=_counts(start),
-        evaluations=known(lambda: list(_evaluations(run)), list[EvalReport]()),
+        evaluations=[
+            one for path in _newest(run.evaluations) if (one := known(partial(_evaluation, path), None)) is not None
+        ],
         tried_rates=known(
             lambda: [json_file.checked(Probed, one, run.probe) for one in _objects(probe.get("tried"))], []
         ),
@@ -107,11 +110,14 @@ def _counts(start: Start | None) -> Mapping[str, DataCounts]:
     return start.data if start else {}
 
 
-def _evaluations(run: RunDir) -> Iterator[EvalReport]:
-    """Iterate over what `lora eval` found, the newest first."""
-    for path in sorted(run.evaluations.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        values = json_file.read_object(path)
-        yield json_file.checked(EvalReport, values | {"samples": list(_samples(path)), "saved": path}, path)
+def _newest(evaluations: Path) -> list[Path]:
+    """Return the files of what `lora eval` found, the newest first."""
+    return sorted(evaluations.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _evaluation(path: Path) -> EvalReport | None:
+    values = json_file.read_object(path)
+    return json_file.checked(EvalReport, values | {"samples": list(_samples(path)), "saved": path}, path)
 
 
 def _samples(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -47,7 +47,7 @@ def is_command(text: str) -> bool:
 def parse(text: str) -> tuple[str, str]:
     """Return a command's name and what stands behind it. Raises InputError."""
     name, _, argument = text[1:].strip().partition(" ")
-    argument = argument.strip()
+    name, argument = "exit" if name == "quit" else name, argument.strip()
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean /{close[0]}?" if close else "/help lists those there are."

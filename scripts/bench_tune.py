@@ -1,12 +1,12 @@
 """`lora tune` beside random search and a grid that may train on as many tokens, from several seeds.
 
-    python scripts/bench_tune.py OUT CONFIG [KEY=VALUE ...] [--seeds 5]
+    python scripts/bench_tune.py OUT CONFIG [KEY=VALUE ...] [--seeds 5] [--alone]
 
 For each seed `lora tune` searches as the config says; its trained tokens are counted. Random search draws from the same
 space, a grid goes through it in even steps, in an order of chance. Neither gives a trial up; each tries the config
 itself first, as `lora tune` does, and stops before the trial that would take it over those tokens. Every trial is a
 whole run (tune.budget=1), so that the best trial's validation loss is what a user ends with. Overhead is the share of a
-trial's time that is neither step nor validation.
+trial's time that is neither step nor validation. With --alone only `lora tune` searches.
 """
 
 import argparse
@@ -86,9 +86,10 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--alone", action="store_true")
     arguments = parser.parse_args()
     losses: dict[str, list[float]] = {"tune": [], "random": [], "grid": []}
-    overhead = list[float]()
+    overhead: dict[str, list[float]] = {}
     for seed in range(arguments.seeds):
         settings = [*arguments.overrides, "tune.budget=1", f"seed={seed}", f"output_dir={arguments.out}/seed-{seed}"]
         config = config_file.load(arguments.config, settings)
@@ -97,7 +98,8 @@ def main() -> None:
         size = len(list(itertools.product(*values.values())))
         report = searched(config, "tune", None, True, config.tune.trials)
         tokens = sum(one.tokens for one in report.trials)
-        overhead += [1 - one.training / one.seconds for one in report.trials]
+        for one in report.trials:
+            overhead.setdefault(one.state, []).append(1 - one.training / one.seconds)
         spent = sum(one.seconds for one in report.trials), sum(one.training for one in report.trials)
         enough = tokens // min(one.tokens for one in report.trials if one.state == "finished") + 1
         kinds: dict[str, tuple[study.Sampling, int]] = {
@@ -105,7 +107,7 @@ def main() -> None:
             "grid": (lambda number: Grid(values, seed), min(size + 1, enough)),  # noqa: B023
         }
         found = {"tune": (report, tokens)}
-        for name, (sampling, trials) in kinds.items():
+        for name, (sampling, trials) in kinds.items() if not arguments.alone else ():
             found[name] = (searched(config, name, sampling, False, trials), tokens)
         for name, (result, most) in found.items():
             best, tried = best_within(result.trials, most)
@@ -117,8 +119,10 @@ def main() -> None:
             )
         print(f"seed {seed} overhead of the search's trials: {1 - spent[1] / spent[0]:.1%}", flush=True)
     for name, each in losses.items():
-        print(f"{name:6} median {median(each):.4f}, {min(each):.4f} to {max(each):.4f}")
-    print(f"overhead of a trial: median {median(overhead):.1%}, largest {max(overhead):.1%}")
+        if each:
+            print(f"{name:6} median {median(each):.4f}, {min(each):.4f} to {max(each):.4f}")
+    for state, shares in overhead.items():
+        print(f"overhead of {len(shares)} {state} trials: median {median(shares):.1%}, largest {max(shares):.1%}")
 
 
 if __name__ == "__main__":

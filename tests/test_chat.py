@@ -347,6 +347,11 @@ def test_a_wrong_command_says_what_is_accepted(chat: Chat, typed: str, expected:
     assert chat.manner == DRY
 
 
+def test_quit_is_taken_for_exit():
+    """Other programs leave by it."""
+    assert slash.parse("/quit") == slash.parse("/exit") == ("exit", "")
+
+
 # --- the command ---
 
 

@@ -329,6 +329,16 @@ def test_answers_that_are_damaged_are_passed_over(run: Path):
     assert [sample.prompt for sample in found.evaluations[0].samples] == ["Name a colour."]
 
 
+def test_an_evaluation_that_cannot_be_read_hides_no_other(run: Path):
+    """It is named in a warning; the others are shown."""
+    evaluate(run, "Name a colour.")
+    (run / "evaluations" / "adapter-other.json").write_text("{}")
+    (found,) = report([run]).runs
+
+    assert [len(found.evaluations), len(found.warnings)] == [1, 1]
+    assert "adapter-other.json" in found.warnings[0]
+
+
 def test_commands_of_a_page_can_be_pasted(run: Path, tmp_path: Path):
     """Also where the run's folder has a space in its name."""
     place = run.rename(tmp_path / "my run")

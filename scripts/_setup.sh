@@ -7,6 +7,8 @@
 # Which torch: with an NVIDIA GPU the registry's default; else a CPU build, where pip's find-links folder holds one
 # (constraints-cpu.txt); else uv's own choice for this machine.
 
+unset PYTHONDONTWRITEBYTECODE # or every process would compile torch and transformers again, for six seconds
+
 setup_venv() {
     local venv=$1
     shift

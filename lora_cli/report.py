@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_cli import metrics_table, page, run_facts, storage
+from lora_cli import metrics_table, run_facts, storage
 from lora_cli.errors import AdapterError, InputError, UserError
 from lora_cli.nearby import did_you_mean
+from lora_cli.page import document
 from lora_cli.run_dir import RunDir, is_run_dir
 from lora_cli.run_reports import Difference, Report, RunReport, SearchReport
 from lora_cli.search_dir import SearchDir
@@ -43,7 +44,7 @@ def report(paths: Sequence[Path], output: Path | None = None, table: Path | None
         output=output,
         metrics=table,
     )
-    storage.write_file(output, page.html(whole).encode("utf-8", "backslashreplace"))
+    storage.write_file(output, document.html(whole).encode("utf-8", "backslashreplace"))
     if table is not None:
         metrics_table.write(table, list(zip(names, runs, strict=True)))
     return whole
@@ -99,7 +100,7 @@ def _require_ours(output: Path) -> None:
     if not output.exists():
         return
     with output.open("rb") as file:
-        is_ours = page.MARK.encode() in file.read(_HEAD_BYTES)
+        is_ours = document.MARK.encode() in file.read(_HEAD_BYTES)
     if not is_ours:
         raise InputError(f"--output: {output} is there and was not written by lora report; name another file.")
 

@@ -9,8 +9,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lora_cli import __version__, page_charts, page_searches, page_tables
+from lora_cli import __version__
 from lora_cli.markup import Html, Piece, joined, tag
+from lora_cli.page import pictures, searches, tables
 from lora_cli.records import duration, with_interval
 from lora_cli.run_reports import Report, RunReport, SearchReport
 from lora_cli.run_words import forgetting_in_words
@@ -76,7 +77,7 @@ def _parts(report: Report) -> Iterator[Section]:
     elif report.runs:
         yield from _comparison(report)
     for number, search in enumerate(report.searches):
-        yield f"search-{number}", _search_title(search), [page_searches.search(search)]
+        yield f"search-{number}", _search_title(search), [searches.search(search)]
     if len(report.runs) == 1:
         yield from _settled(report.runs[0])
     else:
@@ -95,25 +96,25 @@ def _search_title(search: SearchReport) -> str:
 
 def _of_run(run: RunReport) -> Iterator[Section]:
     yield "summary", "Summary", [*_summary(run)]
-    drawn = page_charts.of_run(run)
-    yield "curves", "Curves", [page_charts.grid(drawn) if drawn else tag("p", "No step was taken yet.")]
+    drawn = pictures.of_run(run)
+    yield "curves", "Curves", [pictures.grid(drawn) if drawn else tag("p", "No step was taken yet.")]
     yield "evaluation", "Evaluation", [*_evaluations(run)]
     if run.tried_rates:
-        yield "rates", "Learning rate", [page_charts.grid([page_charts.rates(run.tried_rates, run.chosen_rate)])]
+        yield "rates", "Learning rate", [pictures.grid([pictures.rates(run.tried_rates, run.chosen_rate)])]
 
 
 def _settled(run: RunReport) -> Iterator[Section]:
     """Iterate over what a run was given: data, config, surroundings."""
     yield "data", "Data", [*_data(run)]
-    yield "config", "Config", [page_tables.settings(run.settings), page_tables.changes(run.changes)]
-    yield "environment", "Environment", [page_tables.surroundings(run)]
+    yield "config", "Config", [tables.settings(run.settings), tables.changes(run.changes)]
+    yield "environment", "Environment", [tables.surroundings(run)]
 
 
 def _whole_run(run: RunReport) -> Iterator[Piece]:
     """Return one of several runs: its summary, and the rest folded."""
     yield from _summary(run)
     for _, name, inside in [*list(_of_run(run))[1:], *_settled(run)]:
-        yield page_tables.folded(name, *inside)
+        yield tables.folded(name, *inside)
 
 
 def _summary(run: RunReport) -> Iterator[Piece]:
@@ -157,16 +158,16 @@ def _evaluations(run: RunReport) -> Iterator[Piece]:
     for number, found in enumerate(run.evaluations):
         title = f"{found.adapter.name} on {found.data}"
         counted = f"{found.rows:,} rows, {found.targets:,} trained tokens, {found.answers:,} answers"
-        parts: list[Piece] = [page_tables.compared(found.figures, f"{title}: {counted}; 95 % intervals in brackets")]
+        parts: list[Piece] = [tables.compared(found.figures, f"{title}: {counted}; 95 % intervals in brackets")]
         if found.tasks:
-            parts.append(page_tables.compared(found.tasks, "Tasks of lm-evaluation-harness"))
+            parts.append(tables.compared(found.tasks, "Tasks of lm-evaluation-harness"))
         if found.forgetting is not None:
             parts.append(tag("p", f"Forgetting: {forgetting_in_words(found.forgetting)}."))
         if found.scan is not None:
-            parts += [page_charts.grid([page_charts.scan(found.scan)]), page_tables.scanned(found.scan)]
-        if (said := page_tables.answers(found)) is not None:
+            parts += [pictures.grid([pictures.scan(found.scan)]), tables.scanned(found.scan)]
+        if (said := tables.answers(found)) is not None:
             parts += [tag("h3", f"Answers of {title}"), said]
-        yield joined(parts) if number == 0 else page_tables.folded(f"Before that: {title}", *parts)
+        yield joined(parts) if number == 0 else tables.folded(f"Before that: {title}", *parts)
     if run.evaluations and not any(found.scan for found in run.evaluations):
         scan = tag("code", f"{command} --scan")
         yield tag("p", "What it learns and forgets at other strengths: ", scan, " adds this.", class_="hint")
@@ -176,10 +177,10 @@ def _data(run: RunReport) -> Iterator[Piece]:
     if not run.data:
         yield tag("p", "The counts of its rows were not written down when this run began.")
         return
-    yield page_tables.counts(run.data)
-    drawn = (page_charts.lengths(name, counts) for name, counts in run.data.items())
-    yield page_charts.grid([each for each in drawn if each is not None])
-    yield page_tables.sources(run.data)
+    yield tables.counts(run.data)
+    drawn = (pictures.lengths(name, counts) for name, counts in run.data.items())
+    yield pictures.grid([each for each in drawn if each is not None])
+    yield tables.sources(run.data)
 
 
 # --- several runs ---
@@ -187,8 +188,8 @@ def _data(run: RunReport) -> Iterator[Piece]:
 
 def _comparison(report: Report) -> Iterator[Section]:
     names = [run.name for run in report.runs]
-    yield "results", "Results", [page_tables.results(report.runs)]
-    yield "curves", "Curves", [page_charts.grid(page_charts.of_runs(report.runs))]
-    config = page_tables.differences("Keys of the config that differ", report.settings, names)
-    around = page_tables.differences("What differs around them", report.surroundings, names)
+    yield "results", "Results", [tables.results(report.runs)]
+    yield "curves", "Curves", [pictures.grid(pictures.of_runs(report.runs))]
+    config = tables.differences("Keys of the config that differ", report.settings, names)
+    around = tables.differences("What differs around them", report.surroundings, names)
     yield "differences", "Differences", [config, around]

@@ -8,8 +8,8 @@ from lora_cli import tornado
 from lora_cli.charts import Axis, Series, axis, plot, words
 from lora_cli.json_file import is_number
 from lora_cli.markup import Html, joined, tag
-from lora_cli.page_charts import grid, picture
-from lora_cli.page_tables import table
+from lora_cli.page.pictures import grid, picture
+from lora_cli.page.tables import table
 from lora_cli.records import TrialEnded, gigabytes, short, with_interval
 from lora_cli.run_reports import SearchReport
 from lora_cli.search_reports import AgainstFullReport, Knob, SensitivityReport, Side, TuneReport, change_in_words

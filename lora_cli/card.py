@@ -170,19 +170,26 @@ def _facts_of(folder: Path, run: RunDir | None, finished: Finished | None = None
     if folder == run.adapter:
         finished = run_dir.read_finished(run)
     evaluated = metrics.read_evaluated(run)
-    name = folder.name
+    name, config = folder.name, config_file.load(run.config)
     checkpoint = re.fullmatch(r"step-(\d+)", name)
     step = finished.best_step if finished else int(checkpoint[1]) if checkpoint else None
     return Facts(
-        config=config_file.load(run.config),
+        config=config,
         environment=run_dir.read_environment(run),
         changes=run_dir.read_status(run).get("changes", []),
         before=evaluated.get(0),
         after=evaluated.get(step) if step is not None else None,
         finished=finished,
         evaluations=list(_evaluations(run, name)),
-        chosen_rate=json_file.read_object(run.probe).get("chosen") if run.probe.exists() else None,
+        chosen_rate=_chosen_rate(config, run),
     )
+
+
+def _chosen_rate(config: RunConfig, run: RunDir) -> float | None:
+    if config.train.learning_rate != "auto" or not run.probe.exists():
+        return None
+    chosen = json_file.read_object(run.probe).get("chosen")
+    return chosen if json_file.is_number(chosen) else None
 
 
 def _evaluations(run: RunDir, name: str) -> Iterator[Evaluation]:

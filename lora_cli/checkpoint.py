@@ -168,7 +168,7 @@ def latest(run: RunDir) -> tuple[Path | None, list[str]]:
 def prune(run: RunDir, keep: int, written: Path | None = None) -> None:
     """Delete checkpoints beyond the newest `keep` whole ones and the best ones these refer to.
 
-    `written` is one that this process has just written; it is not read again.
+    `written` is one that `save` has just returned; it is not read again.
     """
     folders = [path for _, path in run_dir.step_folders(run)]
     whole = [path for path in folders if path == written or not manifest.problems_in(path)]

@@ -186,9 +186,9 @@ def _facts_of(folder: Path, run: RunDir | None, finished: Finished | None = None
 
 
 def _chosen_rate(config: RunConfig, run: RunDir) -> float | None:
-    if config.train.learning_rate != "auto" or not run.probe.exists():
+    if config.train.learning_rate != "auto":
         return None
-    chosen = json_file.read_object(run.probe).get("chosen")
+    chosen = run_dir.read_facts(run.probe).get("chosen")
     return chosen if json_file.is_number(chosen) else None
 
 

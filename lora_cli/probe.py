@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from lora_cli import json_file, run_dir, storage
+from lora_cli import run_dir, storage
 from lora_cli.config import RunConfig
 from lora_cli.errors import TrainingStopped
 from lora_cli.optim import start_rate
@@ -35,7 +35,7 @@ def choose_rate(session: Session, config: RunConfig, run: RunDir) -> Generator[E
     world = session.world
     if world.is_main:
         create(run, config, session.environment)
-    known = world.from_main(json_file.read_object(run.probe) if world.is_main and run.probe.exists() else None)
+    known = world.from_main(run_dir.read_facts(run.probe) if world.is_main else None)
     if known:
         return float(known["chosen"])
     center = start_rate(session.prepared.width, config)

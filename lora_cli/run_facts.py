@@ -44,7 +44,7 @@ def read_run(run: RunDir) -> RunReport:
     start = known(lambda: run_dir.read_start(run), None)
     records = known(lambda: metrics.read(run), list[dict[str, Any]]())
     evaluated = known(lambda: metrics.read_evaluated(run), dict[int, Evaluated]())
-    probe = known(lambda: json_file.read_object(run.probe) if run.probe.exists() else {}, dict[str, Any]())
+    probe = known(lambda: run_dir.read_facts(run.probe), dict[str, Any]())
     steps = [one for one in records if one["event"] == "step"]
     found = RunReport(
         name=str(run.path),

@@ -1,5 +1,6 @@
 """Causal attention over sequences packed one behind the other, none of them seeing another."""
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -9,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PACKED = "lora_packed"  # its name among transformers' attention functions
+
+_QUERIES = 64  # of one call on a CPU, at least; fewer than twice as many
+_MOST_KEYS = 2048  # for which queries are divided: with more, torch's kernel leaves most of the hidden ones out itself
 
 # What some architectures add to attention, and this function does not compute.
 _UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
@@ -108,16 +112,80 @@ def packed_attention(
         if segment.prefix is not None:
             k = torch.cat([keys[segment.prefix], k], dim=2)
             v = torch.cat([values[segment.prefix], v], dim=2)
-        visible = _visible(q.shape[2], k.shape[2], sliding_window, q.device)
-        if softcap is None:
-            grouped = query.shape[1] != key.shape[1]
-            output = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=visible, is_causal=visible is None, scale=scaling, enable_gqa=grouped
-            )
+        if softcap is not None:
+            visible = _visible(q.shape[2], k.shape[2], sliding_window, q.device)
+            outputs.append(_capped(q, k, v, visible, scaling, softcap))
+        elif _blocks_pay(q, k, sliding_window):
+            outputs += _attend_in_blocks(q, k, v, scaling)
         else:
-            output = _capped(q, k, v, visible, scaling, softcap)
-        outputs.append(output)
+            visible = _visible(q.shape[2], k.shape[2], sliding_window, q.device)
+            outputs.append(_attend(q, k, v, visible, scaling))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None  # [1, T, heads, head_dim]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scaling: float | None) -> Tensor:
+    """Attend to the keys that are visible; None: to those before, of as many keys as queries."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible, is_causal=visible is None, scale=scaling, enable_gqa=grouped
+    )
+
+
+def _blocks_pay(q: Tensor, k: Tensor, window: int | None) -> bool:
+    """Return whether attention is faster with the queries in blocks.
+
+    Up to 512 keys torch's kernel for CPUs multiplies those that are hidden too. It divides heads and queries over
+    threads: these need enough heads each.
+    """
+    return (
+        q.device.type == "cpu"
+        and q.shape[2] >= 3 * _QUERIES
+        and k.shape[2] <= min(_MOST_KEYS, window or _MOST_KEYS)
+        and q.shape[1] >= 4 * torch.get_num_threads()
+    )
+
+
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> list[Tensor]:
+    """Attend causally, the queries in blocks, each of which is given no keys behind its last one."""
+    before = k.shape[2] - q.shape[2]
+    size = -(-q.shape[2] // (q.shape[2] // _QUERIES))
+    queries = q.split(size, dim=2)
+    ends = list(accumulate((block.shape[2] for block in queries), initial=before))[1:]
+    keys, values = _Beginnings.apply(ends, k), _Beginnings.apply(ends, v)
+    hidden = _hidden(q.dtype)
+    outputs = []
+    for block, some_keys, some_values in zip(queries, keys, values, strict=True):
+        length, behind = block.shape[2], some_keys.shape[2] - block.shape[2]
+        begin = _MOST_KEYS - behind
+        visible = hidden[:length, begin : begin + some_keys.shape[2]] if behind else None
+        outputs.append(_attend(block, some_keys, some_values, visible, scaling))
+    return outputs
+
+
+@functools.cache
+def _hidden(dtype: torch.dtype) -> Tensor:
+    """Return what is added to scores, of which each mask of a block is a part: -inf where column - row > _MOST_KEYS."""
+    size = 2 * _QUERIES
+    return torch.full((size, _MOST_KEYS + size), -torch.inf, dtype=dtype, device="cpu").triu(_MOST_KEYS + 1)
+
+
+class _Beginnings(torch.autograd.Function):
+    """The beginnings of keys or values [1, heads, K, head_dim] up to each of `ends`, the last of which is K.
+
+    Slices would do, but each of their gradients is filled up with zeros before it is added.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ends: Sequence[int], x: Tensor) -> tuple[Tensor, ...]:
+        ctx.ends = ends
+        return tuple(x[:, :, :end] for end in ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        total = gradients[-1].clone()
+        for end, gradient in zip(ctx.ends[:-1], gradients[:-1], strict=True):
+            total[:, :, :end] += gradient
+        return None, total
 
 
 def _flash_runs(query: Tensor, value: Tensor, segments: Segments, window: int | None, softcap: float | None) -> bool:

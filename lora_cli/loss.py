@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 512  # target positions whose logits exist at the same time
-_PIECE = 2048  # rows of the head that a CPU multiplies at once: more do not stay in its caches
+_PIECE = 1024  # rows of the head that a CPU multiplies at once: the products of more do not stay in its caches
 
 
 _NOTHING = torch.zeros((), dtype=torch.float64)
@@ -68,8 +68,8 @@ class HeadForm:
 class _HeadLoss(torch.autograd.Function):
     """Output head and cross-entropy in chunks, all gradients made in the forward pass.
 
-    They are those of the hidden states, and of the head where it is trained. One chunk of logits [C, V] exists at a
-    time, and is turned into its own gradient in place. Returns (what is minimised, the pull's part of it).
+    They are those of the hidden states, and of the head where it is trained. At most one chunk of logits [C, V] exists
+    at a time, and is turned into its own gradient in place. Returns (what is minimised, the pull's part of it).
     """
 
     @staticmethod
@@ -84,6 +84,14 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         total, penalty = (torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(2))
         gradient = torch.empty_like(hidden)  # [N, D]
+        ctx.mark_non_differentiable(penalty)
+        on_cpu = weight.device.type == "cpu" and weight.dtype == hidden.dtype == _wide(hidden[:0]).dtype
+        if on_cpu and pull is None and not any(ctx.needs_input_grad[1:3]):
+            for part in chunks(len(labels)):
+                total += _in_pieces(hidden[part], weight, bias, labels[part, None], form, gradient[part])
+            ctx.save_for_backward(gradient)
+            ctx.of_head = None, None
+            return total, penalty
         of_weight, of_bias = (
             torch.zeros_like(each) if wanted and each is not None else None
             for each, wanted in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
@@ -130,7 +138,6 @@ class _HeadLoss(torch.autograd.Function):
                 torch.mm(exponentials.mul_(scale).to(weight.dtype), weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         ctx.of_head = of_weight, of_bias  # handed over to one backward pass, which need not copy them
-        ctx.mark_non_differentiable(penalty)
         return total + penalty, penalty
 
     @staticmethod
@@ -140,6 +147,45 @@ class _HeadLoss(torch.autograd.Function):
         of_weight, of_bias = (None if each is None else each.mul_(factor) for each in ctx.of_head)
         del ctx.of_head
         return gradient * factor, of_weight, of_bias, None, None, None
+
+
+def _in_pieces(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, form: HeadForm, gradient: Tensor
+) -> Tensor:
+    """Return the summed loss of `x` [C, D] against `labels` [C, 1]; write what it gives each number of x.
+
+    The head's rows come in pieces, whose logits stay in the processor's caches: what was summed before is scaled
+    to the largest logit so far (Milakov and Gimelshein 2018, arXiv 1805.02867).
+    """
+    largest, sums, chosen = (x.new_full((len(x), 1), start) for start in (-torch.inf, 0.0, 0.0))
+    at_label = torch.ones_like(chosen)  # the slope of the cap there
+    gradient.zero_()
+    for begin in range(0, len(weight), _PIECE):
+        rows = weight[begin : begin + _PIECE]
+        logits = torch.mm(x, rows.T)
+        if bias is not None:
+            logits += bias[begin : begin + _PIECE]
+        if form.scale != 1.0:
+            logits.mul_(form.scale)
+        slope = None
+        if form.softcap is not None:
+            capped = logits.div_(form.softcap).tanh_()
+            logits = capped * form.softcap
+            slope = capped.square_().neg_().add_(1)
+        place = labels - begin
+        inside = (place >= 0) & (place < len(rows))
+        place = place.clamp(0, len(rows) - 1)
+        chosen = torch.where(inside, logits.gather(1, place), chosen)
+        before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
+        shrunk = (before - largest).exp_()
+        exponentials = logits.sub_(largest).exp_()
+        sums = sums * shrunk + exponentials.sum(1, keepdim=True)
+        if slope is not None:
+            at_label = torch.where(inside, slope.gather(1, place), at_label)
+            exponentials.mul_(slope)
+        gradient.mul_(shrunk).addmm_(exponentials, rows)
+    gradient.div_(sums).addcmul_(weight[labels[:, 0]], at_label, value=-1).mul_(form.scale)
+    return (sums.log() + (largest - chosen)).sum(dtype=torch.float64)
 
 
 def _products(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:

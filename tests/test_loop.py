@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import build_examples, build_model, build_tokenizer, conversation, facts, one_batch, write_rows
 
 from lora_cli import (
@@ -78,21 +79,40 @@ def tall_model(folder: Path) -> str:
 # --- the numbers ---
 
 
-def test_head_loss_equals_full_logits():
-    """Chunked, with its gradient made in the forward pass, equal to cross-entropy on all logits (1e-6)."""
+@pytest.mark.parametrize("piece", [7, 50, 1024])
+def test_head_loss_equals_full_logits(piece: int, monkeypatch: pytest.MonkeyPatch):
+    """In chunks and pieces, its gradient made in the forward pass, equal to cross-entropy on all logits (1e-6)."""
+    monkeypatch.setattr("lora_cli.loss._PIECE", piece)
     torch.manual_seed(0)
     weight, bias = torch.randn(50, 16), torch.randn(50)
     labels = torch.randint(0, 50, (600,))
     for use_bias, head in ((None, HeadForm()), (bias, HeadForm()), (bias, HeadForm(0.7)), (bias, HeadForm(2.5, 3.0))):
         ours = torch.randn(600, 16, requires_grad=True)
         theirs = ours.detach().clone().requires_grad_()
-        loss = head_loss(ours, weight, use_bias, labels, head)
-        (loss.total / 7).backward()
+        found = head_loss(ours, weight, use_bias, labels, head)
+        (found.total / 7).backward()
         reference = logits_loss(head_logits(theirs, weight, use_bias, head), labels)
         (reference.total / 7).backward()
 
-        assert abs(float(loss.total.detach() / reference.total.detach()) - 1) < 1e-6
-        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+        assert abs(float(found.total.detach() / reference.total.detach()) - 1) < 1e-6
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=5e-7)
+
+
+def test_a_head_in_pieces_is_exact_far_from_zero():
+    """Logits of thousands, whose exponentials are no float32: the largest comes first, last, or somewhere between."""
+    weight = torch.eye(3000)
+    logits = torch.linspace(-4000, 4000, 3000)
+    hidden = torch.stack([logits, logits.flip(0), logits.roll(1500)]).requires_grad_()
+    labels = torch.tensor([2998, 0, 77])
+
+    found = head_loss(hidden, weight, None, labels, HeadForm())
+    found.total.backward()
+
+    wide = hidden.detach().double().requires_grad_()
+    exact = F.cross_entropy(wide, labels, reduction="sum")
+    exact.backward()
+    assert torch.allclose(found.total, exact, rtol=1e-7)
+    assert torch.allclose(hidden.grad.double(), wide.grad, atol=1e-6)
 
 
 def test_sums_add_and_divide_once():

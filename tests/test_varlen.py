@@ -1,12 +1,14 @@
-"""Attention of packed sequences in one call: what it is given says the same as the loop over sequences."""
+"""Attention of packed sequences: in one call, or the queries of each in blocks, as the loop over sequences."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lora_cli import attention
 from lora_cli.attention import Segment, Segments, attend_varlen, lay_out_varlen, packed_attention
 
 CPU = torch.device("cpu")
@@ -65,6 +67,50 @@ def test_one_call_attends_as_the_loop_does(name: str, scaling: float | None):
 
     assert torch.allclose(ours, loop, atol=1e-12)
     for mine, theirs in zip(gradients(ours, weights, given), gradients(loop, weights, given), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-12)
+
+
+LONG = {  # and in how many calls, with a window of 250 and without
+    "one sequence": ([Segment(200)], 3, 3),
+    "long ones among short": ([Segment(3), Segment(191), Segment(192), Segment(257)], 1 + 1 + 3 + 1, 1 + 1 + 3 + 4),
+    "a prefix that two continue": ([Segment(210), Segment(2, prefix=0), Segment(300, prefix=0)], 3 + 1 + 1, 3 + 1 + 4),
+    "too many keys": ([Segment(2049), Segment(200, prefix=0)], 2, 2),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("window", [250, None])
+def test_blocks_of_queries_attend_as_whole_sequences_do(name: str, window: int | None, monkeypatch: pytest.MonkeyPatch):
+    """Outputs and gradients, where a window hides nothing and there are not too many keys."""
+    parts, with_window, without = LONG[name]
+    segments = Segments(*parts)
+    torch.manual_seed(2)
+    heads = 4 * torch.get_num_threads()
+    shapes = [(1, count, sum(segments.lengths), 8) for count in (heads, heads // 2, heads // 2)]
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    module: Any = torch.nn.Identity()
+    calls: list[int] = []  # the queries of each
+
+    def attended() -> Tensor:
+        calls.clear()
+        return packed_attention(module, *given, None, sliding_window=window, segments=segments)[0]
+
+    def counted(q: Tensor, *others: Tensor, **options: Any) -> Tensor:
+        calls.append(q.shape[2])
+        return whole(q, *others, **options)
+
+    whole = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    ours = attended()
+    assert sum(calls) == sum(segments.lengths)
+    assert len(calls) == (without if window is None else with_window)
+    monkeypatch.setattr(attention, "_QUERIES", 10_000)
+    plain = attended()
+    assert calls == segments.lengths
+
+    weights = torch.randn(plain.shape, dtype=torch.float64)
+    assert torch.allclose(ours, plain, atol=1e-12)
+    for mine, theirs in zip(gradients(ours, weights, given), gradients(plain, weights, given), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-12)
 
 

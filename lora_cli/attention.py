@@ -120,7 +120,7 @@ def packed_attention(
         else:
             visible = _visible(q.shape[2], k.shape[2], sliding_window, q.device)
             outputs.append(_attend(q, k, v, visible, scaling))
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None  # [1, T, heads, head_dim]
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None  # [1, T, heads, head_dim]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scaling: float | None) -> Tensor:

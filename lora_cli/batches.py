@@ -60,40 +60,68 @@ class Batch:
 
 
 def micro_batches(examples: Sequence[Example], tokens: int, form: Form, share: bool = False) -> list[MicroBatch]:
-    """Divide examples into micro-batches of at most `tokens` tokens (padding counts), the longest first.
+    """Divide examples into micro-batches: `groups_of` them, as `pack` puts them together."""
+    return pack(groups_of(examples, tokens, form, share), examples, tokens, form)
 
-    An example longer than the budget gets a micro-batch of its own. `share` puts packed examples together that begin
-    with the same tokens.
+
+def groups_of(examples: Sequence[Example], tokens: int, form: Form, share: bool) -> list[Group]:
+    """Return examples by themselves; `share` puts packed ones together that begin with the same tokens."""
+    if share and form == "packed":
+        return shared_prefixes(examples, tokens)
+    return [Group((number,)) for number in range(len(examples))]
+
+
+def pack(groups: Sequence[Group], examples: Sequence[Example], tokens: int, form: Form) -> list[MicroBatch]:
+    """Put groups into micro-batches of at most `tokens` tokens (padding counts), the longest first.
+
+    A group longer than the budget gets a micro-batch of its own.
     """
     if form == "packed":
-        alone = [Group((number,)) for number in range(len(examples))]
-        return _first_fit(shared_prefixes(examples, tokens) if share else alone, examples, tokens)
-    numbers = sorted(range(len(examples)), key=lambda number: (-len(examples[number]), number))
+        return _bins(groups, examples, tokens)
+    longest_first = sorted(groups, key=lambda group: (-size_of(group, examples), group))
     if form == "single":
-        return [(Group((number,)),) for number in numbers]
-    rows: list[list[int]] = []
-    for number in numbers:
-        if rows and (len(rows[-1]) + 1) * len(examples[rows[-1][0]]) <= tokens:
-            rows[-1].append(number)
+        return [(group,) for group in longest_first]
+    rows: list[list[Group]] = []
+    for group in longest_first:
+        if rows and (len(rows[-1]) + 1) * size_of(rows[-1][0], examples) <= tokens:
+            rows[-1].append(group)
         else:
-            rows.append([number])
-    return [tuple(Group((number,)) for number in row) for row in rows]
+            rows.append([group])
+    return [tuple(row) for row in rows]
 
 
-def _first_fit(groups: Sequence[Group], examples: Sequence[Example], tokens: int) -> list[MicroBatch]:
-    """Put each group, the largest first, into the first bin that has room."""
+def _bins(groups: Sequence[Group], examples: Sequence[Example], tokens: int) -> list[MicroBatch]:
+    """Put groups into few bins, about equally full where that is possible: then the fullest takes the least memory."""
     size = {group: size_of(group, examples) for group in groups}
-    bins: list[list[Group]] = []
+    first_fit: list[list[Group]] = []
     free: list[int] = []
     for group in sorted(groups, key=lambda group: (-size[group], group)):
         fits = next((number for number, room in enumerate(free) if room >= size[group]), None)
         if fits is None:
-            bins.append([group])
+            first_fit.append([group])
             free.append(tokens - size[group])
         else:
-            bins[fits].append(group)
+            first_fit[fits].append(group)
             free[fits] -= size[group]
-    return [tuple(one) for one in bins]
+    even = deal(groups, examples, len(first_fit))
+
+    def length(one: Sequence[Group]) -> int:
+        return sum(size[group] for group in one)
+
+    longest = max(map(length, even), default=0)
+    chosen = even if longest <= max(map(length, first_fit), default=0) else first_fit
+    return [tuple(one) for one in sorted(chosen, key=length, reverse=True)]
+
+
+def deal(groups: Sequence[Group], examples: Sequence[Example], hands: int) -> list[list[Group]]:
+    """Give each group, the largest first, to the hand that has the fewest tokens."""
+    dealt: list[list[Group]] = [[] for _ in range(hands)]
+    lengths = [0] * hands
+    for group in sorted(groups, key=lambda group: (-size_of(group, examples), group)):
+        shortest = lengths.index(min(lengths))
+        dealt[shortest].append(group)
+        lengths[shortest] += size_of(group, examples)
+    return dealt
 
 
 def size_of(group: Group, examples: Sequence[Example]) -> int:

@@ -11,7 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_cli import tuning
+from lora_cli.config import TrainConfig
 from lora_cli.errors import SurroundingsError
+from lora_cli.fused import fuse
 from lora_cli.layout import decoder_blocks
 
 
@@ -21,6 +23,16 @@ def as_loaded(module: nn.Module) -> None:
     for part in module.modules():
         part.__dict__.pop("forward", None)  # over which its class's shows again
         part._compiled_call_impl = None
+
+
+def change_blocks(module: nn.Module, settings: TrainConfig) -> None:
+    """Have a model's blocks run as training is to run them, in place."""
+    if settings.compile:
+        compile_blocks(module)  # the compiler fuses by itself
+    else:
+        fuse(module)
+    if settings.activation_checkpointing:
+        recompute_activations(module)
 
 
 def recompute_activations(module: nn.Module) -> None:

@@ -55,6 +55,11 @@ def token_keys(ids: Sequence[int]) -> Tensor:
     return _mixed(((torch.tensor(ids) + 1) * powers).cumsum(0))
 
 
+def row_keys(rows: int, of: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return a key for each of some rows [rows], int64, which follow from the keys of all tokens."""
+    return _mixed(torch.arange(rows, device=device) + sum(keys.sum() for keys in of))
+
+
 def _mixed(numbers: Tensor) -> Tensor:
     """Return numbers in whose bits no pattern is left, in the place of those given (64 bits, which wrap)."""
     for shift, factor in ((30, _FIRST), (27, _SECOND)):

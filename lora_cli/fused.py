@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_cli.layout import agree
 from lora_cli.lora_linear import LoraLinear
-from lora_cli.projection import project
+from lora_cli.projection import project, remember
 from lora_cli.sharding import whole
 
 
@@ -52,10 +52,16 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor, eps: float) -> Tensor:  # [..., D] -> [..., D]
+        output, inverse = _RmsNorm.compute(x, factor, eps)
+        ctx.save_for_backward(x, inverse, factor)
+        return output
+
+    @staticmethod
+    def compute(x: Tensor, factor: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return the output [..., D], and what each row was multiplied by [..., 1]."""
         h = x.to(factor.dtype)
         inverse = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, inverse, factor)
-        return (h * inverse).mul_(factor).to(x.dtype)
+        return (h * inverse).mul_(factor).to(x.dtype), inverse
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
@@ -80,7 +86,7 @@ def _fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     for factor in (wide, 1 + wide):
 
         def ours(x: Tensor, factor: Tensor = factor) -> Tensor:
-            return _RmsNorm.apply(x, factor, eps)
+            return remember(_RmsNorm.apply(x, factor, eps), x, lambda x: _RmsNorm.compute(x, factor, eps)[0])
 
         if _same(module, ours, x):
             return ours

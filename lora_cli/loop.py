@@ -11,7 +11,7 @@ import torch
 from lora_cli import checkpoint, lora, manifest, metrics, run_dir, tuning
 from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Step, plan_epoch
-from lora_cli.blocks import as_loaded, compile_blocks, recompute_activations
+from lora_cli.blocks import as_loaded, change_blocks
 from lora_cli.checkpoint import Stopping, TrainState
 from lora_cli.config import RunConfig
 from lora_cli.dataset import Dataset, TrainingSet
@@ -20,14 +20,14 @@ from lora_cli.errors import AdapterError, Interrupted, SurroundingsError, Traini
 from lora_cli.examples import Example
 from lora_cli.forgetting import Validation, measure_chosen, without_surprising
 from lora_cli.forward import share_inputs
-from lora_cli.fused import fuse
 from lora_cli.interrupt import StopRequest
+from lora_cli.lanes import Lanes, count_for, twin
 from lora_cli.model import LanguageModel
 from lora_cli.optim import build_optimizer, clip_gradients, lr_at, set_rate
 from lora_cli.product import Product
 from lora_cli.records import Evaluated, Event, Finished, Notice, Saved, StepDone, Tested
 from lora_cli.run_dir import RunDir
-from lora_cli.step import WINDOW, Summed, add_gradients, flat_gradients, jump, lost, worst_rows
+from lora_cli.step import WINDOW, Summed, add_gradients, jump, lost, worst_rows
 from lora_cli.timetable import Timetable
 
 
@@ -67,15 +67,12 @@ class Loop:
         for tensor in lora.taken_from_base(model.module):
             world.spread(tensor)
         share_inputs(model)
-        if config.train.compile:
-            compile_blocks(model.module)  # the compiler fuses by itself
-        else:
-            fuse(model.module)
-        if config.train.activation_checkpointing:
-            recompute_activations(model.module)
+        models = [model, *(twin(model) for _ in range(1, count_for(config, model.device, world.size)))]
+        for each in models:
+            change_blocks(each.module, config.train)
+        self.lanes = Lanes(models)
         trainable = tuning.trainable(model.module)
         self.parameters = list(trainable.values())
-        self.gradients = flat_gradients(self.parameters)
         optimizer = build_optimizer(trainable, config.train)
         self.state = TrainState(model.module, optimizer, 0, Stopping(), evaluated=validation is None)
         self.losses = deque[float](maxlen=WINDOW)  # of the steps before
@@ -124,20 +121,24 @@ class Loop:
         if (limit := self.config.train.surprise_limit) is not None:
             examples = without_surprising(self.model, examples, limit, self.tokens)
         while (summed := self._add_gradients(number, examples)) is None:
-            self.tokens //= 2
-            yield Notice(f"Memory ran out; step {number} is taken again with {self.tokens} tokens a forward.")
+            if len(self.lanes) > 1:
+                self.lanes, way = self.lanes.alone(), "one forward at a time"
+            else:
+                self.tokens //= 2
+                way = f"{self.tokens} tokens a forward"
+            yield Notice(f"Memory ran out; step {number} is taken again with {way}.")
         loss = summed.loss
         self._require_sound(number, loss.mean, summed)
-        self.world.add_up(self.gradients)
+        self.world.add_up(self.lanes.gradients)
         norm = float(clip_gradients(self.parameters, self.config.train.max_grad_norm))
         if not math.isfinite(norm):
-            self.gradients.zero_()
+            self.lanes.gradients.zero_()
             summed = self._add_gradients(number, examples, checked=True) or summed  # to find where it comes from
             raise self._stopped(number, f"the gradient norm is {norm}", summed)
         rate = lr_at(number, self.timetable.total_steps, self.config.train)
         set_rate(self.state.optimizer, rate)
         self.state.optimizer.step()
-        self.gradients.zero_()
+        self.lanes.gradients.zero_()
         self.state.step = number
         self.state.evaluated = not (self.validation and self.timetable.is_due(number, self.config.eval.per_epoch))
         self.losses.append(loss.mean)
@@ -154,9 +155,7 @@ class Loop:
         )
 
     def _add_gradients(self, number: int, examples: Sequence[Example], checked: bool = False) -> Summed | None:
-        return add_gradients(
-            self.model, self.config, number, examples, self.tokens, self.gradients, self.world, checked
-        )
+        return add_gradients(self.lanes, self.config, number, examples, self.tokens, self.world, checked)
 
     def _require_sound(self, number: int, loss: float, summed: Summed) -> None:
         """Raise TrainingStopped where a step's loss is not finite, or jumped, or training only made the model worse."""
@@ -255,7 +254,7 @@ class Loop:
                 way = f"goes on from {last}" if last else "begins anew, as there is no whole checkpoint yet"
                 raise SurroundingsError(
                     *error.problems,
-                    f"A checkpoint needs {checkpoint.size(len(self.gradients), self.config.lora) / 1e6:.1f} MB.",
+                    f"A checkpoint needs {checkpoint.size(len(self.lanes.gradients), self.config.lora) / 1e6:.1f} MB.",
                     state=f"Training stopped after step {self.state.step}; the same command {way}.",
                 ) from error
         self.world.from_main()

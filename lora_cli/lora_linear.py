@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_cli.dropout import Dropout
+from lora_cli.dropout import Dropout, row_keys
 from lora_cli.magnitude import row_norms
 from lora_cli.pissa import principal_factors
 from lora_cli.projection import Projection, project
@@ -110,12 +110,14 @@ class LoraLinear(nn.Module):
     def active_dropout(self, rows: int) -> Dropout | None:
         """Return the dropout of this forward, None where there is none.
 
-        Rows that are not the tokens of the batch, as where a model has few of them pass a layer, have keys by chance.
+        Rows that are not the tokens of the batch, as where a model has few of them pass a layer, have keys that follow
+        from all of them.
         """
         if not self.training or not self.dropout:
             return None
-        known = [keys for keys in self.tokens.keys if len(keys) == rows]
-        keys = known[0] if known else torch.randint(1 << 62, (rows,), device=self.lora_A.device)
+        keys = next((keys for keys in self.tokens.keys if len(keys) == rows), None)
+        if keys is None:
+            keys = row_keys(rows, self.tokens.keys, self.lora_A.device)
         return Dropout(self.dropout, self.seed, keys)
 
     def projection(self) -> Projection:

@@ -85,8 +85,7 @@ class _HeadLoss(torch.autograd.Function):
         total, penalty = (torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in range(2))
         gradient = torch.empty_like(hidden)  # [N, D]
         ctx.mark_non_differentiable(penalty)
-        on_cpu = weight.device.type == "cpu" and weight.dtype == hidden.dtype == _wide(hidden[:0]).dtype
-        if on_cpu and pull is None and not any(ctx.needs_input_grad[1:3]):
+        if goes_in_pieces(weight.device, weight.dtype, pull is not None, any(ctx.needs_input_grad[1:3])):
             for part in chunks(len(labels)):
                 total += _in_pieces(hidden[part], weight, bias, labels[part, None], form, gradient[part])
             ctx.save_for_backward(gradient)
@@ -147,6 +146,11 @@ class _HeadLoss(torch.autograd.Function):
         of_weight, of_bias = (None if each is None else each.mul_(factor) for each in ctx.of_head)
         del ctx.of_head
         return gradient * factor, of_weight, of_bias, None, None, None
+
+
+def goes_in_pieces(device: torch.device, dtype: torch.dtype, has_pull: bool, is_trained: bool) -> bool:
+    """Return whether no whole rows of logits [V] are made: on a CPU, where nothing needs one and nothing is rounded."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.float64) and not has_pull and not is_trained
 
 
 def _in_pieces(

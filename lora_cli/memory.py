@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lora_cli import lora, tuning
+from lora_cli import lanes, lora, tuning
 from lora_cli.attention import PACKED
 from lora_cli.batches import ALONE
 from lora_cli.config import RunConfig
@@ -17,18 +17,19 @@ from lora_cli.forward import lay_out, share_inputs, target_loss
 from lora_cli.fused import fuse
 from lora_cli.launch import Launch
 from lora_cli.layout import Layout, decoder_blocks
-from lora_cli.loss import CHUNK, HeadForm
+from lora_cli.loss import CHUNK, HeadForm, goes_in_pieces
 from lora_cli.model import LanguageModel, ModelHeader, build_skeleton, choose_dtype
 from lora_cli.reports import MemoryEstimate
 
 # Measured on a CPU with scripts/bench: what a process takes that has imported everything, and what a backward pass
 # holds for a moment, the allocator's gaps included, in activations of a block. The numbers for a GPU are guesses.
 _PROCESS = {"cpu": 440 << 20, "cuda": 1 << 30}
-_PASSING = {"cpu": 5.5, "cuda": 2.0}
+_PASSING = {"cpu": 4.0, "cuda": 2.0}
 _MOST_TOKENS = {"cpu": 1024, "cuda": 8192}
+_TOKENS_IN_LANES = 768  # of each of the forwards that run at a time
 _FEWEST_TOKENS = 128
 _FORWARDS = 2  # of a step for each of several processes: of fewer, one process often has one more than the others
-_CHUNKS_WITH_KL = 7  # arrays of a chunk's logits that exist together; 1 without a KL
+_CHUNKS_WITH_KL = 7  # arrays of a chunk's logits that exist together; 1 without a KL, none where they go in pieces
 _OPTIMIZER = 16  # bytes for each trained number: itself, its gradient, both moments
 _MADE_WHOLE = 2  # gradients of head and embedding, where they are trained, before they are added to those there are
 _RUN = 6  # blocks, and twice as many: a whole period of what alternates between them in known models
@@ -67,10 +68,11 @@ def estimate_memory(
     for_each, logits = _activations(skeleton, config, device)
     process = _PROCESS[device.type]
     free = free_memory(device, started.local_size)
+    side_by_side = lanes.count_for(config, device, started.size)
 
     def estimate(count: int) -> MemoryEstimate:
         seen = max(count, longest)
-        activations = int(for_each * seen) + min(seen, CHUNK) * logits
+        activations = side_by_side * (int(for_each * seen) + min(seen, CHUNK) * logits)
         total = base + adapter + activations + in_flight + process
         fits = None if free is None else total <= free
         return MemoryEstimate(
@@ -79,7 +81,7 @@ def estimate_memory(
 
     if config.train.micro_batch_tokens != "auto":
         return estimate(config.train.micro_batch_tokens)
-    count = tokens_worth_it(device)
+    count = tokens_worth_it(device, side_by_side)
     if started.size > 1 and mean is not None:
         of_each = config.train.batch_size * mean / started.size
         count = max(_FEWEST_TOKENS, min(count, round(of_each / _FORWARDS)))
@@ -129,14 +131,16 @@ def _activations(skeleton: nn.Module, config: RunConfig, device: torch.device) -
     if config.train.activation_checkpointing:  # each block's input, and one block at a time
         kept = blocks * _vector(skeleton) + kept / blocks
     chunks = _CHUNKS_WITH_KL if config.train.kl_to_base else 1
+    if goes_in_pieces(device, skeleton.dtype, bool(config.train.kl_to_base), config.lora.method == "full"):
+        chunks = 0
     narrow = 2 * skeleton.dtype.itemsize if skeleton.dtype.itemsize < 4 else 0  # as multiplied, before and behind
     vocabulary: int = skeleton.get_input_embeddings().weight.shape[0]
     return kept + passing, vocabulary * (4 * chunks + narrow)
 
 
-def tokens_worth_it(device: torch.device) -> int:
+def tokens_worth_it(device: torch.device, side_by_side: int = 1) -> int:
     """Return how many tokens a forward sees where memory does not matter; more are hardly faster."""
-    return _MOST_TOKENS[device.type]
+    return _MOST_TOKENS[device.type] if side_by_side == 1 else _TOKENS_IN_LANES
 
 
 def kept_by_a_token(skeleton: nn.Module, config: RunConfig, length: int = 256) -> float:

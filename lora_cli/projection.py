@@ -2,7 +2,8 @@
 
 y = x W + scale * (x A^T) B^T. Autograd would keep x twice and add whole outputs; here the update is accumulated into
 the base's output, the layers' A are one product, x is kept once, and W (frozen) gets no gradient. An x that is cheap to
-make of tensors that are kept anyway is not kept: it is made again.
+make of tensors that are kept anyway is not kept: it is made again. So is what another function made, where it says how
+(`remember`).
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +28,18 @@ class Projection(NamedTuple):
     lora_A: Tensor
     lora_B: Tensor
     scale: float
+
+
+def remember(x: Tensor, source: Tensor, make: Make) -> Tensor:
+    """Return x, with the word that `make` makes it of a tensor that is kept for the backward pass in any case."""
+    x.lora_made = _Made(source, make, x._version)
+    return x
+
+
+class _Made(NamedTuple):
+    source: Tensor
+    make: Make
+    version: int  # of what was made: whoever changed it in place made it something else
 
 
 class _Project(torch.autograd.Function):
@@ -55,7 +68,11 @@ class _Project(torch.autograd.Function):
             weight, bias = layer.weight(), layer.bias
             output = torch.mm(inputs, weight) if bias is None else torch.addmm(bias, inputs, weight)
             outputs.append(output.addmm_(part, B.to(x.dtype).T).view(*x.shape[:-1], -1))
-        ctx.save_for_backward(dropped, low, A, *(made_of if make else [seen]), *Bs)
+        made: _Made | None = getattr(x, "lora_made", None)
+        if made is not None and made.version != x._version:
+            made = None
+        ctx.again = made and made.make
+        ctx.save_for_backward(dropped, low, A, *(made_of if make else [made.source if made else seen]), *Bs)
         ctx.make, ctx.sources, ctx.ranks = make, sources, ranks
         ctx.frozen = [(layer.weight, layer.scale / kept) for layer in layers]
         return tuple(outputs)
@@ -70,6 +87,9 @@ class _Project(torch.autograd.Function):
             with torch.enable_grad():
                 x = ctx.make(*made_of)
             seen = _without(x.detach().reshape(-1, x.shape[-1]), dropped)
+        elif ctx.again:
+            x = ctx.again(seen)
+            seen = _without(x.reshape(-1, x.shape[-1]), dropped)
         wanted = ctx.needs_input_grad[4 : 4 + ctx.sources]
         grad_x, grad_low, grad_Bs = None, [], []
         parts = low.split(ctx.ranks, dim=1)

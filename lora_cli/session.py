@@ -133,7 +133,7 @@ class Session:
             validation=self.prepared.validation_counts,
             trainable_parameters=trainable,
             total_parameters=self.prepared.total_parameters(loop.config.lora),
-            forward=str(self.model.layout),
+            forward=", ".join(filter(None, (str(self.model.layout), str(loop.lanes)))),
             patience=loop.config.train.early_stopping.patience,
             forgetting_budget=loop.config.eval.forgetting_budget,
             before=metrics.read_measured(loop.run) if self.world.is_main else (),

@@ -216,7 +216,7 @@ EDITS = [
     (130, "train", "        _require_room(config, run, prepared)\n", "        pass\n"),
     (131, "distributed", "for item in items[self.rank :: self.size])", "for item in items)"),
     (132, "lora_linear", "known = [keys for keys in self.tokens.keys if len(keys) == rows]", "known = list[Tensor]()"),
-    (133, "loop", "self.world.add_up(self.gradients)", "pass"),
+    (133, "loop", "self.world.add_up(self.lanes.gradients)", "pass"),
     (134, "step", "not (checked and not math.isfinite(float(gradients.norm())))", "True"),
     (135, "loop", "self._require_sound(number, loss.mean, summed)", "pass"),
     (136, "metrics", '(evaluated or record["event"] == "step")', "True"),

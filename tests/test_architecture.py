@@ -123,6 +123,7 @@ FLOORS = [
     "forgetting",
     "fused",
     "blocks",
+    "lanes",
     "memory",
     "prepare",
     "notices",

@@ -27,11 +27,11 @@ from lora_cli.export import export
 from lora_cli.forward import form, lay_out, pull_to_base, target_loss, target_scores
 from lora_cli.fused import fuse
 from lora_cli.interrupt import StopRequest
+from lora_cli.lanes import flat_gradients
 from lora_cli.model import LanguageModel
 from lora_cli.optim import build_optimizer, set_rate, start_rate
 from lora_cli.records import Event, Finished, Started, StepDone
 from lora_cli.scale import scale
-from lora_cli.step import flat_gradients
 from lora_cli.train import train
 
 CPU = torch.device("cpu")

@@ -163,6 +163,7 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) ->
 
 
 @functools.cache
+@torch.inference_mode(False)  # or what is kept could not be used in training
 def _hidden(dtype: torch.dtype) -> Tensor:
     """Return what is added to scores, of which each mask of a block is a part: -inf where column - row > _MOST_KEYS."""
     size = 2 * _QUERIES

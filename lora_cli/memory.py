@@ -26,7 +26,6 @@ from lora_cli.reports import MemoryEstimate
 _PROCESS = {"cpu": 440 << 20, "cuda": 1 << 30}
 _PASSING = {"cpu": 4.0, "cuda": 2.0}
 _MOST_TOKENS = {"cpu": 1024, "cuda": 8192}
-_TOKENS_IN_LANES = 768  # of each of the forwards that run at a time
 _FEWEST_TOKENS = 128
 _FORWARDS = 2  # of a step for each of several processes: of fewer, one process often has one more than the others
 _CHUNKS_WITH_KL = 7  # arrays of a chunk's logits that exist together; 1 without a KL, none where they go in pieces
@@ -81,7 +80,7 @@ def estimate_memory(
 
     if config.train.micro_batch_tokens != "auto":
         return estimate(config.train.micro_batch_tokens)
-    count = tokens_worth_it(device, side_by_side)
+    count = tokens_worth_it(device)
     if started.size > 1 and mean is not None:
         of_each = config.train.batch_size * mean / started.size
         count = max(_FEWEST_TOKENS, min(count, round(of_each / _FORWARDS)))
@@ -138,9 +137,9 @@ def _activations(skeleton: nn.Module, config: RunConfig, device: torch.device) -
     return kept + passing, vocabulary * (4 * chunks + narrow)
 
 
-def tokens_worth_it(device: torch.device, side_by_side: int = 1) -> int:
+def tokens_worth_it(device: torch.device) -> int:
     """Return how many tokens a forward sees where memory does not matter; more are hardly faster."""
-    return _MOST_TOKENS[device.type] if side_by_side == 1 else _TOKENS_IN_LANES
+    return _MOST_TOKENS[device.type]
 
 
 def kept_by_a_token(skeleton: nn.Module, config: RunConfig, length: int = 256) -> float:

@@ -129,7 +129,6 @@ def load_ours(job: Job, dtype: str = "auto") -> Any:
 
 def build_loop(job: Job, tokens: str, name: str = "ours") -> Any:
     """Build the loop of `lora train` over the job's rows, without validation."""
-    from lora_cli import lanes
     from lora_cli.adapter_folder import Origin
     from lora_cli.batches import Mixture, Part
     from lora_cli.config import RunConfig
@@ -160,15 +159,14 @@ def build_loop(job: Job, tokens: str, name: str = "ours") -> Any:
     training = TrainingSet(examples, Mixture((Part(0, len(job["rows"])),)))
     origin = Origin(job["model"], None, "", {})
     run = RunDir(Path(job["folder"]))
-    count = tokens_of(tokens, lanes.count_for(config, DEVICE))
-    return Loop(config, run, load_ours(job), training, None, None, origin, StopRequest(), count)
+    return Loop(config, run, load_ours(job), training, None, None, origin, StopRequest(), tokens_of(tokens))
 
 
-def tokens_of(setting: str, lanes: int = 1) -> int:
-    """Return the tokens of a forward, of which so many run at a time."""
+def tokens_of(setting: str) -> int:
+    """Return the tokens of a forward."""
     from lora_cli.memory import tokens_worth_it
 
-    return tokens_worth_it(DEVICE, lanes) if setting == "auto" else int(setting)
+    return tokens_worth_it(DEVICE) if setting == "auto" else int(setting)
 
 
 def run_ours(job: Job, turns: Turns, tokens: str, name: str = "ours") -> None:

@@ -114,6 +114,21 @@ def test_blocks_of_queries_attend_as_whole_sequences_do(name: str, window: int |
         assert torch.allclose(mine, theirs, atol=1e-12)
 
 
+def test_what_evaluation_keeps_serves_training():
+    """The mask of the blocks is made once: in inference mode, it could not be used with gradients."""
+    attention._hidden.cache_clear()
+    heads = 4 * torch.get_num_threads()
+    query = torch.randn(1, heads, 200, 8, requires_grad=True)
+    module: Any = torch.nn.Identity()
+    outputs = []
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            outputs.append(packed_attention(module, *[query] * 3, None, segments=Segments(Segment(200)))[0])
+
+    assert torch.equal(*outputs)
+    assert torch.autograd.grad(outputs[1].sum(), query)[0].abs().max() > 0
+
+
 def gradients(output: Tensor, weights: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The gradients of a weighted sum of an output."""
     return torch.autograd.grad((output * weights).sum(), given)

@@ -104,13 +104,22 @@ class Lanes:
             lane.gradients.zero_()
 
 
-def twin(model: LanguageModel) -> LanguageModel:
-    """Return the same model again: modules of its own with the same weights, what is trained with other gradients."""
+def twins(model: LanguageModel, count: int) -> list[LanguageModel]:
+    """Return a model and others with modules of their own: the same weights, what is trained with other gradients.
+
+    By itself where its modules hold something that cannot be copied.
+    """
     module = model.module
     trained = {id(parameter) for parameter in tuning.trainable(module).values()}
-    tensors = [*module.parameters(), *module.buffers()]
-    shared = {id(t): nn.Parameter(t.detach()) if id(t) in trained else t for t in tensors}
-    return replace(model, module=copy.deepcopy(module, shared))
+    models = [model]
+    try:
+        for _ in range(1, count):
+            tensors = [*module.parameters(), *module.buffers()]
+            shared = {id(t): nn.Parameter(t.detach()) if id(t) in trained else t for t in tensors}
+            models.append(replace(model, module=copy.deepcopy(module, shared)))
+    except (TypeError, ValueError, AttributeError, RuntimeError, copy.Error):
+        return [model]
+    return models
 
 
 def flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -21,7 +21,7 @@ from lora_cli.examples import Example
 from lora_cli.forgetting import Validation, measure_chosen, without_surprising
 from lora_cli.forward import share_inputs
 from lora_cli.interrupt import StopRequest
-from lora_cli.lanes import Lanes, count_for, twin
+from lora_cli.lanes import Lanes, count_for, twins
 from lora_cli.model import LanguageModel
 from lora_cli.optim import build_optimizer, clip_gradients, lr_at, set_rate
 from lora_cli.product import Product
@@ -67,7 +67,7 @@ class Loop:
         for tensor in lora.taken_from_base(model.module):
             world.spread(tensor)
         share_inputs(model)
-        models = [model, *(twin(model) for _ in range(1, count_for(config, model.device, world.size)))]
+        models = twins(model, count_for(config, model.device, world.size))
         for each in models:
             change_blocks(each.module, config.train)
         self.lanes = Lanes(models)

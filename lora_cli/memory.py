@@ -67,15 +67,27 @@ def estimate_memory(
     for_each, logits = _activations(skeleton, config, device)
     process = _PROCESS[device.type]
     free = free_memory(device, started.local_size)
-    side_by_side = lanes.count_for(config, device, started.size)
+    forwards = lanes.count_for(config, device, started.size)
+    in_flight *= forwards
 
     def estimate(count: int) -> MemoryEstimate:
         seen = max(count, longest)
-        activations = side_by_side * (int(for_each * seen) + min(seen, CHUNK) * logits)
+        activations = forwards * (int(for_each * seen) + min(seen, CHUNK) * logits)
         total = base + adapter + activations + in_flight + process
         fits = None if free is None else total <= free
         return MemoryEstimate(
-            device.type, started.size, count, base, adapter, activations, in_flight, process, total, free, fits
+            device.type,
+            started.size,
+            count,
+            forwards,
+            base,
+            adapter,
+            activations,
+            in_flight,
+            process,
+            total,
+            free,
+            fits,
         )
 
     if config.train.micro_batch_tokens != "auto":

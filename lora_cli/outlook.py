@@ -48,7 +48,8 @@ def _show_memory(memory: MemoryEstimate, trained: str) -> None:
     """Show what lies in memory, and whether it fits."""
     each = "" if memory.processes == 1 else f" each of {memory.processes} processes takes"
     place = "a GPU" if memory.device == "cuda" else "the CPU"
-    say(f"memory{each} on {place}, about, at {memory.tokens:,} tokens a forward:")
+    at_a_time = f", {memory.forwards} at a time" if memory.forwards > 1 else ""
+    say(f"memory{each} on {place}, about, at {memory.tokens:,} tokens a forward{at_a_time}:")
     parts = {
         "base": memory.base,
         f"{trained} + optimizer": memory.adapter,

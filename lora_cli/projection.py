@@ -81,27 +81,31 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         dropped, low, A, *rest = ctx.saved_tensors
         made_of, Bs = rest[: ctx.sources], rest[ctx.sources :]
-        seen = made_of[0]
+        outgoing = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]  # [T, out] each
+        grad_Bs = [
+            (grad.T @ part).to(B.dtype) for grad, part, B in zip(outgoing, low.split(ctx.ranks, dim=1), Bs, strict=True)
+        ]
+        grad_low = [
+            (grad @ B.to(A.dtype)).mul_(scale) for grad, B, (_, scale) in zip(outgoing, Bs, ctx.frozen, strict=True)
+        ]
+        together = torch.cat(grad_low, dim=1)  # [T, all ranks]
+        x, origin = made_of[0], None
         if ctx.make:
             made_of = [source.detach().requires_grad_() for source in made_of]
             with torch.enable_grad():
                 x = ctx.make(*made_of)
-            seen = _without(x.detach().reshape(-1, x.shape[-1]), dropped)
+            origin = torch.autograd.graph.get_gradient_edge(x)  # x itself is not needed then
         elif ctx.again:
-            x = ctx.again(seen)
-            seen = _without(x.reshape(-1, x.shape[-1]), dropped)
-        wanted = ctx.needs_input_grad[4 : 4 + ctx.sources]
-        grad_x, grad_low, grad_Bs = None, [], []
-        parts = low.split(ctx.ranks, dim=1)
-        for (weight, scale), B, part, grad in zip(ctx.frozen, Bs, parts, grad_outputs, strict=True):
-            grad_output = grad.reshape(-1, grad.shape[-1])  # [T, out]
-            grad_Bs.append((grad_output.T @ part).to(B.dtype))
-            grad_low.append((grad_output @ B.to(A.dtype)).mul_(scale))
-            if not any(wanted):  # below the first adapted layer there is nothing to train
-                continue
-            grad_x = grad_output @ weight().T if grad_x is None else grad_x.addmm_(grad_output, weight().T)
-        together = torch.cat(grad_low, dim=1)  # [T, all ranks]
+            x = ctx.again(x)
+        seen = x.detach().reshape(-1, x.shape[-1])
+        if ctx.make or ctx.again:
+            seen = _without(seen, dropped)
         grad_As = (together.T @ seen).to(Bs[0].dtype).split(ctx.ranks)
+        del x, seen
+        grad_x = None
+        if any(ctx.needs_input_grad[4 : 4 + ctx.sources]):  # below the first adapted layer there is nothing to train
+            for (weight, _), grad in zip(ctx.frozen, outgoing, strict=True):
+                grad_x = grad @ weight().T if grad_x is None else grad_x.addmm_(grad, weight().T)
         if grad_x is not None:
             if dropped is None:
                 grad_x.addmm_(together, A)
@@ -112,7 +116,7 @@ class _Project(torch.autograd.Function):
             grad_x = grad_x.view(*grad_outputs[0].shape[:-1], -1)
         grads = (grad_x,)
         if ctx.make:
-            grads = (None,) * ctx.sources if grad_x is None else torch.autograd.grad(x, made_of, grad_x)
+            grads = (None,) * ctx.sources if grad_x is None else torch.autograd.grad(origin, made_of, grad_x)
         flat = (gradient for A_B in zip(grad_As, grad_Bs, strict=True) for gradient in A_B)
         return (None, None, None, None, *grads, *flat)
 

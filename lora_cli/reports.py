@@ -31,9 +31,10 @@ class MemoryEstimate:
     device: str  # cpu, cuda, mps
     processes: int  # that share the run
     tokens: int  # that one forward sees
+    forwards: int  # that run at a time, each on some of the threads
     base: int  # its weights
     adapter: int  # or what else is trained: its numbers, gradients and both moments
-    activations: int  # what a forward keeps for its backward
+    activations: int  # what these forwards keep for their backward
     in_flight: int  # of a base that is sharded, quantised or trained: what is made whole for a moment
     process: int  # Python and its libraries, where they share this memory
     total: int  # all of it

@@ -126,3 +126,24 @@ def test_less_is_kept(model_folder: Callable[[str], str]):
         kept[compiled] = memory.kept_by_a_token(build(model_folder("llama"), torch.float32), config)
 
     assert kept[True] - kept[False] >= 2 * 2 * 48 * 4
+
+
+def test_a_norms_output_that_was_changed_is_kept_as_it_is(model_folder: Callable[[str], str]):
+    """It is made again for the backward pass only where nobody wrote into it."""
+    config = ModelConfig(path=model_folder("llama"))
+    loaded = load_model(read_header(config), config, torch.device("cpu"))
+    lora.apply_lora(loaded.module, LoraConfig(rank=4), seed=0)
+    block = loaded.module.to(torch.float64).get_submodule("model.layers.0")
+    fuse(loaded.module)
+    layer = block.self_attn.q_proj
+    nn.init.normal_(layer.lora_B, std=0.1)
+    x = torch.randn(2, 3, layer.lora_A.shape[1], dtype=torch.float64)
+    gradients = []
+    for in_place in (True, False):
+        normed = block.input_layernorm(x.clone().requires_grad_())
+        layer(normed.mul_(3.0) if in_place else normed * 3.0).square().sum().backward()
+        gradients.append(layer.lora_A.grad.clone())
+        layer.lora_A.grad = None
+
+    assert torch.allclose(*gradients, rtol=1e-12)
+    assert gradients[0].norm() > 0

@@ -1,5 +1,6 @@
 """Forwards side by side: the same step as one after the other, however the threads fall."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from lora_cli import config_file, lanes, lora, tuning
 from lora_cli import step as step_module
+from lora_cli.blocks import change_blocks
 from lora_cli.config import RunConfig
 from lora_cli.distributed import ALONE
 from lora_cli.examples import Example
 from lora_cli.forward import share_inputs
-from lora_cli.fused import fuse
 from lora_cli.interrupt import StopRequest
-from lora_cli.lanes import Lanes, count_for, divide, twin
+from lora_cli.lanes import Lanes, count_for, divide, twins
 from lora_cli.model import LanguageModel, load_model, read_header
 from lora_cli.records import Event, Notice, StepDone
 from lora_cli.step import Summed, add_gradients
@@ -53,9 +54,9 @@ def models_of(config: RunConfig, count: int) -> list[LanguageModel]:
             if name.endswith("lora_B"):
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.05)
     share_inputs(first)
-    models = [first, *(twin(first) for _ in range(1, count))]
+    models = twins(first, count)
     for each in models:
-        fuse(each.module)
+        change_blocks(each.module, config.train)
     return models
 
 
@@ -68,23 +69,28 @@ def step(config: RunConfig, count: int, examples: list[Example], tokens: int) ->
 
 
 @pytest.mark.parametrize(
-    ("kind", "adapter"),
+    ("kind", "adapter", "settings"),
     [
-        ("llama", {"dropout": 0.2}),
-        ("llama", {"method": "dora"}),
-        ("llama", {"init": "pissa"}),
-        ("qwen3", {}),
-        ("gpt2", {"dropout": 0.2}),
-        ("gemma2", {}),
-        ("mixtral", {"dropout": 0.2}),
-        ("mamba", {"dropout": 0.2}),
+        ("llama", {"dropout": 0.2}, {}),
+        ("llama", {"dropout": 0.2}, {"activation_checkpointing": True}),
+        ("llama", {"method": "dora"}, {}),
+        ("llama", {"init": "pissa"}, {}),
+        ("qwen3", {}, {}),
+        ("gpt2", {"dropout": 0.2}, {}),
+        ("gemma2", {}, {}),
+        ("mixtral", {"dropout": 0.2}, {}),
+        ("mamba", {"dropout": 0.2}, {}),
     ],
 )
 def test_lanes_take_the_step_that_one_takes(
-    kind: str, adapter: dict[str, Any], model_folder: Callable[[str], str], make_rows: Callable[[int], str]
+    kind: str,
+    adapter: dict[str, Any],
+    settings: dict[str, Any],
+    model_folder: Callable[[str], str],
+    make_rows: Callable[[int], str],
 ):
     """Loss and gradients, dropout among them, of as many forwards or more; twice the same to the bit."""
-    config = config_of(model_folder(kind), lora={"rank": 4, **adapter})
+    config = config_of(model_folder(kind), lora={"rank": 4, **adapter}, train=settings)
     examples = build_examples(make_rows(12))[0][:]
     tolerance = 1e-5 if kind in NARROW else 1e-9
     alone = step(config, 1, examples, 150)
@@ -165,6 +171,14 @@ def test_which_runs_have_lanes(model_folder: Callable[[str], str], monkeypatch: 
     assert count_for(config_of(path, lora={"method": "full"}), CPU) == 1
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert count_for(config_of(path), CPU) == 1
+
+
+def test_a_model_that_cannot_be_copied_runs_by_itself(model_folder: Callable[[str], str]):
+    """As where its own code keeps a lock or an open file."""
+    (model,) = models_of(config_of(model_folder("llama")), 1)
+    assert len(twins(model, 2)) == 2
+    model.module.lock = threading.Lock()
+    assert twins(model, 2) == [model]
 
 
 def test_an_error_in_a_lane_is_raised_when_all_have_ended(model_folder: Callable[[str], str]):

@@ -99,16 +99,7 @@ class _HeadLoss(torch.autograd.Function):
         room = hidden.new_empty(min(len(labels), CHUNK), len(weight))
         for part in chunks(len(labels)):
             x = hidden[part]
-            logits = _products(x, weight, room[: len(x)])
-            if bias is not None:
-                logits += bias
-            logits = _wide(logits)
-            if form.scale != 1.0:
-                logits.mul_(form.scale)
-            capped = None
-            if form.softcap is not None:
-                capped = logits.div_(form.softcap).tanh_()
-                logits = capped * form.softcap
+            logits, capped = _formed(_products(x, weight, room[: len(x)]), bias, form)
             picked = labels[part, None]
             pulled = None
             if pull is not None:
@@ -166,16 +157,9 @@ def _in_pieces(
     gradient.zero_()
     for begin in range(0, len(weight), _PIECE):
         rows = weight[begin : begin + _PIECE]
-        logits = torch.mm(x, rows.T)
-        if bias is not None:
-            logits += bias[begin : begin + _PIECE]
-        if form.scale != 1.0:
-            logits.mul_(form.scale)
-        slope = None
-        if form.softcap is not None:
-            capped = logits.div_(form.softcap).tanh_()
-            logits = capped * form.softcap
-            slope = capped.square_().neg_().add_(1)
+        some_bias = None if bias is None else bias[begin : begin + _PIECE]
+        logits, capped = _formed(torch.mm(x, rows.T), some_bias, form)
+        slope = None if capped is None else capped.square_().neg_().add_(1)
         place = labels - begin
         inside = (place >= 0) & (place < len(rows))
         place = place.clamp(0, len(rows) - 1)
@@ -198,6 +182,19 @@ def _products(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     for rows, columns in zip(weight.split(size), out.split(size, 1), strict=True):
         torch.mm(x, rows.T, out=columns)
     return out
+
+
+def _formed(products: Tensor, bias: Tensor | None, form: HeadForm) -> tuple[Tensor, Tensor | None]:
+    """Turn a head's products [C, V] into logits, in their place where they can be; and the tanh of what is capped."""
+    if bias is not None:
+        products += bias
+    logits = _wide(products)
+    if form.scale != 1.0:
+        logits.mul_(form.scale)
+    if form.softcap is None:
+        return logits, None
+    capped = logits.div_(form.softcap).tanh_()
+    return capped * form.softcap, capped
 
 
 def _wide(logits: Tensor) -> Tensor:

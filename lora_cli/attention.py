@@ -112,14 +112,14 @@ def packed_attention(
         if segment.prefix is not None:
             k = torch.cat([keys[segment.prefix], k], dim=2)
             v = torch.cat([values[segment.prefix], v], dim=2)
-        if softcap is not None:
-            visible = _visible(q.shape[2], k.shape[2], sliding_window, q.device)
-            outputs.append(_capped(q, k, v, visible, scaling, softcap))
-        elif _blocks_pay(q, k, sliding_window):
+        if softcap is None and _blocks_pay(q, k, sliding_window):
             outputs += _attend_in_blocks(q, k, v, scaling)
-        else:
-            visible = _visible(q.shape[2], k.shape[2], sliding_window, q.device)
+            continue
+        visible = _visible(q.shape[2], k.shape[2], sliding_window, q.device)
+        if softcap is None:
             outputs.append(_attend(q, k, v, visible, scaling))
+        else:
+            outputs.append(_capped(q, k, v, visible, scaling, softcap))
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None  # [1, T, heads, head_dim]
 
 

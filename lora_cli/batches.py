@@ -78,11 +78,10 @@ def pack(groups: Sequence[Group], examples: Sequence[Example], tokens: int, form
     """
     if form == "packed":
         return _bins(groups, examples, tokens)
-    longest_first = sorted(groups, key=lambda group: (-size_of(group, examples), group))
     if form == "single":
-        return [(group,) for group in longest_first]
+        return [(group,) for group in _largest_first(groups, examples)]
     rows: list[list[Group]] = []
-    for group in longest_first:
+    for group in _largest_first(groups, examples):
         if rows and (len(rows[-1]) + 1) * size_of(rows[-1][0], examples) <= tokens:
             rows[-1].append(group)
         else:
@@ -95,7 +94,7 @@ def _bins(groups: Sequence[Group], examples: Sequence[Example], tokens: int) -> 
     size = {group: size_of(group, examples) for group in groups}
     first_fit: list[list[Group]] = []
     free: list[int] = []
-    for group in sorted(groups, key=lambda group: (-size[group], group)):
+    for group in _largest_first(groups, examples):
         fits = next((number for number, room in enumerate(free) if room >= size[group]), None)
         if fits is None:
             first_fit.append([group])
@@ -117,11 +116,15 @@ def deal(groups: Sequence[Group], examples: Sequence[Example], hands: int) -> li
     """Give each group, the largest first, to the hand that has the fewest tokens."""
     dealt: list[list[Group]] = [[] for _ in range(hands)]
     lengths = [0] * hands
-    for group in sorted(groups, key=lambda group: (-size_of(group, examples), group)):
+    for group in _largest_first(groups, examples):
         shortest = lengths.index(min(lengths))
         dealt[shortest].append(group)
         lengths[shortest] += size_of(group, examples)
     return dealt
+
+
+def _largest_first(groups: Sequence[Group], examples: Sequence[Example]) -> list[Group]:
+    return sorted(groups, key=lambda group: (-size_of(group, examples), group))
 
 
 def size_of(group: Group, examples: Sequence[Example]) -> int:

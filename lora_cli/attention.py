@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_cli.heap import roomy
+from lora_cli.projection import remember
+
 PACKED = "lora_packed"  # its name among transformers' attention functions
 
 _QUERIES = 64  # of one call on a CPU, at least; fewer than twice as many
@@ -120,7 +123,7 @@ def packed_attention(
             outputs.append(_attend(q, k, v, visible, scaling))
         else:
             outputs.append(_capped(q, k, v, visible, scaling, softcap))
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None  # [1, T, heads, head_dim]
+    return remember(_Row.apply(*outputs), _Row.put, *outputs), None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scaling: float | None) -> Tensor:
@@ -168,6 +171,26 @@ def _hidden(dtype: torch.dtype) -> Tensor:
     """Return what is added to scores, of which each mask of a block is a part: -inf where column - row > _MOST_KEYS."""
     size = 2 * _QUERIES
     return torch.full((size, _MOST_KEYS + size), -torch.inf, dtype=dtype, device="cpu").triu(_MOST_KEYS + 1)
+
+
+class _Row(torch.autograd.Function):
+    """Outputs of attention, [1, heads, t, head_dim] each, one behind the other: [1, T, heads, head_dim]."""
+
+    @staticmethod
+    def put(*outputs: Tensor) -> Tensor:
+        """Return the row."""
+        _, heads, _, width = outputs[0].shape
+        row = roomy((1, sum(output.shape[2] for output in outputs), heads, width), outputs[0])
+        return torch.cat([output.transpose(1, 2) for output in outputs], dim=1, out=row)
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
+        ctx.lengths = [output.shape[2] for output in outputs]
+        return _Row.put(*outputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient.transpose(1, 2).split(ctx.lengths, dim=2)
 
 
 class _Beginnings(torch.autograd.Function):
@@ -249,9 +272,9 @@ class _WhatIsKept(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query)
+        output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         ctx.save_for_backward(query, key, value, output)
-        return output.transpose(1, 2).contiguous()
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> None:

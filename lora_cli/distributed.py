@@ -4,11 +4,9 @@ Only tensors and JSON travel, no pickle. Ranks are replicas: each has the whole 
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -170,20 +168,6 @@ def free_memory(device: torch.device, processes: int = 1) -> int | None:
         most, taken = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         free = min(free, most - taken)
     return free // processes
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep the memory it frees for its next tensors, where the C library is glibc.
-
-    That library gives large blocks back to the system, and a step would get them anew and zeroed, page by page. Threads
-    that are started later take from the same memory: in one of their own they would each keep as much again.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            adjust = ctypes.CDLL(None).mallopt  # the numbers are those of glibc's malloc.h
-            adjust(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: no block is a mapping by itself
-            adjust(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at the end is kept
-            adjust(-8, 1)  # M_ARENA_MAX
 
 
 def is_here(wanted: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_cli.heap import roomy
 from lora_cli.layout import agree
 from lora_cli.lora_linear import LoraLinear
 from lora_cli.projection import project, remember
@@ -61,7 +62,7 @@ class _RmsNorm(torch.autograd.Function):
         """Return the output [..., D], and what each row was multiplied by [..., 1]."""
         h = x.to(factor.dtype)
         inverse = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
-        return (h * inverse).mul_(factor).to(x.dtype), inverse
+        return torch.mul(h, inverse, out=roomy(h.shape, h)).mul_(factor).to(x.dtype), inverse
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
@@ -86,7 +87,7 @@ def _fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     for factor in (wide, 1 + wide):
 
         def ours(x: Tensor, factor: Tensor = factor) -> Tensor:
-            return remember(_RmsNorm.apply(x, factor, eps), x, lambda x: _RmsNorm.compute(x, factor, eps)[0])
+            return remember(_RmsNorm.apply(x, factor, eps), lambda x: _RmsNorm.compute(x, factor, eps)[0], x)
 
         if _same(module, ours, x):
             return ours

@@ -15,11 +15,12 @@ from lora_cli.blocks import as_loaded, change_blocks
 from lora_cli.checkpoint import Stopping, TrainState
 from lora_cli.config import RunConfig
 from lora_cli.dataset import Dataset, TrainingSet
-from lora_cli.distributed import ALONE, World, keep_freed_memory
+from lora_cli.distributed import ALONE, World
 from lora_cli.errors import AdapterError, Interrupted, SurroundingsError, TrainingStopped
 from lora_cli.examples import Example
 from lora_cli.forgetting import Validation, measure_chosen, without_surprising
 from lora_cli.forward import share_inputs
+from lora_cli.heap import keep_freed_memory
 from lora_cli.interrupt import StopRequest
 from lora_cli.lanes import Lanes, count_for, twins
 from lora_cli.model import LanguageModel

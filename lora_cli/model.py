@@ -19,9 +19,10 @@ from lora_cli import base_folder, json_file, loading, remote_code, sharding
 from lora_cli.attention import PACKED, packed_attention
 from lora_cli.config import ModelConfig
 from lora_cli.config_checks import problem_of_remote_code
-from lora_cli.distributed import World, keep_freed_memory
+from lora_cli.distributed import World
 from lora_cli.errors import NOTHING_LOADED, ModelError, shown
 from lora_cli.examples import Tokenizer
+from lora_cli.heap import keep_freed_memory
 from lora_cli.layout import Layout, decoder_blocks, probe
 from lora_cli.tensor_file import read_all_infos
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.dropout import Dropout
+from lora_cli.heap import roomy
 
 Make = Callable[..., Tensor]  # elementwise: of tensors [..., in], one [..., in]
 
@@ -30,16 +31,28 @@ class Projection(NamedTuple):
     scale: float
 
 
-def remember(x: Tensor, source: Tensor, make: Make) -> Tensor:
-    """Return x, with the word that `make` makes it of a tensor that is kept for the backward pass in any case."""
-    x.lora_made = _Made(source, make, x._version)
+def remember(x: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+    """Return x, with the word that `make` makes it of tensors that are kept for the backward pass in any case.
+
+    The word holds for x in another shape, too.
+    """
+    if torch.is_grad_enabled():
+        x.lora_made = _Made(make, sources, x._version)
     return x
 
 
 class _Made(NamedTuple):
-    source: Tensor
-    make: Make
+    make: Callable[..., Tensor]
+    sources: Sequence[Tensor]
     version: int  # of what was made: whoever changed it in place made it something else
+
+
+def _how_made(x: Tensor) -> _Made | None:
+    """Return how to make x again, its shape aside; None where nobody said so, or it was changed since."""
+    origin = x if x._base is None else x._base
+    made: _Made | None = getattr(origin, "lora_made", None)
+    reshaped = x.numel() == origin.numel() and x.is_contiguous() and origin.is_contiguous()
+    return made if made and reshaped and made.version == x._version else None
 
 
 class _Project(torch.autograd.Function):
@@ -57,30 +70,32 @@ class _Project(torch.autograd.Function):
         x = make(*made_of) if make else made_of[0]
         inputs = x.reshape(-1, x.shape[-1])  # [T, in]
         dropped = dropout.draw(inputs.shape[1]) if dropout else None
-        kept = 1 - dropout.chance if dropout else 1.0
+        left = 1 - dropout.chance if dropout else 1.0
         seen = _without(inputs, dropped)
         A = torch.cat([each.to(x.dtype) for each in As])  # [all ranks, in]
         low = seen @ A.T  # [T, all ranks]
         ranks = [len(each) for each in As]
         outputs = []
         for layer, B, part in zip(layers, Bs, low.split(ranks, dim=1), strict=True):
-            part.mul_(layer.scale / kept)
+            part.mul_(layer.scale / left)
             weight, bias = layer.weight(), layer.bias
-            output = torch.mm(inputs, weight) if bias is None else torch.addmm(bias, inputs, weight)
+            output = roomy((len(inputs), weight.shape[1]), inputs)
+            if bias is None:
+                torch.mm(inputs, weight, out=output)
+            else:
+                torch.addmm(bias, inputs, weight, out=output)
             outputs.append(output.addmm_(part, B.to(x.dtype).T).view(*x.shape[:-1], -1))
-        made: _Made | None = getattr(x, "lora_made", None)
-        if made is not None and made.version != x._version:
-            made = None
-        ctx.again = made and made.make
-        ctx.save_for_backward(dropped, low, A, *(made_of if make else [made.source if made else seen]), *Bs)
-        ctx.make, ctx.sources, ctx.ranks = make, sources, ranks
-        ctx.frozen = [(layer.weight, layer.scale / kept) for layer in layers]
+        made = None if make else _how_made(x)
+        kept = made_of if make else made.sources if made else [seen]
+        ctx.save_for_backward(dropped, low, A, *kept, *Bs)
+        ctx.make, ctx.again, ctx.sources, ctx.kept, ctx.ranks = make, made and made.make, sources, len(kept), ranks
+        ctx.frozen = [(layer.weight, layer.scale / left) for layer in layers]
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         dropped, low, A, *rest = ctx.saved_tensors
-        made_of, Bs = rest[: ctx.sources], rest[ctx.sources :]
+        made_of, Bs = rest[: ctx.kept], rest[ctx.kept :]
         outgoing = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]  # [T, out] each
         grad_Bs = [
             (grad.T @ part).to(B.dtype) for grad, part, B in zip(outgoing, low.split(ctx.ranks, dim=1), Bs, strict=True)
@@ -96,8 +111,8 @@ class _Project(torch.autograd.Function):
                 x = ctx.make(*made_of)
             origin = torch.autograd.graph.get_gradient_edge(x)  # x itself is not needed then
         elif ctx.again:
-            x = ctx.again(x)
-        seen = x.detach().reshape(-1, x.shape[-1])
+            x = ctx.again(*made_of)
+        seen = x.detach().reshape(-1, A.shape[1])
         if ctx.make or ctx.again:
             seen = _without(seen, dropped)
         grad_As = (together.T @ seen).to(Bs[0].dtype).split(ctx.ranks)

@@ -487,6 +487,10 @@ def profile(job: Job, turns: Turns, tokens: str) -> None:
 
 def main() -> None:
     name, path, setting = sys.argv[1:]
+    if name in VARIANTS:  # as `lora train` begins
+        from lora_cli.heap import restart_without_caches
+
+        restart_without_caches()
     job = json.loads(Path(path).read_text())
     functions: dict[str, Any] = {name: functools.partial(run_ours, name=name) for name in VARIANTS}
     functions |= {"hf": run_hf, "trl": run_trl, "litgpt": run_litgpt, "check": check, "profile": profile}

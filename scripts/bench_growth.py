@@ -26,10 +26,10 @@ import transformers
 from lora_cli import lora
 from lora_cli.batches import micro_batches
 from lora_cli.config import LoraConfig, ModelConfig
-from lora_cli.distributed import keep_freed_memory
 from lora_cli.examples import Example
 from lora_cli.forward import form, lay_out, share_inputs, target_loss
 from lora_cli.fused import fuse
+from lora_cli.heap import keep_freed_memory
 from lora_cli.model import LanguageModel, ModelHeader, load_model
 
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}

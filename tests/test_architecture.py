@@ -57,6 +57,7 @@ FLOORS = [
     "trackers.wandb",
     "trackers.mlflow",
     "tracking",
+    "heap",
     "loss",
     "optim",
     "dropout",

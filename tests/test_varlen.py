@@ -1,6 +1,6 @@
 """Attention of packed sequences: in one call, or the queries of each in blocks, as the loop over sequences."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_cli import attention
 from lora_cli.attention import Segment, Segments, attend_varlen, lay_out_varlen, packed_attention
+from lora_cli.projection import Projection, project
 
 CPU = torch.device("cpu")
 PACKED = {
@@ -129,9 +130,43 @@ def test_what_evaluation_keeps_serves_training():
     assert torch.autograd.grad(outputs[1].sum(), query)[0].abs().max() > 0
 
 
+def test_a_layer_that_reads_the_row_keeps_none_of_it():
+    """What attention put together it puts together again for the gradient; a part of it, or one changed, is kept."""
+    torch.manual_seed(3)
+    query, key, value = (torch.randn(1, 4, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    down, up = torch.randn(2, 32, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    layer = Projection(
+        torch.randn(32, 3, dtype=torch.float64).clone, None, down.requires_grad_(), up.requires_grad_(), 1.0
+    )
+    forms: dict[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
+        "as it is": (False, lambda row: row.reshape(1, 9, 32)),
+        "another row": (True, lambda row: row.reshape(1, 9, 32).clone()),
+        "a part": (True, lambda row: row.reshape(1, 9, 32)[:, 2:7]),
+        "another order": (True, lambda row: row.transpose(1, 2).reshape(1, 9, 32)),
+        "changed": (True, lambda row: row.reshape(1, 9, 32).mul_(2.0)),
+    }
+    for name, (is_kept, form) in forms.items():
+        segments = Segments(Segment(4), Segment(2, prefix=0), Segment(3))
+        row = form(packed_attention(torch.nn.Identity(), query, key, value, None, segments=segments)[0])
+        kept: list[int] = []
+
+        def keep(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            kept.append(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            ours = project(row, [layer])[0]
+        assert (row.untyped_storage().data_ptr() in kept) == is_kept, name
+        plain = row @ layer.weight() + (row @ down.T) @ up.T
+        inputs, weights = (query, key, value, down, up), torch.randn(plain.shape, dtype=torch.float64)
+        assert torch.allclose(ours, plain, rtol=1e-12)
+        for mine, theirs in zip(gradients(ours, weights, inputs), gradients(plain, weights, inputs), strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-12), name
+
+
 def gradients(output: Tensor, weights: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The gradients of a weighted sum of an output."""
-    return torch.autograd.grad((output * weights).sum(), given)
+    return torch.autograd.grad((output * weights).sum(), given, retain_graph=True)
 
 
 def test_where_queries_and_keys_begin():

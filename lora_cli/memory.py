@@ -24,7 +24,7 @@ from lora_cli.reports import MemoryEstimate
 # Measured on a CPU with scripts/bench: what a process takes that has imported everything, and what a backward pass
 # holds for a moment, the allocator's gaps included, in activations of a block. The numbers for a GPU are guesses.
 _PROCESS = {"cpu": 440 << 20, "cuda": 1 << 30}
-_PASSING = {"cpu": 4.0, "cuda": 2.0}
+_PASSING = {"cpu": 1.5, "cuda": 2.0}
 _MOST_TOKENS = {"cpu": 1024, "cuda": 8192}
 _FEWEST_TOKENS = 128
 _FORWARDS = 2  # of a step for each of several processes: of fewer, one process often has one more than the others

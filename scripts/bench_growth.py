@@ -23,14 +23,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 
-from lora_cli import lora
-from lora_cli.batches import micro_batches
-from lora_cli.config import LoraConfig, ModelConfig
+from lora_cli import tuning
+from lora_cli.blocks import change_blocks
+from lora_cli.config import RunConfig
+from lora_cli.distributed import ALONE
 from lora_cli.examples import Example
-from lora_cli.forward import form, lay_out, share_inputs, target_loss
-from lora_cli.fused import fuse
+from lora_cli.forward import share_inputs
 from lora_cli.heap import keep_freed_memory
-from lora_cli.model import LanguageModel, ModelHeader, load_model
+from lora_cli.lanes import Lanes, count_for, twins
+from lora_cli.model import ModelHeader, load_model
+from lora_cli.step import add_gradients
 
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 VOCABULARY = 49152
@@ -75,42 +77,43 @@ class Models:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.made: dict[tuple[int, int], LanguageModel] = {}
+        self.made: dict[tuple[int, int], tuple[RunConfig, Lanes]] = {}
 
-    def get(self, layers: int, rank: int) -> LanguageModel:
-        """Return a model with an adapter."""
+    def get(self, layers: int, rank: int) -> tuple[RunConfig, Lanes]:
+        """Return a config, and the lanes in which a run of it trains its model."""
         if (layers, rank) not in self.made:
             self.made = {key: model for key, model in self.made.items() if key == (BASE.layers, BASE.rank)}
             path = self.folder / str(layers)
-            config = transformers.LlamaConfig(
+            shape = transformers.LlamaConfig(
                 **SHAPE, num_hidden_layers=layers, vocab_size=VOCABULARY, tie_word_embeddings=True, dtype="float32"
             )
             if not path.exists():
-                transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+                transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(path)
             header = ModelHeader(path, transformers.AutoConfig.from_pretrained(path), None, None)  # type: ignore[arg-type]
-            model = load_model(header, ModelConfig(path=str(path)), DEVICE)
-            lora.apply_lora(model.module, LoraConfig(rank=rank, alpha=rank), 0)
+            values = {"model": str(path), "lora": {"rank": rank, "alpha": rank}, "output_dir": str(path)}
+            config = RunConfig.model_validate(values | {"data": {"train": "rows"}})
+            model = load_model(header, config.model, DEVICE)
+            tuning.apply(model.module, config.lora, config.seed)
             share_inputs(model)
-            fuse(model.module)
-            for parameter in lora.trainable(model.module).values():
-                parameter.grad = torch.zeros_like(parameter)
-            self.made[layers, rank] = model
+            models = twins(model, count_for(config, DEVICE))
+            for each in models:
+                change_blocks(each.module, config.train)
+            self.made[layers, rank] = config, Lanes(models)
         return self.made[layers, rank]
 
 
 def seconds_a_token(models: Models, point: Point) -> float:
-    """Return the time a token takes in a forward and backward pass: the better of two."""
-    model = models.get(point.layers, point.rank)
+    """Return the time a token takes in the forward and backward passes of a step: the better of two."""
+    config, lanes = models.get(point.layers, point.rank)
     choose = random.Random(0)
-    count = max(point.tokens, 2048, point.length) // point.length
+    count = max(len(lanes) * max(point.tokens, point.length), 2048) // point.length
     ids = [tuple(choose.randrange(VOCABULARY) for _ in range(point.length)) for _ in range(count)]
     trained = point.length // 3
     rows = [Example(one, (-100,) * (point.length - trained) + one[-trained:], "") for one in ids]
     best = math.inf
     for _ in range(2):
         began = time.perf_counter()
-        for groups in micro_batches(rows, point.tokens, form(model)):
-            target_loss(model, lay_out(model, groups, rows)).total.backward()
+        add_gradients(lanes, config, 0, rows, point.tokens, ALONE)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)

@@ -3,7 +3,7 @@
     scripts/bench smol10                       a shape with random weights and random rows
     scripts/bench --model FOLDER --data FILE   a real model, and the first rows of a file of prompts and completions
     scripts/bench tiny --losses 20             the losses of ours and of transformers' Trainer, step by step
-    scripts/bench tiny --profile               where the time of one of our steps goes
+    scripts/bench tiny --profile               where the time of one of our steps goes, one forward at a time
     scripts/bench --peers unshared,compiled    ours against ours with one setting changed
 
 Before anything is timed, our gradients are compared with PEFT's. Then each peer takes two steps at each micro-batch;
@@ -405,7 +405,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--no-check", action="store_true", help="compare no gradients first")
     parser.add_argument("--losses", type=int, metavar="N", help="compare the losses of N steps, time nothing")
-    parser.add_argument("--profile", action="store_true", help="profile one of our steps, time nothing")
+    parser.add_argument(
+        "--profile", action="store_true", help="profile one of our steps, one forward at a time, time nothing"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     given = parser.parse_args()
     given.peers = [name for name in given.peers.split(",") if name]

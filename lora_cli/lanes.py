@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from lora_cli import tuning
 from lora_cli.batches import Form, MicroBatch, deal, groups_of, pack, size_of
+from lora_cli.blocks import change_blocks
 from lora_cli.config import RunConfig
 from lora_cli.examples import Example
+from lora_cli.forward import share_inputs
 from lora_cli.model import LanguageModel
 
 _LANES = 2
@@ -102,6 +104,15 @@ class Lanes:
         """Set all gradients to zero."""
         for lane in self.of_each:
             lane.gradients.zero_()
+
+
+def lanes_of(model: LanguageModel, config: RunConfig, processes: int = 1) -> Lanes:
+    """Return the lanes in which a run of a config, one of so many processes, trains an adapted model."""
+    share_inputs(model)
+    models = twins(model, count_for(config, model.device, processes))
+    for each in models:
+        change_blocks(each.module, config.train)
+    return Lanes(models)
 
 
 def twins(model: LanguageModel, count: int) -> list[LanguageModel]:

@@ -11,7 +11,7 @@ import torch
 from lora_cli import checkpoint, lora, manifest, metrics, run_dir, tuning
 from lora_cli.adapter_folder import Origin
 from lora_cli.batches import Step, plan_epoch
-from lora_cli.blocks import as_loaded, change_blocks
+from lora_cli.blocks import as_loaded
 from lora_cli.checkpoint import Stopping, TrainState
 from lora_cli.config import RunConfig
 from lora_cli.dataset import Dataset, TrainingSet
@@ -19,10 +19,9 @@ from lora_cli.distributed import ALONE, World
 from lora_cli.errors import AdapterError, Interrupted, SurroundingsError, TrainingStopped
 from lora_cli.examples import Example
 from lora_cli.forgetting import Validation, measure_chosen, without_surprising
-from lora_cli.forward import share_inputs
 from lora_cli.heap import keep_freed_memory
 from lora_cli.interrupt import StopRequest
-from lora_cli.lanes import Lanes, count_for, twins
+from lora_cli.lanes import lanes_of
 from lora_cli.model import LanguageModel
 from lora_cli.optim import build_optimizer, clip_gradients, lr_at, set_rate
 from lora_cli.product import Product
@@ -67,11 +66,7 @@ class Loop:
         tuning.apply(model.module, config.lora, config.seed)
         for tensor in lora.taken_from_base(model.module):
             world.spread(tensor)
-        share_inputs(model)
-        models = twins(model, count_for(config, model.device, world.size))
-        for each in models:
-            change_blocks(each.module, config.train)
-        self.lanes = Lanes(models)
+        self.lanes = lanes_of(model, config, world.size)
         trainable = tuning.trainable(model.module)
         self.parameters = list(trainable.values())
         optimizer = build_optimizer(trainable, config.train)

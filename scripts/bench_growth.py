@@ -24,13 +24,11 @@ import torch
 import transformers
 
 from lora_cli import tuning
-from lora_cli.blocks import change_blocks
 from lora_cli.config import RunConfig
 from lora_cli.distributed import ALONE
 from lora_cli.examples import Example
-from lora_cli.forward import share_inputs
 from lora_cli.heap import keep_freed_memory
-from lora_cli.lanes import Lanes, count_for, twins
+from lora_cli.lanes import Lanes, lanes_of
 from lora_cli.model import ModelHeader, load_model
 from lora_cli.step import add_gradients
 
@@ -94,11 +92,7 @@ class Models:
             config = RunConfig.model_validate(values | {"data": {"train": "rows"}})
             model = load_model(header, config.model, DEVICE)
             tuning.apply(model.module, config.lora, config.seed)
-            share_inputs(model)
-            models = twins(model, count_for(config, DEVICE))
-            for each in models:
-                change_blocks(each.module, config.train)
-            self.made[layers, rank] = config, Lanes(models)
+            self.made[layers, rank] = config, lanes_of(model, config)
         return self.made[layers, rank]
 
 

@@ -35,7 +35,7 @@ def run(config: Path) -> list[Event]:
 
 def in_lanes(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Have a run take so many lanes, whatever threads there are."""
-    monkeypatch.setattr("lora_cli.loop.count_for", lambda *_: count)
+    monkeypatch.setattr("lora_cli.lanes.count_for", lambda *_: count)
 
 
 def config_of(model: str, **values: Any) -> RunConfig:

@@ -18,7 +18,6 @@ from typing import IO, Any, Literal
 
 import pyarrow
 import pyarrow.ipc
-import pyarrow.parquet
 
 from lora_cli.errors import NOTHING_LOADED, DataError, SurroundingsError, shown
 
@@ -285,7 +284,9 @@ def _without_nulls(value: Any) -> Any:
 def _batches(file: DataFile) -> Iterator[pyarrow.RecordBatch]:
     for path in file.paths:
         if file.kind == "parquet":
-            with pyarrow.parquet.ParquetFile(path) as opened:
+            from pyarrow import parquet  # only here: other files are read without it
+
+            with parquet.ParquetFile(path) as opened:
                 yield from opened.iter_batches(batch_size=BLOCK_ROWS)
         else:
             with pyarrow.memory_map(str(path)) as opened:

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lora_cli import interrupt, lora
 from lora_cli.batches import Batch, micro_batches
@@ -13,6 +15,7 @@ from lora_cli.distributed import ALONE, World
 from lora_cli.errors import Interrupted
 from lora_cli.examples import Example
 from lora_cli.forward import form, lay_out, target_scores
+from lora_cli.lanes import lanes_to_ask
 from lora_cli.model import LanguageModel
 
 BASE_AND_ADAPTER = (0.0, 1.0)  # the gains
@@ -48,8 +51,28 @@ class Measured:
         return self.targets, self.loss, self.correct, self.kl
 
 
-def batches(
-    model: LanguageModel, examples: Sequence[Example], tokens: int, world: World = ALONE
+def scores(
+    model: LanguageModel,
+    examples: Sequence[Example],
+    tokens: int,
+    gains: Sequence[float] = (1.0,),
+    world: World = ALONE,
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Iterate over (number of the example of each target, what is said of it at each gain [gains, 3, targets]).
+
+    This rank's share, batch by batch, dropout off; several forwards run at a time where that is faster.
+    """
+    lanes = lanes_to_ask(model, world.size)
+    for lane in lanes.of_each:
+        lora.set_dropout(lane.model.module, None)
+    rest = _batches(model, examples, tokens, world)
+    while some := list(islice(rest, len(lanes))):
+        found = lanes.run(lambda lane, batch: target_scores(lane.model, batch, gains), [batch for _, batch in some])
+        yield from zip((owners for owners, _ in some), found, strict=True)
+
+
+def _batches(
+    model: LanguageModel, examples: Sequence[Example], tokens: int, world: World
 ) -> Iterator[tuple[Sequence[int], Batch]]:
     """Iterate over (number of the example of each target, batch), this rank's share of them.
 
@@ -78,17 +101,15 @@ def measure(
     The first gain is the reference of `kl`. `tokens` is one forward's budget. Ranks share the work, and all get the
     same bits as one would alone. Raises Interrupted, on all ranks.
     """
-    lora.set_dropout(model.module, None)
     sums = torch.zeros(len(gains), 3, len(examples), dtype=torch.float64)
     targets = torch.zeros(len(examples), dtype=torch.float64)
-    for owners, batch in batches(model, examples, tokens, world):
+    for owners, found in scores(model, examples, tokens, gains, world):
         if world.any(interrupt.requested().wanted):
             break
-        scores = target_scores(model, batch, gains).double().cpu()
         if owners:
             index = torch.tensor(owners)
             targets.index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
-            sums.index_add_(2, index, scores)
+            sums.index_add_(2, index, found.double().cpu())
     if number := world.largest(interrupt.requested().signal_number or 0):
         raise Interrupted(number, "stopped on request.")
     world.add_up(targets)

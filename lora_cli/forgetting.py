@@ -7,9 +7,8 @@ import numpy as np
 
 from lora_cli.dataset import Dataset
 from lora_cli.distributed import ALONE, World
-from lora_cli.evaluate import BASE_AND_ADAPTER, Measured, batches, measure
+from lora_cli.evaluate import BASE_AND_ADAPTER, Measured, measure, scores
 from lora_cli.examples import IGNORED, Example
-from lora_cli.forward import target_scores
 from lora_cli.general import spread
 from lora_cli.intervals import difference, estimate, independent_difference
 from lora_cli.model import LanguageModel
@@ -99,8 +98,8 @@ def without_surprising(model: LanguageModel, examples: Sequence[Example], limit:
     Such targets make a model forget most (Selective Token Masking, arXiv 2501.14315). Costs a forward of the base.
     """
     losses: list[list[float]] = [[] for _ in examples]
-    for owners, batch in batches(model, examples, tokens):
-        for owner, loss in zip(owners, target_scores(model, batch, (0.0,))[0, 0].tolist(), strict=True):
+    for owners, found in scores(model, examples, tokens, (0.0,)):
+        for owner, loss in zip(owners, found[0, 0].tolist(), strict=True):
             losses[owner].append(loss)
     return [_masked(example, of_example, limit) for example, of_example in zip(examples, losses, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Forwards and their backward passes side by side on a CPU, each on some of its threads.
+"""Forwards side by side on a CPU, each on some of its threads: those of a step with their backward passes, or alone.
 
 Threads that divide every operation wait for each other at its end; what is too small to be divided, one of them does
 alone. Lanes divide a step's examples instead, and meet once. Each has a model of its own, with the same weights: what a
@@ -7,6 +7,7 @@ it makes no difference which lane was faster.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Lane:
-    """A model, and the gradients [n] of all it trains."""
+    """A model, and the gradients [n] of all that is trained in it; [0] where it is only asked."""
 
     model: LanguageModel
     gradients: Tensor
@@ -45,19 +46,22 @@ def count_for(config: RunConfig, device: torch.device, processes: int = 1) -> in
     the work already; without two threads of its own; with one example a step; with noise, which is drawn from one
     generator; with a compiler that is not made for it; with gradients as large as the model.
     """
-    divided = device.type == "cpu" and processes == 1 and "OpenMP" in torch.__config__.parallel_info()
     settings = config.train
     plain = settings.neftune_alpha is None and not settings.compile and config.lora.method != "full"
-    return _LANES if divided and plain and settings.batch_size > 1 and torch.get_num_threads() >= _LANES else 1
+    return _most(device, processes) if plain and settings.batch_size > 1 else 1
+
+
+def _most(device: torch.device, processes: int) -> int:
+    divided = device.type == "cpu" and processes == 1 and "OpenMP" in torch.__config__.parallel_info()
+    return _LANES if divided and torch.get_num_threads() >= _LANES else 1
 
 
 class Lanes:
-    """The lanes of a run, the first of which is its model."""
+    """The lanes of a model, which is that of the first."""
 
-    def __init__(self, models: Sequence[LanguageModel]) -> None:
-        """Make the gradients of each model, by which it is trained."""
-        self.of_each = [Lane(model, flat_gradients(list(tuning.trainable(model.module).values()))) for model in models]
-        self._pool: futures.ThreadPoolExecutor | None = None
+    def __init__(self, models: Sequence[LanguageModel], trained: bool = True) -> None:
+        """Make the gradients of each model, where they are trained."""
+        self.of_each = [Lane(model, _gradients(model) if trained else torch.empty(0)) for model in models]
 
     def __len__(self) -> int:
         return len(self.of_each)
@@ -73,14 +77,17 @@ class Lanes:
     def alone(self) -> "Lanes":
         """Return the first lane by itself."""
         lanes = copy.copy(self)
-        lanes.of_each, lanes._pool = self.of_each[:1], None
+        lanes.of_each = self.of_each[:1]
         return lanes
 
     def run(self, work: Callable[[Lane, Work], Result], loads: Sequence[Work]) -> list[Result]:
-        """Return what `work` makes of each load in a lane of its own; one load has all threads."""
+        """Return what `work` makes of each load in a lane of its own; one load has all threads.
+
+        There are at most as many loads as lanes.
+        """
         if len(loads) == 1:
             return [work(self.of_each[0], loads[0])]
-        self._pool = self._pool or futures.ThreadPoolExecutor(len(self), "lane")
+        pool = _threads(len(self))
         threads = torch.get_num_threads()
 
         def with_own_threads(lane: Lane, load: Work) -> Result:
@@ -89,7 +96,7 @@ class Lanes:
             torch.set_flush_denormal(True)
             return work(lane, load)
 
-        running = [self._pool.submit(with_own_threads, *pair) for pair in zip(self.of_each, loads, strict=True)]
+        running = [pool.submit(with_own_threads, *pair) for pair in zip(self.of_each, loads, strict=False)]
         futures.wait(running)
         torch.set_num_threads(threads)
         return [each.result() for each in running]
@@ -106,6 +113,12 @@ class Lanes:
             lane.gradients.zero_()
 
 
+@functools.cache
+def _threads(count: int) -> futures.ThreadPoolExecutor:
+    """Return the threads of so many lanes; all lanes take turns on them."""
+    return futures.ThreadPoolExecutor(count, "lane")
+
+
 def lanes_of(model: LanguageModel, config: RunConfig, processes: int = 1) -> Lanes:
     """Return the lanes in which a run of a config, one of so many processes, trains an adapted model."""
     share_inputs(model)
@@ -113,6 +126,12 @@ def lanes_of(model: LanguageModel, config: RunConfig, processes: int = 1) -> Lan
     for each in models:
         change_blocks(each.module, config.train)
     return Lanes(models)
+
+
+def lanes_to_ask(model: LanguageModel, processes: int = 1) -> Lanes:
+    """Return the lanes in which one of so many processes asks a model, as it now is, and trains nothing."""
+    compiled = any(part._compiled_call_impl is not None for part in model.module.modules())
+    return Lanes(twins(model, 1 if compiled else _most(model.device, processes)), trained=False)
 
 
 def twins(model: LanguageModel, count: int) -> list[LanguageModel]:
@@ -131,6 +150,10 @@ def twins(model: LanguageModel, count: int) -> list[LanguageModel]:
     except (TypeError, ValueError, AttributeError, RuntimeError, copy.Error):
         return [model]
     return models
+
+
+def _gradients(model: LanguageModel) -> Tensor:
+    return flat_gradients(list(tuning.trainable(model.module).values()))
 
 
 def flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_examples, facts
@@ -15,10 +16,11 @@ from lora_cli import step as step_module
 from lora_cli.blocks import change_blocks
 from lora_cli.config import RunConfig
 from lora_cli.distributed import ALONE
+from lora_cli.evaluate import measure
 from lora_cli.examples import Example
-from lora_cli.forward import share_inputs
+from lora_cli.forward import share_inputs, target_scores
 from lora_cli.interrupt import StopRequest
-from lora_cli.lanes import Lanes, count_for, divide, twins
+from lora_cli.lanes import Lanes, count_for, divide, lanes_to_ask, twins
 from lora_cli.model import LanguageModel, load_model, read_header
 from lora_cli.records import Event, Notice, StepDone
 from lora_cli.step import Summed, add_gradients
@@ -171,6 +173,44 @@ def test_which_runs_have_lanes(model_folder: Callable[[str], str], monkeypatch: 
     assert count_for(config_of(path, lora={"method": "full"}), CPU) == 1
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert count_for(config_of(path), CPU) == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "mixtral", "mamba"])
+def test_a_model_is_asked_in_lanes_as_alone(
+    kind: str, model_folder: Callable[[str], str], make_rows: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+):
+    """Whole or with an odd forward left over, while it is trained; its own strength is as it was."""
+    (model,) = models_of(config_of(model_folder(kind), lora={"rank": 4}), 1)
+    examples = build_examples(make_rows(12))[0][:]
+    asked = list[Any]()
+
+    def seen(lane: LanguageModel, *others: Any) -> Tensor:
+        if not any(lane.module is module for module in asked):
+            asked.append(lane.module)
+        return target_scores(lane, *others)
+
+    monkeypatch.setattr("lora_cli.evaluate.target_scores", seen)
+    found = []
+    for count in (1, 2, 3):
+        monkeypatch.setattr("lora_cli.lanes._most", lambda *_, count=count: count)
+        found.append(measure(model, examples, 64, (0.0, 1.0)))
+    assert len(asked) == 1 + 1 + 2  # the model itself each time
+    assert not np.allclose(found[0][0].loss, found[0][1].loss, rtol=1e-5)
+    for others in found[1:]:
+        for alone, beside in zip(found[0], others, strict=True):
+            for name in ("targets", "loss", "correct", "kl"):
+                assert getattr(beside, name) == pytest.approx(getattr(alone, name), rel=1e-4, abs=1e-6)
+    assert all(layer.gain == 1.0 for _, layer in lora.lora_layers(model.module))
+
+
+def test_which_models_are_asked_in_lanes(model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch):
+    """By one process with two threads; not one that is compiled, whose copy would not be."""
+    (model,) = models_of(config_of(model_folder("llama")), 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert len(lanes_to_ask(model)) == 2
+    assert len(lanes_to_ask(model, processes=2)) == 1
+    model.module.compile()
+    assert len(lanes_to_ask(model)) == 1
 
 
 def test_a_model_that_cannot_be_copied_runs_by_itself(model_folder: Callable[[str], str]):

@@ -12,7 +12,8 @@ from lora_cli import lora, tuning
 from lora_cli.batches import ALONE, Batch, Form, MicroBatch, collate
 from lora_cli.examples import Example
 from lora_cli.layout import only_rows
-from lora_cli.loss import LossSum, Pull, chunks, compare_logits, head_logits, head_loss, logits_loss
+from lora_cli.likelihood import compare_logits, compare_states
+from lora_cli.loss import Head, LossSum, Pull, chunks, goes_in_pieces, head_logits, head_loss, logits_loss
 from lora_cli.model import LanguageModel
 
 
@@ -65,8 +66,8 @@ def pull_to_base(model: LanguageModel, batch: Batch, weight: float, without_targ
     return Pull(base_states(model, batch), weight, without_target, head)
 
 
-def head_at(model: LanguageModel, gain: float) -> tuple[Tensor, Tensor | None]:
-    """Return the output head's weight [V, D] and bias [V] at a gain."""
+def head_at(model: LanguageModel, gain: float) -> Head:
+    """Return the output head at a gain."""
     weight, bias = model.head.weight, model.head.bias
     return (
         tuning.weight_at(model.module, weight, gain),
@@ -84,6 +85,13 @@ def target_scores(model: LanguageModel, batch: Batch, gains: Sequence[float]) ->
     head = model.layout.head
     if head is None:
         return compare_logits(states, batch.labels)
+    weight = model.head.weight
+    if goes_in_pieces(weight.device, weight.dtype, has_pull=False, is_trained=False):
+        if len(gains) <= 2 or head_at(model, 0.0)[0] is weight:
+            return compare_states(states, [head_at(model, gain) for gain in gains], batch.labels, head)
+        first, base = states[0], head_at(model, gains[0])  # of many that are made for it, one exists at a time
+        pairs = (([first, state], [base, head_at(model, gain)]) for state, gain in zip(states, gains, strict=True))
+        return torch.stack([compare_states(*pair, batch.labels, head)[1] for pair in pairs])
     found = []
     for part in chunks(batch.targets):
         logits = (

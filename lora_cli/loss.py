@@ -1,8 +1,8 @@
 """The loss as a sum that travels, and cross-entropy that never holds the logits of a whole batch."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 CHUNK = 512  # target positions whose logits exist at the same time
 _PIECE = 1024  # rows of the head that a CPU multiplies at once: the products of more do not stay in its caches
 
+Head = tuple[Tensor, Tensor | None]  # weight [V, D], bias [V]
 
 _NOTHING = torch.zeros((), dtype=torch.float64)
 
@@ -51,7 +52,7 @@ class Pull:
     base: Tensor
     weight: float
     without_target: bool
-    head: tuple[Tensor, Tensor | None] | None = None
+    head: Head | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class _HeadLoss(torch.autograd.Function):
         room = hidden.new_empty(min(len(labels), CHUNK), len(weight))
         for part in chunks(len(labels)):
             x = hidden[part]
-            logits, capped = _formed(_products(x, weight, room[: len(x)]), bias, form)
+            logits, capped = formed(_products(x, weight, room[: len(x)]), bias, form)
             picked = labels[part, None]
             pulled = None
             if pull is not None:
@@ -155,25 +156,40 @@ def _in_pieces(
     largest, sums, chosen = (x.new_full((len(x), 1), start) for start in (-torch.inf, 0.0, 0.0))
     at_label = torch.ones_like(chosen)  # the slope of the cap there
     gradient.zero_()
-    for begin in range(0, len(weight), _PIECE):
-        rows = weight[begin : begin + _PIECE]
-        some_bias = None if bias is None else bias[begin : begin + _PIECE]
-        logits, capped = _formed(torch.mm(x, rows.T), some_bias, form)
+    for piece in pieces(weight, bias, labels):
+        logits, capped = formed(torch.mm(x, piece.rows.T), piece.bias, form)
         slope = None if capped is None else capped.square_().neg_().add_(1)
-        place = labels - begin
-        inside = (place >= 0) & (place < len(rows))
-        place = place.clamp(0, len(rows) - 1)
-        chosen = torch.where(inside, logits.gather(1, place), chosen)
+        chosen = torch.where(piece.inside, logits.gather(1, piece.place), chosen)
         before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
         shrunk = (before - largest).exp_()
         exponentials = logits.sub_(largest).exp_()
         sums = sums * shrunk + exponentials.sum(1, keepdim=True)
         if slope is not None:
-            at_label = torch.where(inside, slope.gather(1, place), at_label)
+            at_label = torch.where(piece.inside, slope.gather(1, piece.place), at_label)
             exponentials.mul_(slope)
-        gradient.mul_(shrunk).addmm_(exponentials, rows)
+        gradient.mul_(shrunk).addmm_(exponentials, piece.rows)
     gradient.div_(sums).addcmul_(weight[labels[:, 0]], at_label, value=-1).mul_(form.scale)
     return (sums.log() + (largest - chosen)).sum(dtype=torch.float64)
+
+
+class Piece(NamedTuple):
+    """Some rows of a head, their bias, and the row from which on; where each label [C, 1] lies in it, if `inside`."""
+
+    rows: Tensor
+    bias: Tensor | None
+    begin: int
+    place: Tensor
+    inside: Tensor
+
+
+def pieces(weight: Tensor, bias: Tensor | None, labels: Tensor) -> Iterator[Piece]:
+    """Cut a head into as many rows as a CPU multiplies at once."""
+    for begin in range(0, len(weight), _PIECE):
+        rows = weight[begin : begin + _PIECE]
+        place = labels - begin
+        inside = (place >= 0) & (place < len(rows))
+        some_bias = None if bias is None else bias[begin : begin + _PIECE]
+        yield Piece(rows, some_bias, begin, place.clamp(0, len(rows) - 1), inside)
 
 
 def _products(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -184,11 +200,11 @@ def _products(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _formed(products: Tensor, bias: Tensor | None, form: HeadForm) -> tuple[Tensor, Tensor | None]:
+def formed(products: Tensor, bias: Tensor | None, form: HeadForm) -> tuple[Tensor, Tensor | None]:
     """Turn a head's products [C, V] into logits, in their place where they can be; and the tanh of what is capped."""
     if bias is not None:
         products += bias
-    logits = _wide(products)
+    logits = widened(products)
     if form.scale != 1.0:
         logits.mul_(form.scale)
     if form.softcap is None:
@@ -197,7 +213,7 @@ def _formed(products: Tensor, bias: Tensor | None, form: HeadForm) -> tuple[Tens
     return capped * form.softcap, capped
 
 
-def _wide(logits: Tensor) -> Tensor:
+def widened(logits: Tensor) -> Tensor:
     """Return logits in float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -208,8 +224,8 @@ def _kl(base_logits: Tensor, logits: Tensor, labels: Tensor, without_target: boo
     `without_target` takes the `labels` [N, 1] out of both distributions.
     """
     if without_target:
-        base_logits, logits = (each.scatter(1, labels, -1e30) for each in (_wide(base_logits), logits))
-    log_q, log_p = _wide(base_logits).log_softmax(-1), logits.log_softmax(-1)
+        base_logits, logits = (each.scatter(1, labels, -1e30) for each in (widened(base_logits), logits))
+    log_q, log_p = widened(base_logits).log_softmax(-1), logits.log_softmax(-1)
     q = log_q.exp()
     return (q * (log_q - log_p)).sum(1), log_p.detach().exp().sub_(q)
 
@@ -238,25 +254,10 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: HeadF
 
 def logits_loss(logits: Tensor, labels: Tensor, pull: Pull | None = None) -> LossSum:
     """Return the loss of `logits` [N, V] against `labels` [N]; for heads that are not a plain linear layer."""
-    wide = _wide(logits)
+    wide = widened(logits)
     total = F.cross_entropy(wide, labels, reduction="none").sum(dtype=torch.float64)
     if pull is None:
         return LossSum(total, len(labels))
     kl, _ = _kl(pull.base, wide, labels[:, None], pull.without_target)
     penalty = pull.weight * kl.sum(dtype=torch.float64)
     return LossSum(total + penalty, len(labels), penalty.detach())
-
-
-def compare_logits(logits: Iterable[Tensor], labels: Tensor) -> Tensor:
-    """Return, of each model's logits [N, V], what they say of `labels` [N]: [models, 3, N].
-
-    The three are the negative log-likelihood, whether the label is the most likely token, and KL(first model || this).
-    """
-    first, found = None, []
-    for each in logits:
-        log = _wide(each).log_softmax(-1)
-        likelihood = log.gather(1, labels[:, None])[:, 0]
-        kl = torch.zeros_like(likelihood) if first is None else (first.exp() * (first - log)).sum(1)
-        first = log if first is None else first
-        found.append(torch.stack([-likelihood, (log.argmax(-1) == labels).to(log.dtype), kl]))
-    return torch.stack(found)

@@ -59,6 +59,7 @@ FLOORS = [
     "tracking",
     "heap",
     "loss",
+    "likelihood",
     "optim",
     "dropout",
     "projection",

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_examples, conversation, write_rows
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_cli import config_file, lora, model
 from lora_cli.batches import ALONE, Group
@@ -23,6 +25,7 @@ from lora_cli.forgetting import Validation, without_surprising
 from lora_cli.forward import base_states, lay_out, target_scores
 from lora_cli.general import OURS, WINDOW, read_general
 from lora_cli.interrupt import StopRequest
+from lora_cli.likelihood import compare_logits, compare_states
 from lora_cli.loss import HeadForm, Pull, head_logits, head_loss, logits_loss
 from lora_cli.merge import merge
 from lora_cli.model import LanguageModel
@@ -107,6 +110,38 @@ def test_the_pull_equals_kl_on_full_logits(without_target: bool):
         assert float(loss.penalty) == pytest.approx(0.7 * float(kl.detach()), rel=1e-12)
         assert loss.mean == pytest.approx(float(likelihood.detach()) / 600, rel=1e-12)
         assert (ours.grad - theirs.grad).abs().max() < 1e-13  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("form", [HeadForm(), HeadForm(0.7), HeadForm(2.5, 3.0)])
+def test_what_is_said_of_labels_needs_no_row_of_logits(form: HeadForm):
+    """In pieces of the head it is what whole logits say, of the first of two that are equally likely as well."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(2500, 16, dtype=torch.float64), torch.randn(2500, dtype=torch.float64)
+    weight[[7, 2400]], bias[[7, 2400]] = 3.0, 6.0
+    first = torch.randn(700, 16, dtype=torch.float64)
+    states = [first, first + 0.1 * torch.randn_like(first), first]
+    logits = [head_logits(each, weight, bias, form) for each in states]
+    labels = torch.cat([torch.randint(0, 2500, (350,)), logits[1][350:].argmax(1)])
+    labels[:2] = torch.tensor([7, 2400])
+    first[:2] = 1 / 16
+    logits[0] = logits[2] = head_logits(first, weight, bias, form)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, given: Any = (), options: Any = None) -> Any:
+            nonlocal largest
+            made = operator(*given, **(options or {}))
+            largest = max(largest, made.numel() if isinstance(made, Tensor) and not made._is_view() else 0)
+            return made
+
+    with Watch():
+        found = compare_states(states, [(weight, bias)] * 3, labels, form)
+    whole = compare_logits(logits, labels)
+
+    assert largest == 350 * 1024
+    assert (found - whole).abs().max() < 1e-12
+    assert found[0, 1, :2].tolist() == [1, 0]
+    assert found[2, 2].abs().max() == 0  # the first model again
 
 
 def test_a_head_of_the_models_own_is_pulled_alike():

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_cli import tuning
+from lora_cli import full, tuning
 from lora_cli.batches import Form, MicroBatch, deal, groups_of, pack, size_of
 from lora_cli.blocks import change_blocks
 from lora_cli.config import RunConfig
@@ -129,9 +129,12 @@ def lanes_of(model: LanguageModel, config: RunConfig, processes: int = 1) -> Lan
 
 
 def lanes_to_ask(model: LanguageModel, processes: int = 1) -> Lanes:
-    """Return the lanes in which one of so many processes asks a model, as it now is, and trains nothing."""
-    compiled = any(part._compiled_call_impl is not None for part in model.module.modules())
-    return Lanes(twins(model, 1 if compiled else _most(model.device, processes)), trained=False)
+    """Return the lanes in which one of so many processes asks a model, as it now is, and trains nothing.
+
+    One by itself where a copy would not be compiled, or would keep weights of its own to change between gains.
+    """
+    apart = full.of(model.module) or any(part._compiled_call_impl is not None for part in model.module.modules())
+    return Lanes(twins(model, 1 if apart else _most(model.device, processes)), trained=False)
 
 
 def twins(model: LanguageModel, count: int) -> list[LanguageModel]:

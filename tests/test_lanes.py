@@ -204,11 +204,13 @@ def test_a_model_is_asked_in_lanes_as_alone(
 
 
 def test_which_models_are_asked_in_lanes(model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch):
-    """By one process with two threads; not one that is compiled, whose copy would not be."""
+    """By one process with two threads; not one compiled or tuned in full: its copy would be another, or large."""
     (model,) = models_of(config_of(model_folder("llama")), 1)
+    (whole,) = models_of(config_of(model_folder("llama"), lora={"method": "full"}), 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert len(lanes_to_ask(model)) == 2
     assert len(lanes_to_ask(model, processes=2)) == 1
+    assert len(lanes_to_ask(whole)) == 1
     model.module.compile()
     assert len(lanes_to_ask(model)) == 1
 

@@ -55,7 +55,7 @@ def scores(
     model: LanguageModel,
     examples: Sequence[Example],
     tokens: int,
-    gains: Sequence[float] = (1.0,),
+    gains: Sequence[float],
     world: World = ALONE,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """Iterate over (number of the example of each target, what is said of it at each gain [gains, 3, targets]).
